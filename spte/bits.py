@@ -1,0 +1,113 @@
+"""The layout of one 64-bit SPTE per paging kind and kernel era: constants, predicates on a value, overlap checks.
+
+Sources: Intel SDM vol. 3 ch. 29 (EPT), AMD APM vol. 2 ch. 15.25 (NPT); software bits as Linux 6.12 and 6.1 place them.
+Every constant is `np.uint64`: numba turns a mix of signed and unsigned into a signed or a float.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from spte.platform import EPT, Platform
+
+U64 = np.uint64
+ZERO, ONE = U64(0), U64(1)
+SHIFT_PAGE = U64(12)
+INDEX_BITS = U64(9)
+
+# Bits with one place in every layout.
+W_SHIFT, LARGE_SHIFT, PRESENT_SHIFT, TYPE_SHIFT = U64(1), U64(7), U64(11), U64(52)
+WRITABLE = ONE << W_SHIFT
+LARGE = ONE << LARGE_SHIFT
+MMU_PRESENT = ONE << PRESENT_SHIFT
+PFN_MASK = U64(0x000F_FFFF_FFFF_F000)
+TYPE_MASK = U64(3) << TYPE_SHIFT
+TYPE_DISABLED = ONE << TYPE_SHIFT
+TYPE_WRPROT = U64(2) << TYPE_SHIFT
+EPT_RWX, EPT_RX = U64(0b111), U64(0b101)
+TRACK_SHIFT = U64(54)  # R and X of an access-tracked SPTE rest at bits 54 and 56
+SUPPRESS_VE = ONE << U64(63)
+FROZEN_LOW = U64(0x5A0)
+SOFT_ACCESSED, SOFT_DIRTY = ONE << U64(8), ONE << U64(9)  # EPT without A/D bits, where software keeps them
+
+# Role of a page table, 32 bits: level 3:0, direct 7, access 10:8, invalid 11, efer_nx 12, cr0_wp 13, ad_disabled 16, guest_mode 17.
+ROLE_DIRECT = 0x3780
+ROLE_INVALID = 1 << 11
+ROLE_AD_DISABLED = 1 << 16
+ROLE_GUEST_MODE = 1 << 17
+
+
+class Layout(NamedTuple):
+    """Masks of one paging kind and kernel era, all `np.uint64`; travels into kernels."""
+
+    present: np.uint64  # OR-ed into every present entry, with MMU_PRESENT
+    user: np.uint64  # readable (EPT R, NPT U)
+    readable: np.uint64  # the bit hardware asks for on a read
+    x: np.uint64
+    nx: np.uint64
+    accessed: np.uint64
+    dirty: np.uint64
+    dirty_shift: np.uint64
+    host_writable: np.uint64
+    mmu_writable: np.uint64
+    memtype: np.uint64
+    type_root: np.uint64  # A/D type of the entries of an L1 root
+    link: np.uint64  # a non-leaf entry without its address
+    nonpresent: np.uint64
+    frozen: np.uint64
+    mmio: np.uint64  # value of an MMIO SPTE without gfn and generation
+    l1tf: np.uint64  # address bits that an MMIO SPTE inverts and keeps five bits further up
+    mmio_mask: np.uint64
+    mmio_test: np.uint64
+
+
+def layout(platform: Platform, era: str) -> Layout:
+    """Return the layout of `platform` in the era ``"6.1"`` or ``"6.12"``."""
+    suppress = SUPPRESS_VE if era == "6.12" else ZERO
+    if platform.paging == EPT:
+        present = suppress if platform.exec_only else suppress | ONE
+        type_root = ZERO if platform.ad_bits else TYPE_DISABLED
+        accessed = ONE << U64(8) if platform.ad_bits else ZERO
+        l1tf = U64(0x1F) << U64(platform.gpa_bits - 5) if platform.l1tf else ZERO
+        return Layout(
+            present=present, user=ONE, readable=ONE, x=ONE << U64(2), nx=ZERO,
+            accessed=accessed, dirty=ONE << U64(9) if platform.ad_bits else ZERO, dirty_shift=U64(9),
+            host_writable=ONE << U64(57), mmu_writable=ONE << U64(58), memtype=U64(0x70), type_root=type_root,
+            link=MMU_PRESENT | present | EPT_RWX | accessed | type_root, nonpresent=suppress, frozen=suppress | FROZEN_LOW,
+            mmio=l1tf | U64(6), l1tf=l1tf, mmio_mask=SUPPRESS_VE | EPT_RWX, mmio_test=U64(6),
+        )  # fmt: skip
+    bit51 = ONE << U64(51)
+    accessed = ONE << U64(5)
+    return Layout(
+        present=ONE, user=ONE << U64(2), readable=ONE, x=ZERO, nx=ONE << U64(63),
+        accessed=accessed, dirty=ONE << U64(6), dirty_shift=U64(6),
+        host_writable=ONE << U64(9), mmu_writable=ONE << U64(10), memtype=ZERO, type_root=ZERO,
+        link=MMU_PRESENT | U64(0b111) | accessed, nonpresent=suppress, frozen=suppress | FROZEN_LOW,
+        mmio=bit51 | U64(7), l1tf=ZERO, mmio_mask=bit51 | ONE, mmio_test=bit51 | ONE,
+    )  # fmt: skip
+
+
+def is_mmio(spte: np.uint64, lay: Layout) -> bool:
+    """Tell whether `spte` is an MMIO SPTE of layout `lay`."""
+    return bool((U64(spte) & lay.mmio_mask) == lay.mmio_test)
+
+
+def _check_overlaps() -> None:
+    from spte import platform as _p
+
+    for name in _p.NAMES:
+        for era in ("6.1", "6.12"):
+            lay = layout(_p.named(name), era)
+            single = [lay.user | lay.readable, lay.x, lay.nx & ~lay.present, lay.accessed, lay.dirty, lay.host_writable,
+                      lay.mmu_writable, lay.memtype, WRITABLE, LARGE, MMU_PRESENT, TYPE_MASK]  # fmt: skip
+            seen = ZERO
+            for mask in single:
+                assert seen & mask == ZERO, f"{name} {era}: mask {mask:#x} overlaps {seen:#x}"
+                seen |= mask
+            assert (lay.nonpresent | lay.frozen | lay.mmio) & MMU_PRESENT == ZERO
+            assert (lay.frozen | lay.nonpresent) & WRITABLE == ZERO
+
+
+_check_overlaps()

@@ -1,0 +1,81 @@
+"""Platforms: what the CPU and the module parameters give, as one immutable value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from spte.errors import PlatformError
+
+EPT, NPT = "ept", "npt"
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """What the CPU and KVM's module parameters give.
+
+    Parameters
+    ----------
+    name : str
+        Preset name.
+    paging : str
+        ``"ept"`` or ``"npt"``.
+    ad_bits : bool
+        The CPU sets accessed and dirty bits in SPTEs (always with NPT).
+    pml : bool
+        Page-modification logging: 512 entries a vCPU.
+    gpa_bits : int
+        Guest-physical address width, bits. Slots end below ``2**gpa_bits``.
+    max_level : int
+        Largest leaf: 3 = 1 GiB, 2 = 2 MiB.
+    exec_only : bool
+        EPT entries may be executable and not readable; then R is not part of every present entry.
+    l1tf : bool
+        The CPU has the L1TF bug: MMIO SPTEs carry the top five physical address bits set.
+    """
+
+    name: str
+    paging: str
+    ad_bits: bool
+    pml: bool
+    gpa_bits: int
+    max_level: int = 3
+    exec_only: bool = True
+    l1tf: bool = False
+
+    def __post_init__(self) -> None:
+        if self.paging not in (EPT, NPT):
+            raise PlatformError(f"paging={self.paging!r} is not known; take {EPT!r} or {NPT!r}")
+        if self.pml and not self.ad_bits:
+            raise PlatformError("pml=True needs ad_bits=True: PML logs the setting of a dirty bit")
+        if self.paging == NPT and not self.ad_bits:
+            raise PlatformError("ad_bits=False is not possible with NPT; take paging='ept'")
+        if not 32 <= self.gpa_bits <= 48:
+            raise PlatformError(f"gpa_bits={self.gpa_bits} is outside 32..48, the reach of four-level tables")
+        if self.max_level not in (1, 2, 3):
+            raise PlatformError(f"max_level={self.max_level} is not 1 (4 KiB), 2 (2 MiB) or 3 (1 GiB)")
+
+    @property
+    def cpu_dirty_log_size(self) -> int:
+        """Entries of the CPU's dirty log: 512 with PML, else 0."""
+        return 512 if self.pml else 0
+
+
+# gpa_bits: 46 on Intel servers of the series' time, 48 on AMD; four-level tables end at 48.
+_DIRECT = {
+    "ept-pml": Platform("ept-pml", EPT, ad_bits=True, pml=True, gpa_bits=46),
+    "ept-nopml": Platform("ept-nopml", EPT, ad_bits=True, pml=False, gpa_bits=46),
+    "ept-noad": Platform("ept-noad", EPT, ad_bits=False, pml=False, gpa_bits=46),
+    "npt": Platform("npt", NPT, ad_bits=True, pml=False, gpa_bits=48),
+    "npt-pml": Platform("npt-pml", NPT, ad_bits=True, pml=True, gpa_bits=48),
+}
+NAMES = tuple(_DIRECT)
+_NOT_YET = ("shadow", *(name + "-rmap" for name in _DIRECT))
+
+
+def named(name: str) -> Platform:
+    """Return the preset `name`; PlatformError (EINVAL) lists the known ones."""
+    if name in _DIRECT:
+        return _DIRECT[name]
+    if name in _NOT_YET:
+        raise PlatformError(f"platform {name!r} needs the shadow MMU, which is not modelled yet; take one of {', '.join(NAMES)}")
+    raise PlatformError(f"platform {name!r} is not known; take one of {', '.join(NAMES)}")
