@@ -1,0 +1,116 @@
+"""The groups of arrays that travel into kernels, and the names of their columns. Python classes own them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from spte.bits import Layout
+
+U64s = npt.NDArray[np.uint64]
+I64s = npt.NDArray[np.int64]
+
+READ, WRITE, EXEC = 0, 1, 2  # kinds of guest access
+
+
+class Tables(NamedTuple):
+    """The arena of page-table pages and what is known of each page. A row number is its frame number."""
+
+    sptes: U64s  # [capacity, 512]
+    level: npt.NDArray[np.uint8]  # level of the row's entries; 0 = row is free
+    gfn: I64s  # first gfn that the row maps
+    role: npt.NDArray[np.uint32]
+    parent: npt.NDArray[np.int32]  # row that links to this one, -1 for a root
+    nx_disallowed: npt.NDArray[np.uint8]  # 1: linked by an exec fault under the NX mitigation, 2: and a huge page would fit
+    free: npt.NDArray[np.int32]  # stack of freed rows
+    meta: I64s  # ROWS, FREED, and the VM's counters below
+
+
+# Columns of Tables.meta.
+ROWS, FREED, PAGES_4K, PAGES_2M, PAGES_1G, FLUSHES, NX_SPLITS = 0, 1, 2, 3, 4, 5, 6
+SPTES_WRITTEN, SPLITS_2M, SPLITS_1G, ZAPPED, COLLAPSED, DIRTY_MARKS = 7, 8, 9, 10, 11, 12
+META_COLUMNS = 13
+
+
+class Slots(NamedTuple):
+    """Memslots of one address space, ascending by base gfn; columns below."""
+
+    table: I64s  # [slots, SLOT_COLUMNS]
+    meta: I64s  # COUNT, LAST_HIT, GENERATION
+    words: U64s  # pool of dirty bitmaps, [live | scratch] a slot
+    disallow: npt.NDArray[np.int32]  # pool of lpage_info counters
+
+
+# Columns of Slots.table: base gfn, pages, flags, as_id<<16|id, first word of the bitmap (-1: none), first counter of level 2 and
+# of level 3, host page number of the first page.
+BASE, NPAGES, FLAGS, SLOT, BITMAP, LPAGE2, LPAGE3, HPAGE = 0, 1, 2, 3, 4, 5, 6, 7
+SLOT_COLUMNS = 8
+COUNT, LAST_HIT, GENERATION = 0, 1, 2
+LOG_DIRTY_PAGES, READONLY = 1, 2
+
+
+class Host(NamedTuple):
+    """The host's mappings by host page number; see `spte.host` for the states."""
+
+    kind: npt.NDArray[np.uint8]  # backing kind of each 2 MiB block
+    device: npt.NDArray[np.uint8]  # 1: device memory (DAX)
+    block: npt.NDArray[np.uint8]  # state of each 2 MiB block
+    mixed: npt.NDArray[np.int32]  # row of `page` of a block in state MIXED
+    page: npt.NDArray[np.uint8]  # [rows, 512] states of single pages
+    own_pages: npt.NDArray[np.int32]  # pages of each row of `page` that are own and writable
+    meta: I64s  # rows of `page` in use, rows freed
+    free: npt.NDArray[np.int32]  # stack of freed rows of `page`
+
+
+class Vcpu(NamedTuple):
+    """One vCPU: registers, counters, PML buffer, dirty ring, event log."""
+
+    reg: I64s
+    stat: I64s
+    pml: U64s  # [512]
+    ring: U64s  # [entries, 2]: flags | slot << 32, offset
+    log: U64s  # [n, LOG_COLUMNS]; n == 0: nothing is recorded
+
+
+# Columns of Vcpu.reg.
+PML_ON, PML_INDEX, RING_SIZE, RING_DIRTY, RING_RESET, RING_SOFT, RING_FULL_REQUEST = 0, 1, 2, 3, 4, 5, 6
+ROOT, EXIT_REASON, COUNTED, LOGGED, EXIT_GFN = 7, 8, 9, 10, 11
+REG_COLUMNS = 12
+# Columns of Vcpu.stat.
+PF_TAKEN, PF_FIXED, PF_FAST, PF_EMULATE, PF_SPURIOUS, PF_MMIO_SPTE_CREATED = 0, 1, 2, 3, 4, 5
+EXITS, PML_ENTRIES, PML_FULLS, RING_FULLS, SLOW_FAULTS, VIOLATIONS, MISCONFIGS = 6, 7, 8, 9, 10, 11, 12
+STAT_COLUMNS = 13
+# Exit reasons of a stay in the guest.
+DONE, EXIT_RING_FULL, EXIT_MMIO, EXIT_HOST, EXIT_EFAULT, EXIT_NOMEM, EXIT_LOG = 0, 1, 2, 3, 4, 5, 6
+# Events in Vcpu.log: kind and up to five values.
+LOG_COLUMNS = 6
+EV_FAULT, EV_FAST, EV_SET, EV_SPTE, EV_MARK, EV_PML, EV_PML_FULL, EV_PUSH, EV_RING_EXIT, EV_MMIO = 1, 2, 3, 4, 5, 6, 7, 8, 9, 10
+
+
+class Mode(NamedTuple):
+    """Platform and policy as kernels see them: the layout of an entry and one number a decision."""
+
+    lay: Layout
+    max_level: np.int64
+    ad: np.int64  # hardware sets A and D
+    dirty_log_size: np.int64  # 512: PML hardware
+    eager: np.int64
+    nx: np.int64
+    split_in_place: np.int64
+    fast_fault: np.int64
+    oldest_first: np.int64
+    dirty_on_remake: np.int64
+    flush_each: np.int64
+    recover: np.int64
+    initially_set: np.int64
+    nx_mark_all: np.int64
+    collapse_pages: np.int64
+    collapse_precise: np.int64
+    level_clamped: np.int64
+
+
+def zeros(count: int, dtype: Any = np.int64) -> npt.NDArray[Any]:
+    """Return `count` zeros of `dtype`."""
+    return np.zeros(count, dtype)

@@ -1,0 +1,132 @@
+"""The slow path of a fault: host page, goal level, walk with splits and links, leaf. Guest faults and prefaults share it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from spte import context as cx
+from spte._jit import kernel
+from spte.bits import MMU_PRESENT, ONE, ROLE_GUEST_MODE, SHIFT_PAGE, U64, ZERO
+from spte.entries import drop_entry, free_table, link, make_leaf, new_child, split_entry
+from spte.host import HOST_COW, HOST_EFAULT, HOST_OK, ZERO_PFN, host_fault
+from spte.slots import mark_dirty, max_mapping_level, note
+from spte.tables import child_of, count_leaf, index_of, is_link
+
+MMIO_GEN_LOW, MMIO_GEN_HIGH = U64(0xFF), U64(0x7FF)
+
+
+@kernel
+def mmio_spte(m, s, gfn):
+    """Build the MMIO SPTE of `gfn` with the slots' generation."""
+    gpa = U64(gfn) << SHIFT_PAGE
+    gen = U64(s.meta[cx.GENERATION])
+    spte = m.lay.mmio | gpa | ((gpa & m.lay.l1tf) << U64(5))
+    return spte | ((gen & MMIO_GEN_LOW) << U64(3)) | (((gen >> U64(8)) & MMIO_GEN_HIGH) << U64(52))
+
+
+@kernel
+def _install(t, v, m, row, i, gfn, level, new):
+    """Put leaf `new` at an entry that may hold anything; keeps the counts of leaves right."""
+    old = t.sptes[row, i]
+    if (old & MMU_PRESENT) == ZERO:
+        count_leaf(t, level, 1)
+    elif level > 1 and is_link(old):
+        count_leaf(t, level, 1)
+        free_table(t, child_of(old))
+        t.meta[cx.FLUSHES] += 1
+    t.sptes[row, i] = new
+    t.meta[cx.SPTES_WRITTEN] += 1
+    if v.log.shape[0] > 0:
+        note(v, cx.EV_SPTE, gfn, level, old, new, 0)
+        note(v, cx.EV_SET, gfn, level, new, 0, 0)
+
+
+@kernel
+def _next_table(t, v, m, row, i, nx_mark):
+    """Return the table below entry `i` of `row`, made by split, zap or link as the entry asks; -1 if the arena is full."""
+    old = t.sptes[row, i]
+    huge = (old & MMU_PRESENT) != ZERO
+    if huge and is_link(old):
+        return child_of(old)
+    if huge and m.split_in_place:
+        child = split_entry(t, m, row, i)
+    else:
+        if huge:
+            drop_entry(t, m, row, i)
+            t.meta[cx.FLUSHES] += 1
+        child = new_child(t, m, row, i)
+        if child >= 0:
+            link(t, m, row, i, child)
+            t.meta[cx.SPTES_WRITTEN] += 1
+    if child >= 0:
+        t.nx_disallowed[child] = nx_mark
+        t.meta[cx.NX_SPLITS] += nx_mark == 2
+        if v.log.shape[0] > 0:
+            note(v, cx.EV_SPTE, t.gfn[child], t.level[row], old, t.sptes[row, i], 0)
+    return child
+
+
+@kernel
+def _nx_holds(t, m, spte, level):
+    """Tell whether an entry links to a table that the NX mitigation keeps from becoming a huge leaf."""
+    return m.nx and level > 1 and is_link(spte) and t.nx_disallowed[child_of(spte)] != 0
+
+
+@kernel
+def map_gfn(t, s, h, v, m, k, gfn, kind, prefetch):
+    """Take the slow path: host page, goal level, walk, leaf. Returns an exit reason, DONE if the leaf is there."""
+    pfn = ZERO
+    host_writable = False
+    logs = False
+    fits = np.int64(1)
+    if k >= 0:
+        hpage = s.table[k, cx.HPAGE] + gfn - s.table[k, cx.BASE]
+        code, host_writable, zero = host_fault(h, hpage, kind == cx.WRITE)
+        if code == HOST_COW:
+            return cx.EXIT_HOST
+        if code != HOST_OK:
+            return cx.EXIT_EFAULT if code == HOST_EFAULT else cx.EXIT_NOMEM
+        pfn = ZERO_PFN if zero else U64(hpage)
+        logs = s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES != 0
+        if s.table[k, cx.FLAGS] & cx.READONLY:
+            host_writable = False
+        if not logs:
+            fits = max_mapping_level(s, h, k, gfn, m.max_level)
+    no_huge = m.nx and kind == cx.EXEC
+    goal = np.int64(1) if no_huge else fits
+    row = v.reg[cx.ROOT]
+    level = np.int64(t.level[row])
+    i = index_of(gfn, level)
+    while True:
+        if level == goal and _nx_holds(t, m, t.sptes[row, i], level):
+            goal -= 1
+        if level == goal:
+            break
+        nx_mark = (2 if level <= fits else m.nx_mark_all) if no_huge else 0
+        row = _next_table(t, v, m, row, i, nx_mark)
+        if row < 0:
+            return cx.EXIT_NOMEM
+        level -= 1
+        i = index_of(gfn, level)
+    old = t.sptes[row, i]
+    if k < 0:
+        new = mmio_spte(m, s, gfn)
+        t.sptes[row, i] = new
+        t.meta[cx.SPTES_WRITTEN] += 1
+        v.stat[cx.PF_EMULATE] += not prefetch
+        v.stat[cx.PF_MMIO_SPTE_CREATED] += 1
+        if v.log.shape[0] > 0:
+            note(v, cx.EV_SPTE, gfn, level, old, new, 0)
+            note(v, cx.EV_MMIO, gfn, 0, 0, 0, 0)
+        return cx.EXIT_MMIO
+    first = pfn & ~((ONE << U64(9 * (level - 1))) - ONE)
+    guest_mode = t.role[row] & ROLE_GUEST_MODE != 0
+    new = make_leaf(m, level, first, old, prefetch, host_writable, guest_mode, not (m.nx and level > 1))
+    if new == old:
+        v.stat[cx.PF_SPURIOUS] += not prefetch
+        return cx.DONE
+    if host_writable and logs:
+        mark_dirty(t, s, v, k, gfn)
+    _install(t, v, m, row, i, gfn, level, new)
+    v.stat[cx.PF_FIXED] += not prefetch
+    return cx.DONE

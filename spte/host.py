@@ -1,0 +1,170 @@
+"""The host's side of a page: is it there, may it be written, how large is its mapping.
+
+Host page numbers (hva >> 12, which are also the model's pfns) index 2 MiB blocks. A block is in one state as a whole, or
+MIXED with a state a page; so memory grows with what is irregular, not with the guest.
+
+| block state | meaning |
+|---|---|
+| EMPTY | no page was touched |
+| OWN | every page is there, writable, mapped at 4 KiB |
+| HUGE | mapped huge and writable |
+| HUGE_WP | mapped huge, write-protected (fork, soft-dirty) |
+| HUGE_RO | mapped huge, mprotect(PROT_READ) |
+| MIXED | look at the page |
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from spte import memory
+from spte._jit import kernel
+from spte.context import Host, zeros
+
+UNMAPPED, SMALL, THP, HUGETLB_2M, HUGETLB_1G, SHM = 0, 1, 2, 3, 4, 5  # kinds of memory of a block
+EMPTY, OWN, HUGE, MIXED, HUGE_WP, HUGE_RO = 0, 1, 2, 3, 4, 5
+PAGE_NONE, PAGE_OWN, PAGE_ZERO, PAGE_WP = 0, 1, 2, 3
+PROTECTED = 0x80  # mprotect(PROT_READ), beside the state of a page
+HOST_OK, HOST_COW, HOST_EFAULT, HOST_NOMEM = 0, 1, 2, 3
+
+BLOCKS = 1 << 26  # 2**47 bytes of user address space in 2 MiB blocks
+FIRST_BLOCK = 1 << 15  # below it, pfns name rows of the arena
+ZERO_PFN = np.uint64(FIRST_BLOCK << 9)
+MIXED_ROWS = 1 << 20
+
+
+_host: Host | None = None
+
+
+def the_host() -> Host:
+    """Return this process's host memory, made at the first call: a real host has one too, and VMs may share pages."""
+    global _host
+    if _host is None:
+        res = memory.reserve
+        _host = Host(
+            kind=res(np.uint8, BLOCKS), device=res(np.uint8, BLOCKS), block=res(np.uint8, BLOCKS), mixed=res(np.int32, BLOCKS),
+            page=res(np.uint8, MIXED_ROWS, 512), own_pages=res(np.int32, MIXED_ROWS), meta=zeros(2), free=res(np.int32, MIXED_ROWS),
+        )  # fmt: skip
+    return _host
+
+
+@kernel
+def make_mixed(h, block):
+    """Give `block` a state a page, all as the block was; returns the row, -1 if there is none."""
+    if h.block[block] == MIXED:
+        return np.int64(h.mixed[block])
+    if h.meta[1] > 0:
+        h.meta[1] -= 1
+        row = np.int64(h.free[h.meta[1]])
+    else:
+        row = h.meta[0]
+        if row >= h.own_pages.shape[0]:
+            return np.int64(-1)
+        h.meta[0] = row + 1
+    was = h.block[block]
+    state = PAGE_OWN
+    if was == EMPTY:
+        state = PAGE_NONE
+    elif was == HUGE_WP:
+        state = PAGE_WP
+    elif was == HUGE_RO:
+        state = PAGE_OWN | PROTECTED
+    for i in range(512):
+        h.page[row, i] = state
+    h.own_pages[row] = 512 if state == PAGE_OWN else 0
+    h.mixed[block] = row
+    h.block[block] = MIXED
+    return np.int64(row)
+
+
+@kernel
+def drop_mixed(h, block, state):
+    """Put the whole block into `state`; its row of single pages, if any, is given back."""
+    if h.block[block] == MIXED:
+        h.free[h.meta[1]] = h.mixed[block]
+        h.meta[1] += 1
+    h.block[block] = state
+
+
+@kernel
+def set_page(h, block, row, i, state):
+    """Put one page of a MIXED block into `state`; a block whose pages are all own becomes OWN."""
+    h.own_pages[row] += np.int32(state == PAGE_OWN) - np.int32(h.page[row, i] == PAGE_OWN)
+    h.page[row, i] = state
+    if h.own_pages[row] == 512:
+        drop_mixed(h, block, OWN)
+
+
+@kernel
+def host_level(h, hpage):
+    """Return the level at which the host maps `hpage`: 3, 2, or 1 (also when absent)."""
+    state = h.block[hpage >> 9]
+    if state != HUGE and state != HUGE_WP and state != HUGE_RO:
+        return np.int64(1)
+    return np.int64(3 if h.kind[hpage >> 9] == HUGETLB_1G else 2)
+
+
+@kernel
+def fault_in_huge(h, block, kind):
+    """Map an EMPTY block huge; 1 GiB pages come whole."""
+    if kind == HUGETLB_1G:
+        first = block & ~np.int64(511)
+        for b in range(first, first + 512):
+            h.block[b] = HUGE
+    else:
+        h.block[block] = HUGE
+
+
+@kernel
+def host_fault(h, hpage, write):
+    """Make the host map `hpage` as an access needs it; returns ``(code, writable, zero)``.
+
+    HOST_COW: the host must copy a zero page, with a notifier; the caller lets `spte.backing` do it and asks again.
+    """
+    block = hpage >> 9
+    kind = h.kind[block]
+    state = h.block[block]
+    if kind == UNMAPPED:
+        return HOST_EFAULT, False, False
+    if state == HUGE or state == OWN:
+        return HOST_OK, True, False
+    if state == HUGE_WP:
+        if write:
+            h.block[block] = HUGE
+        return HOST_OK, write, False
+    if state == HUGE_RO:
+        return HOST_EFAULT if write else HOST_OK, False, False
+    if state == EMPTY and (kind == THP or kind == HUGETLB_2M or kind == HUGETLB_1G):
+        fault_in_huge(h, block, kind)
+        return HOST_OK, True, False
+    row = make_mixed(h, block)
+    if row < 0:
+        return HOST_NOMEM, False, False
+    i = hpage & 511
+    page = h.page[row, i]
+    if page & PROTECTED:
+        if write:
+            return HOST_EFAULT, False, False
+        if page == PROTECTED | PAGE_NONE and kind != SHM:
+            h.page[row, i] = PROTECTED | PAGE_ZERO
+        return HOST_OK, False, (h.page[row, i] & 3) == PAGE_ZERO
+    if page == PAGE_OWN:
+        return HOST_OK, True, False
+    if page == PAGE_ZERO and write:
+        return HOST_COW, False, False
+    if write or (page == PAGE_NONE and kind == SHM):
+        set_page(h, block, row, i, PAGE_OWN)
+        return HOST_OK, True, False
+    if page == PAGE_NONE:
+        h.page[row, i] = PAGE_ZERO
+    return HOST_OK, False, page != PAGE_WP
+
+
+def write_page(hpage: np.int64) -> bool:
+    """Store into a host page from the host itself; returns whether a zero page was copied, which needs the unmap notifier."""
+    h = the_host()
+    code, _, _ = host_fault(h, hpage, True)
+    if code != HOST_COW:
+        return False
+    set_page(h, hpage >> 9, np.int64(h.mixed[hpage >> 9]), hpage & 511, np.uint8(PAGE_OWN))
+    return True

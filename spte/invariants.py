@@ -1,0 +1,128 @@
+"""The invariants of tables, counters and logging state, scanned in one pass over the arena.
+
+| name | holds after every operation |
+|---|---|
+| S1 | of a leaf: MMU_WRITABLE only with HOST_WRITABLE, W only with MMU_WRITABLE |
+| S3 | no LARGE at level 1, no leaf above level 3, frames of large leaves aligned |
+| S4 | a leaf lies in a slot; a table's first gfn and parent are those of the entry that links to it |
+| S5 | no frozen entry; no MMU_PRESENT in what is not present |
+| S7 | the A/D type of a leaf is that of its root |
+| S9 | pages_4k, pages_2m, pages_1g count the leaves |
+| S10 | no executable huge leaf under the NX mitigation |
+| L1 | a slot that logs has no writable huge leaf, unless it began initially-set |
+| L2 | by write protection: a writable 4 KiB leaf of a logging slot has its dirty bit set |
+| L3 | with PML: a leaf with W and D of a logging slot has its dirty bit set |
+| M2 | the count of logging slots is that of the slots |
+| M3 | a PML buffer is empty outside the guest |
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from spte import bits as bt
+from spte._jit import kernel
+from spte.context import BASE, BITMAP, FLAGS, LOG_DIRTY_PAGES, PAGES_4K, PML_INDEX, READONLY, ROWS
+from spte.entries import log_shift
+from spte.errors import InvariantError
+from spte.slots import find_slot
+from spte.tables import child_of, is_leaf
+
+if TYPE_CHECKING:
+    from spte.observe import Observable
+
+S1, S3, S4, S5, S7, S9, S10, L1, L2, L3 = range(1, 11)
+NAMES = ("", "S1", "S3", "S4", "S5", "S7", "S9", "S10", "L1", "L2", "L3")
+
+
+@kernel
+def _leaf_breaks(t, s, m, row, spte, gfn, level):
+    """Return the invariant that a present leaf breaks, 0 if none."""
+    host = (spte & m.lay.host_writable) != bt.ZERO
+    mmu = (spte & m.lay.mmu_writable) != bt.ZERO
+    w = (spte & bt.WRITABLE) != bt.ZERO
+    if (mmu and not host) or (w and not mmu):
+        return S1
+    below = (bt.ONE << (bt.SHIFT_PAGE + bt.U64(9 * (level - 1)))) - bt.ONE
+    if level > 3 or (spte & bt.PFN_MASK & below) != bt.ZERO:
+        return S3
+    role = np.int64(t.role[row])
+    want = bt.TYPE_DISABLED if role & bt.ROLE_AD_DISABLED else bt.ZERO
+    if want == bt.ZERO and role & bt.ROLE_GUEST_MODE and m.dirty_log_size:
+        want = bt.TYPE_WRPROT
+    if (spte & bt.TYPE_MASK) != want:
+        return S7
+    if m.nx and level > 1 and (spte & (m.lay.x | m.lay.nx)) == m.lay.x:
+        return S10
+    k = find_slot(s, gfn)
+    if k < 0:
+        return S4
+    flags = s.table[k, FLAGS]
+    if not flags & LOG_DIRTY_PAGES or flags & READONLY or s.table[k, BITMAP] < 0 or not w:
+        return 0
+    if level > 1:
+        return 0 if m.initially_set else L1
+    page = gfn - s.table[k, BASE]
+    marked = (s.words[s.table[k, BITMAP] + (page >> 6)] >> bt.U64(page & 63)) & bt.U64(1)
+    shift = log_shift(t, m, row)
+    if marked == bt.ZERO and ((spte >> shift) & bt.U64(1)) != bt.ZERO:
+        return L2 if shift == bt.U64(1) else L3
+    return 0
+
+
+@kernel
+def _scan(t, s, m, count):
+    """Scan every table; returns ``(invariant or 0, row, index)`` and fills the leaves of each level into `count`."""
+    for row in range(t.meta[ROWS]):
+        level = np.int64(t.level[row])
+        if level == 0:
+            continue
+        for i in range(512):
+            spte = t.sptes[row, i]
+            gfn = t.gfn[row] + (np.int64(i) << (9 * (level - 1)))
+            broken = 0
+            if (spte & bt.MMU_PRESENT) == bt.ZERO:
+                mmio = (spte & m.lay.mmio_mask) == m.lay.mmio_test
+                broken = 0 if spte == m.lay.nonpresent or mmio else S5
+            elif is_leaf(spte, level):
+                if level <= 3:
+                    count[level - 1] += 1
+                broken = S3 if level == 1 and (spte & bt.LARGE) != bt.ZERO else _leaf_breaks(t, s, m, row, spte, gfn, level)
+            else:
+                child = child_of(spte)
+                same = t.level[child] == level - 1 and t.gfn[child] == gfn and t.parent[child] == row
+                broken = 0 if same else S4
+            if broken:
+                return broken, row, i
+    return 0, 0, 0
+
+
+def check(vm: Observable) -> None:
+    """Raise InvariantError for the first invariant that does not hold.
+
+    Parameters
+    ----------
+    vm : Observable
+        Not changed; no vCPU may be in the guest.
+
+    Raises
+    ------
+    InvariantError
+        Names the invariant and the entry.
+    """
+    t, count = vm.mmu.tables, np.zeros(3, np.int64)
+    broken, row, i = _scan(t, vm.memslots.spaces[0], vm.mmu.mode, count)
+    if broken:
+        where = f"entry {i} of table {row}: level {t.level[row]}, first gfn {t.gfn[row]:#x}, value {t.sptes[row, i]:#x}"
+        raise InvariantError(f"{NAMES[broken]} broken by {where}")
+    counted = t.meta[PAGES_4K : PAGES_4K + 3]
+    if (counted != count).any():
+        raise InvariantError(f"S9 broken: pages_4k, _2m, _1g are {counted.tolist()}, the tables hold {count.tolist()} leaves")
+    logging = sum(slot.logs for slot in vm.memslots)
+    if logging != vm.nr_memslots_dirty_logging:
+        raise InvariantError(f"M2 broken: {vm.nr_memslots_dirty_logging} slots counted as logging, {logging} do")
+    for vcpu in vm.vcpus:
+        if vcpu.arrays.reg[PML_INDEX] != 511:
+            raise InvariantError(f"M3 broken: vCPU {vcpu.index} is outside the guest with PML index {vcpu.arrays.reg[PML_INDEX]}")

@@ -1,0 +1,64 @@
+"""Reset of dirty rings: free harvested entries and re-arm their pages, neighbours coalesced into 64-gfn masks."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from spte._jit import kernel
+from spte.bits import ONE, U64, ZERO
+from spte.context import BASE, COUNT, NPAGES, RING_RESET, RING_SIZE, SLOT
+from spte.rearm import rearm_mask
+from spte.slots import SLOT_SHIFT, U32_MASK
+
+HARVESTED = U64(2)
+FLAGS_MASK = U64(0xFFFF_FFFF)
+
+
+@kernel
+def _rearm(t, s, m, roots, slot, offset, mask):
+    """Re-arm one mask; a slot or offset that does not exist (userspace may write the ring) is passed over."""
+    last = np.int64(63)
+    while (mask >> U64(last)) == ZERO:
+        last -= 1
+    for k in range(s.meta[COUNT]):
+        if s.table[k, SLOT] == slot:
+            if offset < 0 or offset + last >= s.table[k, NPAGES]:
+                return 0
+            changed = 0
+            for r in range(roots.shape[0]):
+                got, _ = rearm_mask(t, m, roots[r], s.table[k, BASE] + offset, mask, np.int64(-1))
+                changed += got
+            return changed
+    return 0
+
+
+@kernel
+def reset_ring(t, s, m, v, roots):
+    """Free the harvested entries of one ring from its reset index on; returns ``(entries freed, SPTEs changed)``."""
+    freed, changed = 0, 0
+    slot, base, mask = np.int64(-1), np.int64(0), ZERO
+    while freed < v.reg[RING_SIZE]:
+        i = v.reg[RING_RESET] & (v.reg[RING_SIZE] - 1)
+        head = v.ring[i, 0]
+        if (head & HARVESTED) == ZERO:
+            break
+        next_slot = np.int64(head >> SLOT_SHIFT)
+        offset = np.int64(v.ring[i, 1])
+        v.ring[i, 0] = head & ~FLAGS_MASK
+        v.reg[RING_RESET] = (v.reg[RING_RESET] + 1) & U32_MASK
+        freed += 1
+        if mask != ZERO and next_slot == slot:
+            delta = offset - base
+            if 0 <= delta < 64:
+                mask |= ONE << U64(delta)
+                continue
+            if -64 < delta < 0 and ((mask << U64(-delta)) >> U64(-delta)) == mask:
+                base = offset
+                mask = (mask << U64(-delta)) | ONE
+                continue
+        if mask != ZERO:
+            changed += _rearm(t, s, m, roots, slot, base, mask)
+        slot, base, mask = next_slot, offset, ONE
+    if mask != ZERO:
+        changed += _rearm(t, s, m, roots, slot, base, mask)
+    return freed, changed

@@ -1,0 +1,25 @@
+"""Set dirty: up to 5.11, disabling on PML hardware sets D everywhere in the slot, so that nothing more is logged (patch 12 drops it)."""
+
+from __future__ import annotations
+
+from spte._jit import kernel
+from spte.bits import MMU_PRESENT, ONE, ZERO
+from spte.context import ROWS
+from spte.sweep import place
+
+
+@kernel
+def set_dirty_slot(t, m, as_id, start, end):
+    """Set D in every present entry that maps or leads to gfns ``[start, end)``, links too; returns SPTEs changed, caller flushes."""
+    changed = 0
+    dirty = ONE << m.lay.dirty_shift
+    for row in range(t.meta[ROWS]):
+        if t.level[row] == 0:
+            continue
+        lo, hi = place(t, row, as_id, start, end)
+        for i in range(lo, hi):
+            spte = t.sptes[row, i]
+            if (spte & MMU_PRESENT) != ZERO and (spte & dirty) == ZERO:
+                t.sptes[row, i] = spte | dirty
+                changed += 1
+    return changed

@@ -1,0 +1,98 @@
+"""Re-arm 64 gfns: what GET, CLEAR and the reset of dirty rings share. No flush in here: that is the caller's."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from spte._jit import ctz, kernel
+from spte.bits import ONE, PRESENT_SHIFT, U64, WRITABLE, ZERO
+from spte.entries import log_shift, split_below
+from spte.tables import is_leaf, table_at, walk
+
+ALL_ONES = ~ZERO
+
+
+@kernel
+def rearm_entries(sptes, row, first, mask, shift):
+    """Clear bit `shift` in the present leaves ``sptes[row, first + b]`` for each bit b of `mask`; returns SPTEs changed."""
+    changed = ZERO
+    if mask == ALL_ONES:  # a plain sweep takes 1.1x of memory speed where counting zeros takes 2.2x
+        for j in range(first, first + 64):
+            s = sptes[row, j]
+            d = (s >> shift) & (s >> PRESENT_SHIFT) & ONE
+            changed += d
+            sptes[row, j] = s ^ (d << shift)
+        return np.int64(changed)
+    while mask != ZERO:
+        j = first + ctz(mask)
+        mask &= mask - ONE
+        s = sptes[row, j]
+        d = (s >> shift) & (s >> PRESENT_SHIFT) & ONE
+        changed += d
+        sptes[row, j] = s ^ (d << shift)
+    return np.int64(changed)
+
+
+@kernel
+def write_protect_huge(t, m, root, gfn):
+    """Take W and MMU_WRITABLE from a huge leaf that covers `gfn`; returns SPTEs changed (0 or 1)."""
+    row, i, level = walk(t, root, gfn)
+    spte = t.sptes[row, i]
+    if level == 1 or not is_leaf(spte, level) or (spte & (WRITABLE | m.lay.mmu_writable)) == ZERO:
+        return 0
+    t.sptes[row, i] = spte & ~(WRITABLE | m.lay.mmu_writable)
+    return 1
+
+
+@kernel
+def split_range(t, m, root, start, end):
+    """Split the huge leaves that meet gfns ``[start, end)`` to 4 KiB; best effort. Returns leaves split; no flush needed."""
+    done = 0
+    gfn = start
+    while gfn < end:
+        row, i, level = walk(t, root, gfn)
+        if level > 1 and is_leaf(t.sptes[row, i], level):
+            done += split_below(t, m, row, i, start, end)
+        gfn = (gfn | ((np.int64(1) << (9 * max(level - 1, 1))) - 1)) + 1
+    return done
+
+
+@kernel
+def _rearm_huge(t, m, root, gfn, mask):
+    """With initially-set, huge leaves may be writable still: split them, or write-protect those of the mask's ends."""
+    start = gfn + ctz(mask)
+    end = gfn + 63
+    while (mask >> U64(end - gfn)) == ZERO:
+        end -= 1
+    if m.eager:
+        split_range(t, m, root, start, end + 1)
+    changed = write_protect_huge(t, m, root, start)
+    if start >> 9 != end >> 9:
+        changed += write_protect_huge(t, m, root, end)
+    return changed
+
+
+@kernel
+def rearm_mask(t, m, root, gfn, mask, row):
+    """Make the next write to each ``gfn + b``, b a bit of `mask` (not 0), visible again under `root`.
+
+    `row` is a level-1 table to look in first, -1 for none. Returns ``(SPTEs changed, the table to look in next)``. Huge leaves
+    are passed over: a logging slot has none that is writable.
+    """
+    changed = 0
+    if m.initially_set:
+        changed += _rearm_huge(t, m, root, gfn, mask)
+    first = gfn & 511
+    here = min(np.int64(64), 512 - first)  # the window may begin in one table and end in the next
+    part = mask if here == 64 else mask & ((ONE << U64(here)) - ONE)
+    if part != ZERO:
+        if row < 0 or t.level[row] != 1 or t.gfn[row] != gfn - first:
+            row = table_at(t, root, gfn, 1)
+        if row >= 0:
+            changed += rearm_entries(t.sptes, row, first, part, log_shift(t, m, row))
+    part = ZERO if here == 64 else mask >> U64(here)
+    if part != ZERO:
+        row = table_at(t, root, gfn + here, 1)
+        if row >= 0:
+            changed += rearm_entries(t.sptes, row, np.int64(0), part, log_shift(t, m, row))
+    return changed, row

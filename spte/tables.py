@@ -1,0 +1,123 @@
+"""The arena: page-table pages as rows of one uint64 array, made on demand, freed, reused; walks over them.
+
+A present entry of level > 1 without LARGE links to the row that its address names. Free rows have level 0, so a sweep in
+arena order passes over them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from spte import memory
+from spte._jit import kernel
+from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, SHIFT_PAGE, WRITABLE, ZERO
+from spte.context import FREED, META_COLUMNS, PAGES_4K, ROWS, Tables, zeros
+
+# 2**24 rows map 32 TiB in 4 KiB pages. Only address space: 64 GiB and 0.5 GiB of attributes, nothing of it touched.
+CAPACITY = 1 << 24
+
+
+def new_tables(capacity: int = CAPACITY) -> Tables:
+    """Return an empty arena of at most `capacity` rows (fewer where the host refuses the address space)."""
+    sptes = memory.reserve(np.uint64, capacity, 512)
+    n = len(sptes)
+    res = memory.reserve
+    return Tables(
+        sptes, level=res(np.uint8, n), gfn=res(np.int64, n), role=res(np.uint32, n), parent=res(np.int32, n),
+        nx_disallowed=res(np.uint8, n), free=res(np.int32, n), meta=zeros(META_COLUMNS),
+    )  # fmt: skip
+
+
+@kernel
+def alloc_row(t, level, gfn, role, parent, empty):
+    """Take a row, fill it with `empty`; returns its number, -1 if the arena is full."""
+    used = t.meta[FREED] > 0
+    if used:
+        t.meta[FREED] -= 1
+        row = np.int64(t.free[t.meta[FREED]])
+    else:
+        row = t.meta[ROWS]
+        if row >= t.level.shape[0]:
+            return np.int64(-1)
+        t.meta[ROWS] = row + 1
+    if used or empty != ZERO:
+        for i in range(512):
+            t.sptes[row, i] = empty
+    t.level[row] = level
+    t.gfn[row] = gfn
+    t.role[row] = role
+    t.parent[row] = parent
+    t.nx_disallowed[row] = 0
+    return np.int64(row)
+
+
+@kernel
+def free_row(t, row):
+    """Give a row back."""
+    t.level[row] = 0
+    t.free[t.meta[FREED]] = row
+    t.meta[FREED] += 1
+
+
+@kernel
+def index_of(gfn, level):
+    """Return the place of `gfn` in a table of `level`."""
+    return (gfn >> (9 * (level - 1))) & 511
+
+
+@kernel
+def is_link(spte):
+    """Tell whether an entry of level > 1 links to a table."""
+    return (spte & (MMU_PRESENT | LARGE)) == MMU_PRESENT
+
+
+@kernel
+def child_of(spte):
+    """Return the row that a link names."""
+    return np.int64((spte & PFN_MASK) >> SHIFT_PAGE)
+
+
+@kernel
+def walk(t, root, gfn):
+    """Follow links for `gfn` from `root`; returns ``(row, index, level)`` of the last entry."""
+    row = root
+    level = np.int64(t.level[root])
+    while True:
+        i = index_of(gfn, level)
+        spte = t.sptes[row, i]
+        if level == 1 or not is_link(spte):
+            return row, i, level
+        row = child_of(spte)
+        level -= 1
+
+
+@kernel
+def table_at(t, root, gfn, level):
+    """Return the row of `level` that holds the entry of `gfn`, -1 if no such table is linked."""
+    row = root
+    at = np.int64(t.level[root])
+    while at > level:
+        spte = t.sptes[row, index_of(gfn, at)]
+        if not is_link(spte):
+            return np.int64(-1)
+        row = child_of(spte)
+        at -= 1
+    return np.int64(row)
+
+
+@kernel
+def is_leaf(spte, level):
+    """Tell whether an entry of `level` is a present leaf."""
+    return (spte & MMU_PRESENT) != ZERO and (level == 1 or (spte & LARGE) != ZERO)
+
+
+@kernel
+def count_leaf(t, level, change):
+    """Add `change` to the VM's count of leaves of `level`."""
+    t.meta[PAGES_4K + level - 1] += change
+
+
+@kernel
+def is_writable(spte):
+    """Tell whether a present leaf is writable by hardware now."""
+    return (spte & WRITABLE) != ZERO
