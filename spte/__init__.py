@@ -1,0 +1,28 @@
+"""KVM's x86 dirty logging as arrays: memslots, vCPUs, page tables and dirty logs without the hardware."""
+
+from spte import kernels, policy
+from spte._version import __version__
+from spte.backing import Backing
+from spte.context import EXEC, READ, WRITE
+from spte.errors import DirtyLoggingLeak, InvariantError, KvmError
+from spte.platform import Platform
+from spte.policy import Policy
+from spte.vcpu import Exit
+from spte.vm import VM
+
+__all__ = [
+    "EXEC",
+    "READ",
+    "VM",
+    "WRITE",
+    "Backing",
+    "DirtyLoggingLeak",
+    "Exit",
+    "InvariantError",
+    "KvmError",
+    "Platform",
+    "Policy",
+    "__version__",
+    "kernels",
+    "policy",
+]

@@ -1,0 +1,120 @@
+"""Host memory behind memslots. One host a process: VMs that share a `Backing` share its pages."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from spte import host as hostmm
+from spte import notifier
+from spte.errors import SlotAlignmentError, SlotRangeError
+from spte.memory import Pool
+
+if TYPE_CHECKING:
+    from spte.vm import VM
+
+PAGE = 4096
+_BLOCK = 2 << 20
+_GIB = 1 << 30
+_KINDS = {
+    "4k": hostmm.SMALL, "thp": hostmm.THP, "hugetlb2m": hostmm.HUGETLB_2M, "hugetlb1g": hostmm.HUGETLB_1G, "shm": hostmm.SHM,
+    "devdax2m": hostmm.HUGETLB_2M, "devdax1g": hostmm.HUGETLB_1G,
+}  # fmt: skip
+KINDS = tuple(_KINDS)
+
+_space: Pool | None = None  # 1 GiB units of user address space
+
+
+def _units() -> Pool:
+    global _space
+    if _space is None:
+        _space = Pool(np.uint8, (hostmm.BLOCKS >> 9) - 1 - (hostmm.FIRST_BLOCK >> 9))
+    return _space
+
+
+def _release(first_block: int, blocks: int, unit: int, units: int) -> None:
+    h = hostmm.the_host()
+    for block in first_block + np.flatnonzero(h.block[first_block : first_block + blocks] == hostmm.MIXED):
+        hostmm.drop_mixed(h, block, hostmm.EMPTY)
+    h.block[first_block : first_block + blocks] = hostmm.EMPTY
+    h.kind[first_block : first_block + blocks] = hostmm.UNMAPPED
+    _units().give(unit, units)
+
+
+class Backing:
+    """Host memory that memslots map, as one mapping of the host.
+
+    Parameters
+    ----------
+    kind : str
+        ``4k`` (no huge pages), ``thp``, ``hugetlb2m``, ``hugetlb1g``, ``shm``, ``devdax2m``, ``devdax1g``.
+    size : int
+        Bytes, a multiple of 4096; of the huge page for hugetlb and devdax.
+    align : int, optional
+        Alignment of the host virtual address, bytes, a power of two >= 4096; a small one is not exceeded, so ``align=4096`` gives
+        memory that no huge page of the guest fits. Default: 2 MiB (1 GiB for 1 GiB pages).
+    populate : bool
+        Every page is written once beforehand. devdax is always populated.
+    hva_offset : int
+        Bytes that the host virtual address lies above a multiple of 1 GiB; takes the place of `align`.
+
+    Raises
+    ------
+    SlotAlignmentError, SlotRangeError
+        EINVAL: unknown kind, or size or alignment that such memory can not have.
+    """
+
+    def __init__(self, kind: str, size: int, *, align: int | None = None, populate: bool = False, hva_offset: int | None = None) -> None:
+        if kind not in _KINDS:
+            raise SlotAlignmentError(f"backing kind {kind!r} is not known; take one of {', '.join(KINDS)}")
+        unit = _GIB if kind.endswith("1g") else _BLOCK if kind.endswith("2m") else PAGE
+        if size <= 0 or size % unit:
+            raise SlotAlignmentError(f"size={size} of a {kind} backing is not a positive multiple of {unit}; round up")
+        if align is not None and (align < PAGE or align & (align - 1)):
+            raise SlotAlignmentError(f"align={align} is not a power of two of at least {PAGE}")
+        offset = hva_offset if hva_offset is not None else align if align is not None and align < _BLOCK else 0
+        if offset % (unit if unit > PAGE else PAGE) or not 0 <= offset < _GIB:
+            raise SlotAlignmentError(f"host address offset {offset} does not suit {kind} memory; take a multiple of {unit} below 1 GiB")
+        self.kind, self.size = kind, size
+        h = hostmm.the_host()
+        units = -(-(offset + size) // _GIB)
+        if units > len(_units().array):
+            raise SlotRangeError(f"size={size} exceeds the user address space of {len(_units().array)} GiB")
+        unit0 = _units().take(units)
+        self.hva = ((hostmm.FIRST_BLOCK >> 9) + 1 + unit0) * _GIB + offset
+        self._first_block, self._end_block = self.hva // _BLOCK, -(-(self.hva + size) // _BLOCK)
+        end = self._end_block
+        blocks = slice(self._first_block, end)
+        h.kind[blocks] = _KINDS[kind]
+        h.device[blocks] = kind.startswith("devdax")
+        if kind == "thp":  # a block that sticks out of the mapping can not be huge
+            if self.hva % _BLOCK:
+                h.kind[self._first_block] = hostmm.SMALL
+            if (self.hva + size) % _BLOCK:
+                h.kind[end - 1] = hostmm.SMALL
+        self.users: weakref.WeakSet[VM] = weakref.WeakSet()
+        weakref.finalize(self, _release, self._first_block, end - self._first_block, unit0, units).atexit = False
+        if populate or kind.startswith("devdax"):
+            huge = (h.kind[blocks] != hostmm.SMALL) & (h.kind[blocks] != hostmm.SHM)
+            h.block[blocks] = np.where(huge, np.uint8(hostmm.HUGE), np.uint8(hostmm.OWN))
+
+    @property
+    def hpage(self) -> int:
+        """Host page number of the first byte: hva >> 12."""
+        return self.hva // PAGE
+
+    def __repr__(self) -> str:
+        return f"Backing({self.kind!r}, {self.size})"
+
+    @property
+    def huge_bytes(self) -> int:
+        """Bytes that the host maps huge."""
+        blocks = hostmm.the_host().block[self._first_block : self._end_block]
+        return int(np.isin(blocks, (hostmm.HUGE, hostmm.HUGE_WP, hostmm.HUGE_RO)).sum()) * _BLOCK
+
+    def write(self, first: int, count: int) -> None:
+        """Store into `count` pages from page `first` on, from userspace: never in a dirty log; zero pages are copied."""
+        for hpage in range(self.hpage + first, self.hpage + first + count):
+            notifier.host_write(hpage, self.users)

@@ -1,0 +1,46 @@
+"""Capabilities of the VM: numbers, arguments, what KVM_CHECK_EXTENSION says."""
+
+from __future__ import annotations
+
+from spte.errors import CapabilityError, RingTooLargeError
+from spte.memslot import ADDRESS_SPACES, USER_MEM_SLOTS
+
+MANUAL_PROTECT, DIRTY_RING, DIRTY_RING_ACQ_REL, PREFAULT = 168, 192, 223, 236
+RING_ENTRY_BYTES, RING_MAX_BYTES, PAGE = 16, 65536 * 16, 4096
+RING_RESERVED = 64
+_NAMES = {"manual_dirty_log_protect2": MANUAL_PROTECT, "dirty_log_ring": DIRTY_RING, "dirty_log_ring_acq_rel": DIRTY_RING_ACQ_REL}
+_EXTENSIONS = {
+    10: USER_MEM_SLOTS, 118: ADDRESS_SPACES, MANUAL_PROTECT: 3, DIRTY_RING: RING_MAX_BYTES, DIRTY_RING_ACQ_REL: RING_MAX_BYTES, 236: 1,
+}  # fmt: skip
+
+
+def number(name: str | int) -> int:
+    """Return the number of a capability that can be enabled; CapabilityError (EINVAL) lists those."""
+    found = _NAMES.get(name) if isinstance(name, str) else name
+    if found not in _NAMES.values():
+        known = ", ".join(f"{key} ({value})" for key, value in _NAMES.items())
+        raise CapabilityError(f"capability {name!r} can not be enabled; take one of {known}")
+    assert found is not None
+    return found
+
+
+def check_extension(cap: str | int) -> int:
+    """Return what KVM_CHECK_EXTENSION says of a capability given by name or number: 0 = unknown."""
+    return _EXTENSIONS.get(_NAMES.get(cap, 0) if isinstance(cap, str) else cap, 0)
+
+
+def check_manual_protect(arg0: int) -> None:
+    """Refuse arguments of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 other than 0, 1 (enable) and 3 (and initially-set)."""
+    if arg0 not in (0, 1, 3):
+        raise CapabilityError(f"manual={arg0} is not 0 (off), 1 (ENABLE) or 3 (ENABLE | INITIALLY_SET)")
+
+
+def check_dirty_ring(size: int, cpu_dirty_log_size: int) -> None:
+    """Refuse ring sizes, in bytes, that KVM refuses."""
+    least = RING_ENTRY_BYTES * (RING_RESERVED + cpu_dirty_log_size)
+    if size <= 0 or size & (size - 1):
+        raise CapabilityError(f"ring of {size} bytes is not a power of two; take {1 << max(size, PAGE - 1).bit_length()}")
+    if size < max(least, PAGE):
+        raise CapabilityError(f"ring of {size} bytes is too small; take at least {1 << (max(least, PAGE) - 1).bit_length()}")
+    if size > RING_MAX_BYTES:
+        raise RingTooLargeError(f"ring of {size} bytes is too large; take at most {RING_MAX_BYTES}")

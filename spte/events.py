@@ -1,0 +1,103 @@
+"""Tracepoints: what happened inside an operation, under the kernel's names; off unless asked for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from spte import context as cx
+from spte.bits import PFN_MASK
+from spte.context import Tables, Vcpu
+
+PFERR_PRESENT, PFERR_WRITE, PFERR_USER, PFERR_FETCH = 1, 2, 4, 16
+
+
+def _flags(spte: int) -> str:
+    return f"{spte & ~int(PFN_MASK):x}"
+
+
+def _decode(vcpu: int, e: list[int]) -> list[Any] | None:
+    """Return one logged event as ``[tracepoint, fields...]``; None for what is hardware's, not KVM's."""
+    kind, a, b, c, d, f = e
+    if kind == cx.EV_FAULT:
+        error = PFERR_USER | (PFERR_PRESENT if c else 0) | {cx.WRITE: PFERR_WRITE, cx.EXEC: PFERR_FETCH}.get(b, 0)
+        return ["kvm_page_fault", vcpu, a, f"{error:x}"]
+    if kind == cx.EV_FAST:
+        return ["fast_page_fault", vcpu, a, _flags(b), _flags(c), "fixed" if d else "no"]
+    if kind == cx.EV_SET:
+        return ["kvm_mmu_set_spte", a, b, _flags(c)]
+    if kind == cx.EV_SPTE:
+        return ["kvm_tdp_mmu_spte_changed", 0, a, b, _flags(c), _flags(d)]
+    if kind == cx.EV_MARK:
+        return ["mark_page_dirty_in_slot", a]
+    if kind == cx.EV_PML_FULL:
+        return ["kvm_pml_full", vcpu]
+    if kind == cx.EV_PUSH:
+        return ["kvm_dirty_ring_push", vcpu, a, b, c, d, f]
+    if kind == cx.EV_RING_EXIT:
+        return ["kvm_dirty_ring_exit", vcpu]
+    if kind == cx.EV_MMIO:
+        return ["mark_mmio_spte", a]
+    return None
+
+
+class EventLog:
+    """Events and the hardware's PML log of one VM, in order."""
+
+    def __init__(self) -> None:
+        self.events: list[list[Any]] = []
+        self.hw: list[list[Any]] = []
+        self.tracing = False
+        self.hardware = False
+
+    @property
+    def on(self) -> bool:
+        """Anything is recorded."""
+        return self.tracing or self.hardware
+
+    def collect(self, index: int, v: Vcpu) -> None:
+        """Take over what a vCPU logged during a stay in the guest."""
+        for e in v.log[: v.reg[cx.LOGGED]].tolist():
+            if self.hardware and e[0] == cx.EV_PML:
+                self.hw.append(["pml", e[1], e[2], e[3], ""])
+            elif self.hardware and e[0] == cx.EV_PML_FULL:
+                self.hw.append(["pml_full", e[1], e[2], e[3]])
+            if self.tracing and (event := _decode(index, e)):
+                self.events.append(event)
+        v.reg[cx.LOGGED] = 0
+
+    def ring_reset(self, index: int, v: Vcpu) -> None:
+        """Record that a vCPU's ring was reset."""
+        if self.tracing:
+            dirty, reset = int(v.reg[cx.RING_DIRTY]), int(v.reg[cx.RING_RESET])
+            self.events.append(["kvm_dirty_ring_reset", index, dirty, reset, (dirty - reset) & 0xFFFF_FFFF])
+
+    def drain_events(self) -> list[list[Any]]:
+        """Return the events and forget them."""
+        events, self.events = self.events, []
+        return events
+
+    def drain_hw(self) -> list[list[Any]]:
+        """Return what the hardware logged and forget it."""
+        hw, self.hw = self.hw, []
+        return hw
+
+    @contextlib.contextmanager
+    def changes(self, t: Tables) -> Iterator[None]:
+        """Record every entry that an operation changes in tables that outlive it, ascending by gfn."""
+        if not self.tracing:
+            yield
+            return
+        n = int(t.meta[cx.ROWS])
+        sptes, level, gfn = t.sptes[:n].copy(), t.level[:n].copy(), t.gfn[:n].copy()
+        yield
+        same = (t.level[:n] == level) & (t.gfn[:n] == gfn) & (level > 0)
+        rows, places = np.nonzero((t.sptes[:n] != sptes) & same[:, None])
+        found = []
+        for r, i in zip(rows.tolist(), places.tolist(), strict=True):
+            at = int(gfn[r]) + (i << (9 * (int(level[r]) - 1)))
+            found.append((at, int(level[r]), _flags(int(sptes[r, i])), _flags(int(t.sptes[r, i]))))
+        self.events += [["kvm_tdp_mmu_spte_changed", 0, *change] for change in sorted(found, key=lambda c: (c[0], -c[1]))]

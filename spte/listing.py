@@ -1,0 +1,114 @@
+"""Leaves, tables and other entries of a root as run-length lists, the shape of the recordings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, Layout
+from spte.context import Tables
+
+_TOP_BIT = 1 << 63  # of an entry that is not present: suppress-#VE of EPT, or the non-present value of NPT
+
+
+class _Run(NamedTuple):
+    """Neighbouring entries of one row that are alike: a ``table`` (count 1), ``leaf`` runs, an ``other`` entry (count 1)."""
+
+    what: str
+    level: int
+    gfn: int
+    entries: int
+    value: int  # of a table its row, of leaves the bits apart from the frame, else the whole entry
+
+
+def _visible(level: int, gfn: int, count: int, hide: tuple[int, int] | None) -> Iterator[tuple[int, int]]:
+    """Yield ``(gfn, count)`` of the parts of a run of entries that do not begin in the hidden gfns."""
+    if hide is None:
+        yield gfn, count
+        return
+    shift = 9 * (level - 1)
+    below, above = (min(max(-((gfn - edge) >> shift), 0), count) for edge in hide)
+    if below:
+        yield gfn, below
+    if above < count:
+        yield gfn + (above << shift), count - above
+
+
+def _walk(t: Tables, row: int, hide: tuple[int, int] | None) -> Iterator[_Run]:
+    """Yield what hangs below `row`, depth-first in ascending address, a table before what it holds."""
+    level, base = int(t.level[row]), int(t.gfn[row])
+    if hide is None or not hide[0] <= base < hide[1]:
+        yield _Run("table", level, base, 1, row)
+    shift = 9 * (level - 1)
+    entries = t.sptes[row]
+    flags = entries & ~PFN_MASK
+    edges = [0, *(np.flatnonzero(flags[1:] != flags[:-1]) + 1).tolist(), len(flags)]
+    for first, end in pairwise(edges):
+        bits = int(flags[first])
+        if bits & int(MMU_PRESENT) and (level == 1 or bits & int(LARGE)):
+            for gfn, count in _visible(level, base + (first << shift), end - first, hide):
+                yield _Run("leaf", level, gfn, count, bits)
+        elif bits & int(MMU_PRESENT):
+            for entry in entries[first:end]:
+                yield from _walk(t, int(entry & PFN_MASK) >> 12, hide)
+        elif bits & ~_TOP_BIT:
+            for i in range(first, end):
+                for gfn, _ in _visible(level, base + (i << shift), 1, hide):
+                    yield _Run("other", level, gfn, 1, int(entries[i]))
+
+
+def leafs(t: Tables, root: int, hide: tuple[int, int] | None = None) -> list[list[Any]]:
+    """Return ``[level, first_gfn, count, flags]`` runs of leaves that follow each other with equal bits but for the frame."""
+    runs: list[list[Any]] = []
+    for what, level, gfn, count, bits in _walk(t, root, hide):
+        if what != "leaf":
+            continue
+        flags = f"{bits:x}"
+        last = runs[-1] if runs else None
+        if last and last[0] == level and last[3] == flags and last[1] + (last[2] << (9 * (level - 1))) == gfn:
+            last[2] += count
+        else:
+            runs.append([level, gfn, count, flags])
+    return runs
+
+
+def tables(t: Tables, root: int, hide: tuple[int, int] | None = None) -> list[list[Any]]:
+    """Return ``[level, gfn, count, role, tdp, nx_disallowed, unsync]`` runs of page-table pages, parents before children."""
+    runs: list[list[Any]] = []
+    for what, level, gfn, _, row in _walk(t, root, hide):
+        if what != "table":
+            continue
+        key = [f"{int(t.role[row]):x}", 1, int(t.nx_disallowed[row] != 0), 0]
+        last = runs[-1] if runs else None
+        if last and last[0] == level and last[3:] == key and last[1] + (last[2] << (9 * level)) == gfn:
+            last[2] += 1
+        else:
+            runs.append([level, gfn, 1, *key])
+    return runs
+
+
+def other(t: Tables, root: int, lay: Layout, hide: tuple[int, int] | None = None) -> list[list[Any]]:
+    """Return ``[level, gfn, full hex]`` of the entries that are neither present nor empty: MMIO and frozen ones."""
+    empty = int(lay.nonpresent)
+    return [[r.level, r.gfn, f"{r.value:x}"] for r in _walk(t, root, hide) if r.what == "other" and r.value != empty]
+
+
+def runs_of(values: list[int]) -> list[list[int]]:
+    """Return ``[value, count]`` runs of equal values."""
+    runs: list[list[int]] = []
+    for value in values:
+        if runs and runs[-1][0] == value:
+            runs[-1][1] += 1
+        else:
+            runs.append([value, 1])
+    return runs
+
+
+def bit_runs(words: np.ndarray[Any, np.dtype[np.uint64]]) -> list[list[int]]:
+    """Return ``[first, count]`` runs of set bits, bit 0 of word 0 first."""
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little")
+    edges = np.flatnonzero(np.diff(bits, prepend=np.uint8(0), append=np.uint8(0)))
+    return [[int(a), int(b - a)] for a, b in edges.reshape(-1, 2)]

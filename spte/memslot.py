@@ -1,0 +1,204 @@
+"""Memslots of one VM: the sorted tables that kernels search, bitmaps and lpage counters from pools."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from spte import context as cx
+from spte import memory
+from spte.backing import Backing
+from spte.context import Slots, U64s, zeros
+from spte.listing import bit_runs, runs_of
+from spte.memory import Pool
+from spte.slots import find_slot
+
+USER_MEM_SLOTS = 32764
+ADDRESS_SPACES = 2
+MAX_PAGES = (1 << 31) - 1
+VALID_FLAGS = cx.LOG_DIRTY_PAGES | cx.READONLY
+_ALL_ONES = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+
+
+@dataclass(slots=True, eq=False)
+class Memslot:
+    """One memslot: guest range, host address, flags, where its bitmap and counters lie in the pools."""
+
+    slot: int  # as_id << 16 | id
+    base_gfn: int
+    npages: int
+    flags: int
+    hva: int
+    backing: Backing | None
+    bitmap: int = -1
+    lpage: tuple[int, int] = (0, 0)
+
+    @property
+    def as_id(self) -> int:
+        """Address space: 0, or 1 for SMM."""
+        return self.slot >> 16
+
+    @property
+    def end_gfn(self) -> int:
+        """First gfn behind the slot."""
+        return self.base_gfn + self.npages
+
+    @property
+    def words(self) -> int:
+        """64-bit words of the slot's bitmap."""
+        return (self.npages + 63) // 64
+
+    @property
+    def logs(self) -> bool:
+        """LOG_DIRTY_PAGES is set."""
+        return bool(self.flags & cx.LOG_DIRTY_PAGES)
+
+    def lpage_count(self, level: int) -> int:
+        """Return how many regions of `level` the slot touches."""
+        shift = 9 * (level - 1)
+        return ((self.end_gfn - 1) >> shift) - (self.base_gfn >> shift) + 1
+
+
+class Memslots:
+    """All memslots of a VM, by address space.
+
+    Mutating methods keep the kernels' tables in step; they check nothing: that is the VM's part.
+    """
+
+    def __init__(self) -> None:
+        self._words = Pool(np.uint64, 1 << 30)
+        self._disallow = Pool(np.int32, 1 << 27)
+        self.spaces = [
+            Slots(memory.reserve(np.int64, 1 << 15, cx.SLOT_COLUMNS), zeros(3), self._words.array, self._disallow.array)
+            for _ in range(ADDRESS_SPACES)
+        ]
+        self._by_id: dict[int, Memslot] = {}
+
+    def __iter__(self) -> Iterator[Memslot]:
+        return iter(self._by_id.values())
+
+    def find(self, slot: int) -> Memslot | None:
+        """Return the memslot with number ``as_id << 16 | id``."""
+        return self._by_id.get(slot)
+
+    def at(self, gfn: int, as_id: int = 0) -> Memslot | None:
+        """Return the memslot that holds `gfn`."""
+        s = self.spaces[as_id]
+        k = int(find_slot(s, np.int64(gfn)))
+        return self._by_id[int(s.table[k, cx.SLOT])] if k >= 0 else None
+
+    def place(self, slot: Memslot) -> tuple[Slots, int]:
+        """Return the kernels' table of the slot's address space and the slot's index in it."""
+        s = self.spaces[slot.as_id]
+        return s, int(np.searchsorted(s.table[: s.meta[cx.COUNT], cx.BASE], slot.base_gfn))
+
+    def overlapping(self, as_id: int, start: int, end: int, but: int) -> Memslot | None:
+        """Return a memslot of `as_id` other than number `but` that meets gfns ``[start, end)``."""
+        s = self.spaces[as_id]
+        table = s.table[: s.meta[cx.COUNT]]
+        at = int(np.searchsorted(table[:, cx.BASE], end))
+        while at > 0:
+            at -= 1
+            if table[at, cx.BASE] + table[at, cx.NPAGES] <= start:
+                return None
+            if table[at, cx.SLOT] != but:
+                return self._by_id[int(table[at, cx.SLOT])]
+        return None
+
+    def total_pages(self) -> int:
+        """Return the pages of all slots."""
+        return sum(slot.npages for slot in self)
+
+    def insert(self, slot: Memslot) -> None:
+        """Add `slot`: counters of levels 2 and 3 set as its alignment asks."""
+        offsets = []
+        for level in (2, 3):
+            pages = 1 << (9 * (level - 1))
+            count = slot.lpage_count(level)
+            offset = self._disallow.take(count)
+            entries = self._disallow.array[offset : offset + count]
+            if (slot.base_gfn ^ (slot.hva >> 12)) % pages:
+                entries[:] = 1
+            else:
+                if slot.base_gfn % pages:
+                    entries[0] = 1
+                if slot.end_gfn % pages:
+                    entries[-1] = 1
+            offsets.append(offset)
+        slot.lpage = (offsets[0], offsets[1])
+        s = self.spaces[slot.as_id]
+        n = int(s.meta[cx.COUNT])
+        at = int(np.searchsorted(s.table[:n, cx.BASE], slot.base_gfn))
+        s.table[at + 1 : n + 1] = s.table[at:n]
+        s.meta[cx.COUNT] = n + 1
+        self._by_id[slot.slot] = slot
+        self._fill(s, at, slot)
+
+    def remove(self, slot: Memslot) -> None:
+        """Take `slot` out; its counters return to the pool, its bitmap stays with it."""
+        s, at = self.place(slot)
+        n = int(s.meta[cx.COUNT])
+        s.table[at : n - 1] = s.table[at + 1 : n]
+        s.meta[cx.COUNT] = n - 1
+        del self._by_id[slot.slot]
+        for level, offset in zip((2, 3), slot.lpage, strict=True):
+            self._disallow.give(offset, slot.lpage_count(level))
+
+    def update(self, slot: Memslot) -> None:
+        """Bring the kernels' row of `slot` in step with its flags and bitmap."""
+        s, at = self.place(slot)
+        self._fill(s, at, slot)
+
+    @staticmethod
+    def _fill(s: Slots, at: int, slot: Memslot) -> None:
+        row = s.table[at]
+        row[cx.BASE], row[cx.NPAGES], row[cx.FLAGS], row[cx.SLOT] = slot.base_gfn, slot.npages, slot.flags, slot.slot
+        row[cx.BITMAP], row[cx.LPAGE2], row[cx.LPAGE3], row[cx.HPAGE] = slot.bitmap, slot.lpage[0], slot.lpage[1], slot.hva >> 12
+
+    def allocate_bitmap(self, slot: Memslot, *, all_set: bool) -> None:
+        """Give `slot` a bitmap and its scratch half, all 0, or all ones for exactly its pages."""
+        slot.bitmap = self._words.take(2 * slot.words)
+        if all_set:
+            live = self.bitmap(slot)
+            live[:] = _ALL_ONES
+            if slot.npages % 64:
+                live[-1] = (np.uint64(1) << np.uint64(slot.npages % 64)) - np.uint64(1)
+
+    def free_bitmap(self, slot: Memslot) -> None:
+        """Take the bitmap of `slot` away, if it has one."""
+        if slot.bitmap >= 0:
+            self._words.give(slot.bitmap, 2 * slot.words)
+            slot.bitmap = -1
+
+    def bitmap(self, slot: Memslot) -> U64s:
+        """Return a view of the live bitmap of `slot`."""
+        return self._words.array[slot.bitmap : slot.bitmap + slot.words]
+
+    def scratch(self, slot: Memslot) -> U64s:
+        """Return a view of the scratch half of `slot`: snapshot of GET, input of CLEAR."""
+        return self._words.array[slot.bitmap + slot.words : slot.bitmap + 2 * slot.words]
+
+    def disallow(self, slot: Memslot, level: int) -> list[int]:
+        """Return the lpage counters of `slot` at `level` 2 or 3."""
+        offset = slot.lpage[level - 2]
+        return [int(x) for x in self._disallow.array[offset : offset + slot.lpage_count(level)]]
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return every memslot in the recordings' shape: numbers, lpage counters and dirty bitmap as runs."""
+        return [
+            {
+                "as": slot.as_id, "id": slot.slot & 0xFFFF, "base_gfn": slot.base_gfn, "npages": slot.npages, "flags": slot.flags,
+                "disallow_l2": runs_of(self.disallow(slot, 2)), "disallow_l3": runs_of(self.disallow(slot, 3)),
+                "kbitmap": bit_runs(self.bitmap(slot)) if slot.bitmap >= 0 else None,
+            }
+            for slot in self
+        ]  # fmt: skip
+
+    def advance_generation(self, as_id: int, step: int) -> int:
+        """Move the generation of an address space on, so that older MMIO SPTEs are stale; returns the new one."""
+        meta = self.spaces[as_id].meta
+        meta[cx.GENERATION] += step
+        return int(meta[cx.GENERATION])

@@ -1,0 +1,185 @@
+"""What host userspace does to its memory: madvise, mprotect, fork, soft-dirty. Each calls KVM's notifiers, then changes the pages.
+
+A notifier range drops every SPTE that maps a page of it, in every VM, and never touches a dirty log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from spte import host as hostmm
+from spte.backing import Backing
+from spte.errors import HostRangeError
+from spte.host import the_host
+from spte.notifier import Ranges, age, unmap
+
+DONTNEED, FREE, COLD, PAGEOUT = 4, 8, 20, 21
+PROT_READ, PROT_READ_WRITE = 1, 3
+_HUGE_STATES = (hostmm.HUGE, hostmm.HUGE_WP, hostmm.HUGE_RO)
+_BLOCK_PAGES = 512
+
+
+def _check_range(backing: Backing, first: int, count: int) -> None:
+    if first < 0 or count < 0 or (first + count) * 4096 > backing.size:
+        raise HostRangeError(f"pages {first}..{first + count - 1} are outside {backing!r} of {backing.size // 4096} pages")
+
+
+def _blocks(hpage: int, count: int) -> Iterable[tuple[int, int, int]]:
+    """Yield ``(block, first page in it, end page in it)`` of a range of host pages."""
+    for block in range(hpage >> 9, ((hpage + count - 1) >> 9) + 1 if count else hpage >> 9):
+        yield block, max(hpage - (block << 9), 0), min(hpage + count - (block << 9), _BLOCK_PAGES)
+
+
+def _is_huge(block: int) -> bool:
+    return int(the_host().block[block]) in _HUGE_STATES
+
+
+def _split_partial(hpage: int, count: int) -> Ranges:
+    """Return the blocks that are mapped huge and meet the range only in part: the host splits those, with a notifier each."""
+    return [(block << 9, _BLOCK_PAGES) for block, a, b in _blocks(hpage, count) if b - a < _BLOCK_PAGES and _is_huge(block)]
+
+
+def _pages(block: int) -> npt.NDArray[np.uint8]:
+    """Return the states of the single pages of `block`, which becomes MIXED; to be followed by `_settle`."""
+    h = the_host()
+    row = int(hostmm.make_mixed(h, np.int64(block)))
+    if row < 0:
+        raise HostRangeError(f"no room for the page states of host block {block:#x}; close some backings")
+    states: npt.NDArray[np.uint8] = h.page[row]
+    return states
+
+
+def _settle(block: int) -> None:
+    """Bring the count of a MIXED block in step with its pages; all own: the block is OWN."""
+    h = the_host()
+    row = int(h.mixed[block])
+    h.own_pages[row] = int((h.page[row] == hostmm.PAGE_OWN).sum())
+    if h.own_pages[row] == _BLOCK_PAGES:
+        hostmm.drop_mixed(h, np.int64(block), np.uint8(hostmm.OWN))
+
+
+def madvise(backing: Backing, first: int, count: int, advice: int = DONTNEED, *, ages: bool = False) -> None:
+    """Advise on pages ``[first, first + count)`` of `backing`; mutates host pages and drops SPTEs as the kernel does.
+
+    Parameters
+    ----------
+    backing : Backing
+        The memory.
+    first, count : int
+        Pages.
+    advice : int
+        4 DONTNEED, 8 FREE, 20 COLD, 21 PAGEOUT (there is no swap).
+    ages : bool
+        PAGEOUT ages the pages (policy field ``pageout``).
+
+    Raises
+    ------
+    HostRangeError
+        EINVAL: pages outside the backing, or advice that is not known; nothing is changed.
+    """
+    _check_range(backing, first, count)
+    if advice not in (DONTNEED, FREE, COLD, PAGEOUT):
+        raise HostRangeError(f"advice={advice} is not 4 (DONTNEED), 8 (FREE), 20 (COLD) or 21 (PAGEOUT)")
+    hpage = backing.hpage + first
+    split = _split_partial(hpage, count)
+    unmap(backing.users, ([(hpage, count)] if advice in (DONTNEED, FREE) else []) + split)
+    for block, _ in split:
+        _pages(block >> 9)
+        _settle(block >> 9)
+    if advice == PAGEOUT and ages:
+        age(backing.users, hpage, count)
+    if advice != DONTNEED:
+        return
+    h = the_host()
+    for block, a, b in _blocks(hpage, count):
+        state, kind = int(h.block[block]), int(h.kind[block])
+        if b - a == _BLOCK_PAGES and (_is_huge(block) or (state == hostmm.OWN and kind != hostmm.THP)):
+            h.block[block] = hostmm.EMPTY
+        elif state != hostmm.EMPTY:
+            pages = _pages(block)
+            pages[a:b] = (pages[a:b] & hostmm.PROTECTED) | hostmm.PAGE_NONE
+            _settle(block)
+
+
+def _protected(hpage: int) -> bool:
+    h = the_host()
+    block = hpage >> 9
+    if h.block[block] == hostmm.MIXED:
+        return bool(h.page[h.mixed[block], hpage & 511] & hostmm.PROTECTED)
+    return bool(h.block[block] == hostmm.HUGE_RO)
+
+
+def _cuts(backing: Backing, first: int, count: int, protect: bool) -> Ranges:
+    """Return the aligned 2 MiB blocks around the places where the mapping must be cut in two, as far as they lie inside it."""
+    found = []
+    for edge in (first, first + count):
+        at = backing.hpage + edge
+        if 0 < edge < backing.size // 4096 and at & 511 and _protected(at - 1) == _protected(at) != protect:
+            block = at & ~511
+            if backing.hpage <= block and block + _BLOCK_PAGES <= backing.hpage + backing.size // 4096:
+                found.append((block, _BLOCK_PAGES))
+    return found
+
+
+def mprotect(backing: Backing, first: int, count: int, prot: int = PROT_READ_WRITE) -> None:
+    """Change the protection of pages ``[first, first + count)`` to `prot`: 1 read, 3 read and write; mutates host pages, drops SPTEs.
+
+    Raises
+    ------
+    HostRangeError
+        EINVAL: pages outside the backing, or a protection that is not known; nothing is changed.
+    """
+    _check_range(backing, first, count)
+    if prot not in (PROT_READ, PROT_READ_WRITE):
+        raise HostRangeError(f"prot={prot} is not 1 (read) or 3 (read and write)")
+    protect, hpage = prot == PROT_READ, backing.hpage + first
+    cuts = _cuts(backing, first, count, protect)
+    for cut in cuts:
+        unmap(backing.users, [cut])
+        if _is_huge(cut[0] >> 9):
+            _pages(cut[0] >> 9)
+            _settle(cut[0] >> 9)
+    unmap(backing.users, [(hpage, count)])
+    h = the_host()
+    for block, a, b in _blocks(hpage, count):
+        if b - a == _BLOCK_PAGES and _is_huge(block):
+            h.block[block] = hostmm.HUGE_RO if protect else hostmm.HUGE
+            continue
+        pages = _pages(block)
+        pages[a:b] = pages[a:b] | hostmm.PROTECTED if protect else pages[a:b] & ~np.uint8(hostmm.PROTECTED)
+        _settle(block)
+
+
+def _write_protect(backing: Backing) -> None:
+    """Write-protect every own page, as fork and soft-dirty do: the next write finds it shared with nobody."""
+    h = the_host()
+    for block, a, b in _blocks(backing.hpage, backing.size // 4096):
+        state = int(h.block[block])
+        if state == hostmm.HUGE:
+            h.block[block] = hostmm.HUGE_WP
+        elif state in (hostmm.OWN, hostmm.MIXED):
+            pages = _pages(block)
+            part = pages[a:b]
+            part[part & 3 == hostmm.PAGE_OWN] += np.uint8(hostmm.PAGE_WP - hostmm.PAGE_OWN)
+            _settle(block)
+
+
+def fork(backings: Iterable[Backing]) -> None:
+    """Fork a process that has `backings`; the child exits at once. Private pages are write-protected; one notifier a backing."""
+    for backing in backings:
+        if backing.kind != "shm":
+            unmap(backing.users, [(backing.hpage, backing.size // 4096)])
+            _write_protect(backing)
+
+
+def clear_refs(backings: Iterable[Backing]) -> None:
+    """Write 4 to clear_refs (soft-dirty) of a process that has `backings`: every page is write-protected under one notifier."""
+    known = list(backings)
+    vms = {vm for backing in known for vm in backing.users}
+    unmap(vms, [(backing.hpage, backing.size // 4096) for backing in known])
+    for backing in known:
+        if not backing.kind.startswith(("hugetlb", "devdax")):
+            _write_protect(backing)

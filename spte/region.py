@@ -1,0 +1,86 @@
+"""KVM_SET_USER_MEMORY_REGION: the checks in KVM's order, and which kind of change a call is."""
+
+from __future__ import annotations
+
+from spte.backing import Backing
+from spte.context import READONLY
+from spte.errors import NoSuchSlotError, SlotAlignmentError, SlotChangeError, SlotFlagsError, SlotIdError, SlotOverlapError, SlotRangeError
+from spte.memslot import ADDRESS_SPACES, MAX_PAGES, USER_MEM_SLOTS, VALID_FLAGS, Memslot, Memslots
+
+PAGE = 4096
+USER_END = (1 << 47) - PAGE
+CREATE, DELETE, MOVE, FLAGS_ONLY, NOTHING = "create", "delete", "move", "flags-only", "nothing"
+
+
+def check_slot_number(slot: int) -> None:
+    """Refuse ids and address spaces that a VM does not have."""
+    as_id, number = slot >> 16, slot & 0xFFFF
+    if number >= USER_MEM_SLOTS:
+        raise SlotIdError(f"slot={slot:#x}: id {number} is not below {USER_MEM_SLOTS}")
+    if not 0 <= as_id < ADDRESS_SPACES:
+        raise SlotIdError(f"slot={slot:#x}: address space {as_id} (bits 31:16) is not 0 or 1")
+
+
+def _check_numbers(slot: int, gpa: int, size: int, hva: int, flags: int) -> None:
+    if slot & 0xFFFF >= USER_MEM_SLOTS:
+        check_slot_number(slot)
+    if flags & ~VALID_FLAGS:
+        raise SlotFlagsError(f"flags={flags:#x} has bits beyond LOG_DIRTY_PAGES (1) and READONLY (2)")
+    if size % PAGE or not 0 <= size < 1 << 64:
+        raise SlotAlignmentError(f"size={size:#x} is not a multiple of {PAGE} in 64 bits; round up")
+    if gpa % PAGE or not 0 <= gpa < 1 << 64:
+        raise SlotAlignmentError(f"gpa={gpa:#x} is not a multiple of {PAGE} in 64 bits; round down")
+    if hva % PAGE or hva < 0 or hva + size > USER_END:
+        raise SlotAlignmentError(f"host range {hva:#x}+{size:#x} is not page aligned below {USER_END:#x}")
+    check_slot_number(slot)
+    if gpa + size >= 1 << 64 and size:
+        raise SlotRangeError(f"gpa={gpa:#x} + size={size:#x} wraps; lower one of them")
+    if size // PAGE > MAX_PAGES:
+        raise SlotRangeError(f"size={size:#x} is more than {MAX_PAGES} pages; use several slots")
+
+
+def plan(
+    slots: Memslots, gpa_bits: int, slot: int, gpa: int, size: int, backing: Backing | None, hva: int | None, offset: int, flags: int
+) -> tuple[str, Memslot | None, Memslot | None]:
+    """Check a call in KVM's order and return ``(change, old, new)``; nothing is changed.
+
+    Raises
+    ------
+    KvmError
+        The subclass of the first broken rule, EINVAL but for an overlap (EEXIST).
+    """
+    old = slots.find(slot)
+    if hva is None:
+        hva = backing.hva + offset if backing is not None else old.hva if old is not None and size else 0
+    if backing is None and old is not None and hva == old.hva:
+        backing = old.backing
+    _check_numbers(slot, gpa, size, hva, flags)
+    if size == 0:
+        if old is None:
+            raise NoSuchSlotError(f"slot={slot:#x} does not exist, so it can not be deleted (size 0)")
+        return DELETE, old, None
+    new = Memslot(slot, gpa // PAGE, size // PAGE, flags, hva, backing)
+    if old is None:
+        change = CREATE
+    else:
+        if hva != old.hva or new.npages != old.npages or (flags ^ old.flags) & READONLY:
+            raise SlotChangeError(
+                f"slot={slot:#x} is {old.npages} pages at hva {old.hva:#x} with flags {old.flags:#x}; size, hva and READONLY "
+                f"can not become {new.npages}, {hva:#x}, {flags:#x}: delete and create it"
+            )
+        if new.base_gfn != old.base_gfn:
+            change = MOVE
+        elif flags != old.flags:
+            change = FLAGS_ONLY
+        else:
+            return NOTHING, old, None
+    if change in (CREATE, MOVE):
+        other = slots.overlapping(new.as_id, new.base_gfn, new.end_gfn, slot)
+        if other is not None:
+            raise SlotOverlapError(
+                f"slot={slot:#x} gfns {new.base_gfn:#x}..{new.end_gfn - 1:#x} overlap slot {other.slot:#x} "
+                f"({other.base_gfn:#x}..{other.end_gfn - 1:#x}); move or delete that first"
+            )
+        if new.end_gfn > 1 << (gpa_bits - 12):
+            raise SlotRangeError(f"slot={slot:#x} ends at gpa {new.end_gfn * PAGE:#x}, beyond {gpa_bits} bits of guest-physical width")
+    return change, old, new

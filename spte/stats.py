@@ -1,0 +1,42 @@
+"""Counters of a VM by name: KVM's statistics, and the model's own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from spte import context as cx
+
+if TYPE_CHECKING:
+    from spte.observe import Observable
+
+VM_STATS = {
+    "pages_4k": cx.PAGES_4K, "pages_2m": cx.PAGES_2M, "pages_1g": cx.PAGES_1G, "remote_tlb_flush_requests": cx.FLUSHES,
+    "nx_lpage_splits": cx.NX_SPLITS,
+}  # fmt: skip
+VCPU_STATS = {
+    "pf_taken": cx.PF_TAKEN, "pf_fixed": cx.PF_FIXED, "pf_fast": cx.PF_FAST, "pf_emulate": cx.PF_EMULATE, "pf_spurious": cx.PF_SPURIOUS,
+    "pf_mmio_spte_created": cx.PF_MMIO_SPTE_CREATED, "exits": cx.EXITS,
+}  # fmt: skip
+_TABLE_COUNTERS = {
+    "sptes_written": cx.SPTES_WRITTEN, "splits_2m": cx.SPLITS_2M, "splits_1g": cx.SPLITS_1G, "zapped": cx.ZAPPED, "collapsed": cx.COLLAPSED,
+    "dirty_marks": cx.DIRTY_MARKS, "flushes": cx.FLUSHES,
+}  # fmt: skip
+_VCPU_COUNTERS = {
+    "pml_entries": cx.PML_ENTRIES, "pml_full": cx.PML_FULLS, "exits": cx.EXITS, "faults_fast": cx.PF_FAST, "faults_slow": cx.SLOW_FAULTS,
+    "ring_full": cx.RING_FULLS, "ept_violations": cx.VIOLATIONS, "ept_misconfigs": cx.MISCONFIGS,
+}  # fmt: skip
+
+
+def stats(vm: Observable) -> dict[str, dict[str, int]]:
+    """Return KVM's statistics: ``vm``, ``vcpu0``, ..., in the kernel's names."""
+    found = {"vm": {name: int(vm.mmu.tables.meta[i]) for name, i in VM_STATS.items()}}
+    for vcpu in vm.vcpus:
+        found[f"vcpu{vcpu.index}"] = {name: int(vcpu.arrays.stat[i]) for name, i in VCPU_STATS.items()}
+    return found
+
+
+def counters(vm: Observable) -> dict[str, int]:
+    """Return the model's own counts, vCPUs added up."""
+    found = {name: int(vm.mmu.tables.meta[i]) for name, i in _TABLE_COUNTERS.items()}
+    found |= {name: sum(int(vcpu.arrays.stat[i]) for vcpu in vm.vcpus) for name, i in _VCPU_COUNTERS.items()}
+    return found

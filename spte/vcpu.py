@@ -1,0 +1,216 @@
+"""One vCPU: batches of guest accesses, PML buffer, dirty ring, what stopped a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from spte import context as cx
+from spte.context import LOG_COLUMNS, I64s, Vcpu, zeros
+from spte.errors import OutOfTablesError, PrefaultError, PrefaultHoleError, PrefaultHostError, SlotRangeError
+from spte.host import the_host
+from spte.kernels.access import run as run_guest
+from spte.kernels.prefault import prefault
+from spte.notifier import host_write
+
+if TYPE_CHECKING:
+    from spte.vm import VM
+
+Kinds = npt.NDArray[np.uint8]
+DIRTY_GFN = np.dtype([("flags", "<u4"), ("slot", "<u4"), ("offset", "<u8")])  # struct kvm_dirty_gfn
+LOG_EVENTS = 1 << 14
+_REASONS = {cx.EXIT_RING_FULL: "dirty_ring_full", cx.EXIT_MMIO: "mmio", cx.EXIT_EFAULT: "efault"}
+_ONE_KIND = {kind: np.array([kind], np.uint8) for kind in (cx.READ, cx.WRITE, cx.EXEC)}
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """Why a batch stopped before its end.
+
+    Parameters
+    ----------
+    reason : str
+        ``dirty_ring_full``, ``mmio`` (no slot, or a write to a READONLY one) or ``efault`` (the host refuses the page).
+    index : int
+        Position in the batch of the access that is not finished; earlier ones are. After ``mmio`` the access was userspace's: go on
+        with ``index + 1``; else run ``gfns[index:]`` again.
+    gfn : int
+        Its gfn; -1 if the ring was full before the last access returned to the guest.
+    kind : int
+        `spte.READ`, `spte.WRITE` or `spte.EXEC`.
+    """
+
+    reason: str
+    index: int
+    gfn: int
+    kind: int
+
+
+class VirtualCpu:
+    """A vCPU of a VM; made by `spte.VM`."""
+
+    def __init__(self, vm: VM, index: int, ring_entries: int) -> None:
+        self._vm = vm
+        self.index = index
+        self.arrays = Vcpu(
+            reg=zeros(cx.REG_COLUMNS), stat=zeros(cx.STAT_COLUMNS), pml=zeros(512, np.uint64),
+            ring=np.zeros((ring_entries, 2), np.uint64), log=np.zeros((0, LOG_COLUMNS), np.uint64),
+        )  # fmt: skip
+        reg = self.arrays.reg
+        reg[cx.PML_INDEX], reg[cx.ROOT], reg[cx.RING_SIZE] = 511, -1, ring_entries
+        reg[cx.RING_SOFT] = ring_entries - 64 - vm.platform.cpu_dirty_log_size
+
+    def read(self, gfns: npt.ArrayLike) -> Exit | None:
+        """Read each page of `gfns` in order.
+
+        Parameters
+        ----------
+        gfns : array_like of any integer dtype, shape (n,)
+            Guest frame numbers; not changed.
+
+        Returns
+        -------
+        Exit or None
+            None if every access was done, else what stopped the batch.
+
+        Raises
+        ------
+        TypeError
+            `gfns` is not one-dimensional of an integer dtype.
+        SlotRangeError
+            EINVAL: a gfn beyond the guest-physical width; nothing was accessed.
+        OutOfTablesError
+            ENOMEM: the arena is full; earlier accesses were done.
+        """
+        return self._batch(gfns, _ONE_KIND[cx.READ])
+
+    def write(self, gfns: npt.ArrayLike) -> Exit | None:
+        """Write each page of `gfns` in order; parameters and errors as `read`."""
+        return self._batch(gfns, _ONE_KIND[cx.WRITE])
+
+    def exec(self, gfns: npt.ArrayLike) -> Exit | None:
+        """Fetch an instruction from each page of `gfns` in order; parameters and errors as `read`."""
+        return self._batch(gfns, _ONE_KIND[cx.EXEC])
+
+    def run(self, gfns: npt.ArrayLike, kinds: npt.ArrayLike) -> Exit | None:
+        """Access each page of `gfns` in order as `kinds` says, as one stay in the guest; errors as `read`.
+
+        Parameters
+        ----------
+        gfns : array_like of any integer dtype, shape (n,)
+            Guest frame numbers; not changed.
+        kinds : array_like of uint8, shape (n,)
+            `spte.READ`, `spte.WRITE` or `spte.EXEC` for each access; not changed.
+
+        Returns
+        -------
+        Exit or None
+            None if every access was done, else what stopped the batch.
+        """
+        each = np.array(kinds, np.uint8)
+        if each.shape != np.shape(gfns) or (each > cx.EXEC).any():
+            raise TypeError(f"kinds has shape {each.shape} or values above {cx.EXEC}; pass one of 0..{cx.EXEC} a gfn")
+        return self._batch(gfns, each if len(each) != 1 else _ONE_KIND[int(each[0])])
+
+    def prefault(self, gpa: int, size: int, flags: int = 0) -> tuple[int, int]:
+        """Map ``[gpa, gpa + size)`` before the guest asks for it: KVM_PRE_FAULT_MEMORY. Leaves are not accessed yet.
+
+        Parameters
+        ----------
+        gpa, size : int
+            Bytes, multiples of 4096, `size` not 0.
+        flags : int
+            0.
+
+        Returns
+        -------
+        tuple of int
+            Address and bytes that are left: 0 bytes if all is mapped, more if a later page could not be.
+
+        Raises
+        ------
+        PrefaultError
+            EINVAL: malformed, or a policy without prefault; ENOENT: the first page is in no memslot (its MMIO SPTE is made first, as KVM
+            does); EFAULT: the host does not give it.
+        """
+        vm = self._vm
+        inside = 0 <= gpa < gpa + size <= 1 << vm.platform.gpa_bits
+        if not vm.policy.prefault or flags or gpa % 4096 or size % 4096 or not inside:
+            raise PrefaultError(f"gpa={gpa:#x}, size={size:#x}, flags={flags}: take page multiples, flags 0, a policy with prefault")
+        vm.enter(self)
+        at, end = gpa >> 12, (gpa + size) >> 12
+        while at < end:
+            args = vm.mmu.tables, vm.memslots.spaces[0], the_host(), self.arrays, vm.mmu.mode, np.int64(at)
+            reason, level = prefault(*args)
+            if reason != cx.DONE and at << 12 == gpa:
+                if reason == cx.EXIT_NOMEM:
+                    raise OutOfTablesError(f"no page-table page left for gfn {at:#x}; delete slots or close the VM")
+                if reason == cx.EXIT_MMIO:
+                    raise PrefaultHoleError(f"gpa {gpa:#x} is in no memslot; create one first")
+                raise PrefaultHostError(f"the host has no memory for gpa {gpa:#x}")
+            if reason != cx.DONE:
+                break
+            at = (at | ((1 << (9 * (level - 1))) - 1)) + 1
+        at = min(at, end)
+        return at << 12, (end - at) << 12
+
+    @property
+    def ring(self) -> npt.NDArray[Any]:
+        """View of the dirty ring: structured array of ``flags``, ``slot`` (uint32) and ``offset`` (uint64, pages); empty without one.
+
+        Userspace sets bit 1 of ``flags`` of the entries that it has taken; `VM.reset_dirty_rings` frees those.
+        """
+        return self.arrays.ring.reshape(-1).view(DIRTY_GFN)
+
+    def _batch(self, gfns: npt.ArrayLike, kinds: Kinds) -> Exit | None:
+        at, batch = 0, self._check(gfns)
+        vm, v = self._vm, self.arrays
+        vm.enter(self)
+        while True:
+            at = run_guest(vm.mmu.tables, vm.memslots.spaces[0], the_host(), v, vm.mmu.mode, batch, kinds, at)
+            if vm.mmu.log.on:
+                vm.mmu.log.collect(self.index, v)
+            reason = int(v.reg[cx.EXIT_REASON])
+            if reason == cx.DONE:
+                return None
+            if reason == cx.EXIT_HOST:
+                v.reg[cx.COUNTED] = not self._copy_page(int(v.reg[cx.EXIT_GFN]))
+            elif reason == cx.EXIT_NOMEM:
+                raise OutOfTablesError(f"no page-table page left for gfn {v.reg[cx.EXIT_GFN]:#x}; delete slots or close the VM")
+            elif reason != cx.EXIT_LOG:
+                kind = int(kinds[at] if len(kinds) > 1 and at < len(kinds) else kinds[0]) if len(kinds) else cx.READ
+                return Exit(_REASONS[reason], int(at), int(v.reg[cx.EXIT_GFN]), kind)
+
+    def _check(self, gfns: npt.ArrayLike) -> I64s:
+        array = np.asarray(gfns)
+        if array.ndim == 1 and array.size == 0:
+            return np.zeros(0, np.int64)
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise TypeError(f"gfns has dtype {array.dtype} and shape {array.shape}; pass a one-dimensional array of integers")
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or high >> (self._vm.platform.gpa_bits - 12):
+            bad = low if low < 0 else high
+            raise SlotRangeError(f"gfn {bad:#x} is outside the guest-physical width of {self._vm.platform.gpa_bits} bits")
+        array = np.ascontiguousarray(array, np.int64)
+        return array if array.flags.writeable else array.copy()
+
+    def _copy_page(self, gfn: int) -> bool:
+        """Let the host copy the zero page under `gfn`; returns whether an SPTE was dropped, so that the guest faults again."""
+        slot = self._vm.memslots.at(gfn)
+        assert slot is not None
+        assert slot.backing is not None
+        return host_write((slot.hva >> 12) + gfn - slot.base_gfn, slot.backing.users)
+
+    def set_pml(self, on: bool) -> None:
+        """Take over the VM's PML control at an entry."""
+        self.arrays.reg[cx.PML_ON] = on
+
+    def keep_log(self, on: bool) -> None:
+        """Record events of the coming accesses, or stop to."""
+        self.arrays = self.arrays._replace(log=np.zeros((LOG_EVENTS if on else 0, LOG_COLUMNS), np.uint64))
+        self.arrays.reg[cx.LOGGED] = 0
+
+

@@ -1,0 +1,83 @@
+"""Warm-up: compile every kernel, or load it from the cache, by running a small VM through each operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from spte import kernels, mm
+from spte.backing import Backing
+from spte.memslot import USER_MEM_SLOTS
+from spte.vm import VM
+
+_SLOT = USER_MEM_SLOTS - 1
+
+
+def warmup(progress: Callable[[str], None] | None = None) -> None:
+    """Compile every kernel; quick if the cache has them.
+
+    Parameters
+    ----------
+    progress : callable, optional
+        Called with the name of each step before it begins.
+    """
+    for name, step in (("guest access", _access), ("logging", _logging), ("old policies", _old), ("rings", _rings), ("plain arrays", _plain)):
+        if progress is not None:
+            progress(name)
+        step()
+
+
+def _access() -> None:
+    with VM("ept-pml") as vm:
+        backing = Backing("4k", 4 << 20)
+        vm.set_memory_region(_SLOT, 0, 4 << 20, backing)
+        vm.vcpus[0].read(np.arange(8))
+        vm.vcpus[0].write(np.arange(4))
+        vm.vcpus[0].prefault(8 << 12, 4096)
+        mm.madvise(backing, 0, 4, mm.PAGEOUT, ages=True)
+        vm.stats()
+        vm.check()
+
+
+def _logging() -> None:
+    with VM("ept-pml", manual=1) as vm:
+        backing = Backing("thp", 4 << 20, populate=True)
+        vm.set_memory_region(_SLOT, 0, 4 << 20, backing)
+        for flags in (1, 0):
+            vm.vcpus[0].write(np.arange(1024))
+            vm.set_memory_region(_SLOT, 0, 4 << 20, backing, flags=flags)
+            if flags:
+                vm.vcpus[0].write(np.arange(8))
+                vm.clear_dirty_log(_SLOT, 0, 1024, vm.get_dirty_log(_SLOT))
+                vm.enable_cap("manual_dirty_log_protect2", 0)
+                vm.get_dirty_log(_SLOT)
+
+
+def _old() -> None:
+    """Reach what only policies without huge-page recovery by table do: leaf by leaf, and D set at the end."""
+    with VM("ept-pml", "5.11") as vm:
+        backing = Backing("thp", 4 << 20, populate=True)
+        for flags in (0, 1, 0):
+            vm.set_memory_region(_SLOT, 0, 4 << 20, backing, flags=flags)
+            vm.vcpus[0].write(np.arange(8))
+
+
+def _rings() -> None:
+    with VM("npt", ring_bytes=4096) as vm:
+        vm.set_memory_region(_SLOT, 0, 4 << 20, Backing("4k", 4 << 20, populate=True), flags=1)
+        vm.vcpus[0].write(np.arange(8))
+        vm.vcpus[0].ring["flags"][:8] |= 2
+        vm.reset_dirty_rings()
+
+
+def _plain() -> None:
+    leaves = np.zeros(512, np.uint64)
+    table = np.zeros((1, 512), np.uint64)
+    bitmap = np.zeros(8, np.uint64)
+    kernels.write_protect(leaves)
+    kernels.clear_dirty(leaves)
+    kernels.harvest(leaves, bitmap)
+    kernels.pml_flush(leaves, 511, bitmap)
+    kernels.split(leaves, table)
+    kernels.collapse(leaves, table)
