@@ -1,0 +1,138 @@
+"""`spte check`: replay recordings of real KVM and compare after every op all that the format says is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from spte.compare import Difference, InForce, differences, fields_of
+from spte.recording import Recording
+from spte.recording_ops import GUEST_OPS
+from spte.replay import Replay
+from spte.replay_guest import UnsupportedOp
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The first difference of a recording.
+
+    Parameters
+    ----------
+    i : int
+        Index of the op.
+    op, key : str
+        Name of the op, and the value that differs.
+    gfn, level : int or None
+        Where in the tables or the slot; None if the value has no place.
+    expected, got : object
+        What KVM did and what the model did.
+    """
+
+    i: int
+    op: str
+    key: str
+    gfn: int | None
+    level: int | None
+    expected: Any
+    got: Any
+
+    def __str__(self) -> str:
+        where = "" if self.gfn is None else f" gfn {self.gfn:#x} level {self.level}"
+        return f"op {self.i} {self.op}: {self.key}{where}: expected {self.expected}, got {self.got}"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What the check of one recording found.
+
+    Parameters
+    ----------
+    name : str
+        The recording's name.
+    ops : int
+        Ops performed and compared.
+    fields : int
+        Values looked at.
+    finding : Finding or None
+        The first difference; the check of a recording ends there.
+    """
+
+    name: str
+    ops: int
+    fields: int
+    finding: Finding | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as plain values for JSON."""
+        return asdict(self)
+
+
+def check(recording: Recording) -> Report:
+    """Replay `recording` and compare it with the model; ends at the first difference.
+
+    Raises
+    ------
+    RecordingError
+        The recording can not be performed as written, or is of a machine that the model does not have.
+    """
+    run = Replay(recording.header)
+    force, model = InForce(), InForce()
+    fields = 0
+    traced = True
+    try:
+        for record in recording.records:
+            i, op = record["i"], record["op"]
+            unknown = force.apply(record)
+            if unknown:
+                finding = Finding(i, op, unknown[0], None, None, "a known key", "unknown")
+                return Report(recording.name, i, fields, finding)
+            try:
+                got = run.step(record)
+            except UnsupportedOp as error:
+                finding = Finding(i, op, "op", None, None, op, f"not modelled: {error}")
+                return Report(recording.name, i, fields, finding)
+            if op == "set":
+                traced = record["args"].get("trace", 1) == 1
+            model.apply(got)
+            reasons = traced and run.machine.intel and (op in GUEST_OPS or op == "resume")
+            first: Difference | None = next(differences(record, got, force, model, reasons=reasons), None)
+            if first is not None:
+                key, expected, actual, gfn, level = first
+                return Report(recording.name, i, fields, Finding(i, op, key, gfn, level, expected, actual))
+            fields += fields_of(record, force)
+    finally:
+        run.machine.close()
+    return Report(recording.name, len(recording.records), fields, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Sums over many reports; `passed` only if there was at least one recording and no difference."""
+
+    files: int
+    ops: int
+    fields: int
+    differing: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether something was compared and nothing differed."""
+        return self.files > 0 and self.fields > 0 and self.differing == 0
+
+
+def totals(reports: Iterable[Report]) -> Totals:
+    """Return the sums over `reports`."""
+    files = ops = fields = differing = 0
+    for report in reports:
+        files += 1
+        ops += report.ops
+        fields += report.fields
+        differing += report.finding is not None
+    return Totals(files, ops, fields, differing)
+
+
+def check_all(recordings: Iterable[Recording]) -> Iterator[Report]:
+    """Yield the report of each of `recordings`."""
+    for recording in recordings:
+        yield check(recording)

@@ -1,0 +1,70 @@
+"""`spte check`: the model against recordings of real KVM."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import click
+
+from spte.cli import EXIT_BAD_INPUT, EXIT_DIFFERENCE, EXIT_OK
+
+SCHEMA = 1
+
+
+@click.command(short_help="Compare recordings of real KVM with the model.")
+@click.argument("paths", metavar="FILE_OR_DIR...", nargs=-1, required=True, type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, schema version inside, in place of text.")
+def check(paths: tuple[str, ...], as_json: bool) -> int:
+    """Replay recordings of real KVM and compare the model with them after every op.
+
+    Takes recordings (.jsonl, also .gz and .xz), archives of them (.tar, .tar.gz, .tar.xz), and directories of both.
+    Prints the first difference of each recording that has one, then the totals. Exit code 1 on any difference or if
+    nothing was compared, 2 if a file is not a recording.
+    """
+    from spte import check as model
+    from spte import recording as rec
+
+    reports: list[model.Report] = []
+    bad: list[str] = []
+    try:
+        found = rec.find(paths)
+    except rec.RecordingError as error:
+        raise click.UsageError(str(error)) from None
+    for path in found:
+        try:
+            for report in model.check_all(rec.read_all(path)):
+                reports.append(report)
+                if report.finding is not None and not as_json:
+                    click.echo(f"{report.name}: {_line(str(report.finding))}")
+        except rec.RecordingError as error:
+            bad.append(str(error))
+            click.echo(f"spte check: {error}", err=True)
+        if sys.stderr.isatty():
+            click.echo(f"\r{len(reports)} recordings checked", err=True, nl=False)
+    if sys.stderr.isatty():
+        click.echo("", err=True)
+    sums = model.totals(reports)
+    if as_json:
+        out = {
+            "schema": SCHEMA,
+            "passed": sums.passed and not bad,
+            "files": sums.files,
+            "ops": sums.ops,
+            "fields": sums.fields,
+            "differing": sums.differing,
+            "not_recordings": bad,
+            "recordings": [report.as_dict() for report in reports],
+        }
+        click.echo(json.dumps(out))
+    else:
+        click.echo(f"{sums.files} recordings, {sums.ops} ops, {sums.fields} fields compared; {sums.differing} differ")
+        if not sums.files and not bad:
+            click.echo("spte check: no recording found; name a file, an archive or a directory", err=True)
+    if bad:
+        return EXIT_BAD_INPUT
+    return EXIT_OK if sums.passed else EXIT_DIFFERENCE
+
+
+def _line(text: str, limit: int = 500) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,136 @@
+"""The figures of a profile: one list from which the table, the Markdown and the JSON are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from spte._version import __version__
+from spte.phases import Row
+from spte.trace import PAGE_SIZE
+from spte.workload import Workload
+
+SCHEMA = "spte-profile/1"
+HARVEST = ("get", "clear")
+
+
+class Metric(NamedTuple):
+    """One figure of a row: JSON key with the unit, label, how to get it, and whether to show it when it is 0."""
+
+    key: str
+    label: str
+    value: Callable[[Row], float | None]
+    always: bool = True
+
+
+def _count(key: str, label: str, name: str, *kinds: str, always: bool = True) -> Metric:
+    return Metric(key, label, lambda row: row.count(name, *kinds), always)
+
+
+def _leafs(key: str, label: str, when: str, name: str, *, always: bool = True) -> Metric:
+    return Metric(key, label, lambda row: row.leafs[when][name], always)
+
+
+def _scaled(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
+
+
+COUNTS = (
+    Metric("pages_written", "pages written", lambda row: row.written),
+    Metric("pages_reported", "pages reported", lambda row: row.reported),
+    Metric("pages_over_reported", "pages over-reported", lambda row: row.over_reported),
+    Metric("pages_lost", "pages lost", lambda row: row.lost),
+    _count("populate_faults_slow", "faults, populate", "faults_slow", "populate"),
+    _count("faults_fast", "faults, fast", "faults_fast"),
+    _count("faults_slow", "faults, slow", "faults_slow"),
+    _count("exits", "VM exits", "exits"),
+    _count("pml_entries", "PML entries", "pml_entries"),
+    _count("pml_full_exits", "PML full exits", "pml_full"),
+    _count("ring_full_exits", "ring full exits", "ring_full", always=False),
+    _count("sptes_written_enable", "SPTEs written, enable", "sptes_written", "enable"),
+    _count("sptes_written_guest", "SPTEs written, faults", "sptes_written", "dirty"),
+    _count("sptes_written_harvest", "SPTEs written, harvest", "sptes_written", *HARVEST),
+    _count("sptes_written_disable", "SPTEs written, disable", "sptes_written", "disable"),
+    _count("flushes", "TLB flushes", "flushes"),
+    _count("splits_2m", "splits of 2 MiB", "splits_2m"),
+    _count("splits_1g", "splits of 1 GiB", "splits_1g", always=False),
+    _leafs("huge_2m_populated", "2 MiB pages, populated", "populate", "pages_2m"),
+    _leafs("huge_2m_logging", "2 MiB pages, last harvest", "logging", "pages_2m"),
+    _leafs("huge_2m_disabled", "2 MiB pages, disabled", "disable", "pages_2m"),
+    _leafs("huge_1g_populated", "1 GiB pages, populated", "populate", "pages_1g", always=False),
+    _leafs("huge_1g_logging", "1 GiB pages, last harvest", "logging", "pages_1g", always=False),
+    _leafs("huge_1g_disabled", "1 GiB pages, disabled", "disable", "pages_1g", always=False),
+)
+"""Exact. Unless the label says when, a count is the sum from enabling to disabling, without populate."""
+
+RATES = (
+    Metric("dirty_rate_pages_per_s", "dirty rate, pages/s", lambda row: row.dirty_pages_per_s),
+    Metric("dirty_rate_mb_per_s", "dirty rate, MB/s", lambda row: _scaled(row.dirty_pages_per_s, PAGE_SIZE / 1e6)),
+)
+"""Exact: pages written by the workload's own clock (1 MB = 10^6 bytes)."""
+
+MEASURED = (
+    Metric("harvest_mpages_per_s", "harvest, Mpages/s", lambda row: _scaled(row.harvest_pages_per_s, 1e-6)),
+    Metric("get_clear_ns_per_page", "GET+CLEAR, ns/page", lambda row: _per_page(row)),
+    Metric("enable_ns_per_spte", "enable, ns/SPTE", lambda row: _scaled(row.enable_s_per_spte, 1e9)),
+    Metric("guest_writes_per_s", "guest writes/s", lambda row: row.guest_accesses_per_s),
+)
+"""Measured on this machine: harvest a page reported, enable an SPTE written, guest writes while logging."""
+
+
+def _per_page(row: Row) -> float | None:
+    rate = row.harvest_pages_per_s
+    return None if rate is None else 1e9 / rate
+
+
+def shown(metrics: Sequence[Metric], rows: Sequence[Row]) -> list[Metric]:
+    """Return the metrics that are worth a line in a table of `rows`."""
+    return [m for m in metrics if m.always or any(m.value(row) for row in rows)]
+
+
+def spell(value: float | None) -> str:
+    """Return a figure as tables show it: counts whole, others with three significant digits or more."""
+    if value is None:
+        return "n/a"
+    if isinstance(value, float) and value >= 1e7:
+        return f"{value / 1e6:,.4g} M"
+    if isinstance(value, int) or value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:#.3g}"
+
+
+def as_json(workload: Workload, rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the report as JSON values; `counts` and `rates` are exact, `measured` holds for this machine."""
+    return {
+        "schema": SCHEMA,
+        "spte_version": __version__,
+        "workload": workload.describe(),
+        "rows": [_row(row) for row in rows],
+    }
+
+
+def _row(row: Row) -> dict[str, Any]:
+    times = None if row.t_ns is None else [int(t) for t in row.t_ns]
+    return {
+        "platform": row.platform,
+        "policy": row.policy,
+        "counts": {m.key: m.value(row) for m in COUNTS},
+        "rates": {m.key: m.value(row) for m in RATES},
+        "measured": {m.key: m.value(row) for m in MEASURED},
+        "phases": [
+            {"name": p.name, "kind": p.kind, "iteration": p.iteration, "counts": p.counts, "measured_s": p.seconds}
+            for p in row.phases
+        ],
+        "epochs": [
+            {
+                "t_ns": times[i : i + 2] if times else None,
+                "pages_written": e.written,
+                "pages_reported": e.reported,
+                "pages_over_reported": e.over_reported,
+                "pages_lost": e.lost,
+                "first_lost_gfn": e.first_lost,
+            }
+            for i, e in enumerate(row.epochs)
+        ],
+        "leafs": row.leafs,
+    }

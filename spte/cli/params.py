@@ -1,0 +1,47 @@
+"""Option values and checks that verbs share; each refuses with one line that holds the value and the way out."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+_SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50}
+
+
+def size(text: str) -> int:
+    """Return the bytes that `text` spells: digits and at most one of K, M, G, T, P (powers of 1024)."""
+    match = re.fullmatch(r"([0-9]{1,19})([KMGTP]?)(?:i?B)?", text.strip(), re.ASCII | re.IGNORECASE)
+    if match is None or not int(match[1]):
+        raise click.BadParameter(f"{text[:40]!r} is no size above 0; take a number and K, M, G or T, like 512M")
+    return int(match[1]) << _SHIFTS[match[2].upper()]
+
+
+def target(*suffixes: str) -> Callable[[str], Path]:
+    """Return the type of a file to be written later, named with one of `suffixes`: refused now if that can not work."""
+
+    def file(text: str) -> Path:
+        path = Path(text)
+        if suffixes and path.suffix.lower() not in suffixes:
+            raise click.BadParameter(f"{text!r} does not end in {' or '.join(suffixes)}; name the file so")
+        if path.is_dir():
+            raise click.BadParameter(f"{text!r} is a directory; name a file")
+        if not path.parent.is_dir():
+            raise click.BadParameter(f"{text!r}: there is no directory {str(path.parent)!r}; make it first")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise click.BadParameter(f"{text!r} can not be written; take another place")
+        return path
+
+    return file
+
+
+def spell_size(count: float) -> str:
+    """Return `count` bytes in the largest unit that keeps the number at 1 or more, such as ``"348 MiB"``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"

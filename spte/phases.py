@@ -1,0 +1,135 @@
+"""What a profile reports: phases with exact counts and measured seconds, epochs, and one row a platform and policy."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclasses.dataclass(slots=True)
+class Phase:
+    """One phase of one VM: what it did (exact) and how long it took here (measured).
+
+    Parameters
+    ----------
+    kind : str
+        ``"populate"``, ``"enable"``, ``"dirty"``, ``"get"``, ``"clear"`` or ``"disable"``.
+    iteration : int
+        From 1; 0 outside iterations.
+    counts : dict of str to int
+        Changes of `VM.counters`, and `flushes`, remote TLB flush requests.
+    seconds : float
+        Time inside the library, s.
+    """
+
+    kind: str
+    iteration: int
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """The phase in the words of dirty_log_perf_test."""
+        return {
+            "populate": "Populate memory time",
+            "enable": "Enabling dirty logging time",
+            "dirty": f"Iteration {self.iteration} dirty memory time",
+            "get": f"Iteration {self.iteration} get dirty log time",
+            "clear": f"Iteration {self.iteration} clear dirty log time",
+            "disable": "Disabling dirty logging time",
+        }[self.kind]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Epoch:
+    """What one iteration wrote and what its harvest reported, in distinct pages; `over_reported` were not written."""
+
+    written: int
+    reported: int
+    over_reported: int
+    lost: int
+    first_lost: int | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Row:
+    """One platform under one policy.
+
+    Parameters
+    ----------
+    platform, policy : str
+        Their names.
+    phases : tuple of Phase
+        In order of time.
+    epochs : tuple of Epoch
+        One an iteration.
+    accesses : int
+        Guest accesses of all iterations.
+    leafs : dict of str to dict of str to int
+        `pages_4k`, `pages_2m` and `pages_1g` after ``"populate"``, after the last harvest (``"logging"``) and after
+        ``"disable"``.
+    t_ns : int64 [iterations + 1], optional
+        The workload's time, ns.
+    """
+
+    platform: str
+    policy: str
+    phases: tuple[Phase, ...]
+    epochs: tuple[Epoch, ...]
+    accesses: int
+    leafs: dict[str, dict[str, int]]
+    t_ns: npt.NDArray[np.int64] | None
+
+    def count(self, name: str, *kinds: str) -> int:
+        """Return the sum of count `name` over the phases of `kinds`, or over all but populate."""
+        return sum(p.counts[name] for p in self.phases if (p.kind in kinds if kinds else p.kind != "populate"))
+
+    def seconds(self, *kinds: str) -> float:
+        """Return the measured time of the phases of `kinds`, s."""
+        return sum(p.seconds for p in self.phases if p.kind in kinds)
+
+    @property
+    def written(self) -> int:
+        """Pages written, summed over the epochs."""
+        return sum(e.written for e in self.epochs)
+
+    @property
+    def reported(self) -> int:
+        """Pages reported, summed over the epochs."""
+        return sum(e.reported for e in self.epochs)
+
+    @property
+    def over_reported(self) -> int:
+        """Pages reported in an epoch that did not write them."""
+        return sum(e.over_reported for e in self.epochs)
+
+    @property
+    def lost(self) -> int:
+        """Pages written in an epoch whose harvest did not report them; anything but 0 breaks the contract."""
+        return sum(e.lost for e in self.epochs)
+
+    @property
+    def dirty_pages_per_s(self) -> float | None:
+        """Pages written a second of the workload's own time; None if it knows no time."""
+        duration = 0 if self.t_ns is None else int(self.t_ns[-1] - self.t_ns[0])
+        return self.written * 1e9 / duration if duration else None
+
+    @property
+    def harvest_pages_per_s(self) -> float | None:
+        """Measured: pages reported a second of harvest; None if there were none."""
+        seconds = self.seconds("get", "clear")
+        return self.reported / seconds if self.reported and seconds else None
+
+    @property
+    def enable_s_per_spte(self) -> float | None:
+        """Measured: seconds of enabling for each SPTE it wrote; None if it wrote none."""
+        sptes = self.count("sptes_written", "enable")
+        return self.seconds("enable") / sptes if sptes else None
+
+    @property
+    def guest_accesses_per_s(self) -> float | None:
+        """Measured: guest accesses a second of dirty memory time; None if there were none."""
+        seconds = self.seconds("dirty")
+        return self.accesses / seconds if self.accesses and seconds else None

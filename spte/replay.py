@@ -1,0 +1,162 @@
+"""`spte replay`: perform a recording's ops on the model, and write down what the model did in the same format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from spte.bits import ROLE_INVALID
+from spte.context import ROOT
+from spte.payload import CODE_SLOT, HIDDEN, TABLE_SLOT
+from spte.recording import Recording
+from spte.recording_ops import OPS, short, unknown_args, with_defaults
+from spte.replay_guest import UnsupportedOp
+from spte.replay_machine import Machine
+from spte.replay_ops import HANDLERS
+
+STATS = {
+    "vm": ("pages_4k", "pages_2m", "pages_1g", "remote_tlb_flush_requests", "nx_lpage_splits"),
+    "vcpu": ("pf_taken", "pf_fixed", "pf_fast", "pf_emulate", "pf_spurious", "pf_mmio_spte_created"),
+}
+EXIT_REASONS = {"EPT_VIOLATION": "ept_violations", "EPT_MISCONFIG": "ept_misconfigs", "PML_FULL": "pml_full"}
+
+class Replay:
+    """The model going through one recording.
+
+    Parameters
+    ----------
+    header : dict
+        First line of the recording: config, kernel and module parameters choose the model.
+    events : bool
+        Write the model's tracepoints into the records, in their kernel names.
+
+    Raises
+    ------
+    RecordingError
+        A config or kernel that the model does not have.
+    """
+
+    def __init__(self, header: Mapping[str, Any], *, events: bool = False) -> None:
+        self.machine = Machine(header, events=events)
+        self._events = events
+        self._traced = True
+        self._stats: dict[str, dict[str, int]] = {}
+        self._slots: Any = None
+        self._mmu: Any = None
+        self._counters: dict[str, int] = {}
+
+    def step(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Perform the op of `record` from its inputs; returns the record of what the model did.
+
+        Raises
+        ------
+        UnsupportedOp
+            The model does not perform this op; the replay can not go on.
+        RecordingError
+            The op refers to something that the recording did not make.
+        """
+        op, args = record["op"], record["args"]
+        if op not in OPS:
+            raise UnsupportedOp(f"op {short(op)} is not known")
+        for name in unknown_args(op, args):
+            raise UnsupportedOp(f"argument {short(name)} of {op} is not known")
+        out: dict[str, Any] = {"i": record["i"], "op": op, "args": args}
+        if op == "new_vm":
+            self._stats, self._slots, self._mmu, self._counters = {}, None, None, {}
+        if op not in HANDLERS:
+            raise UnsupportedOp(f"op {op} has no model yet")
+        given = with_defaults(op, args)
+        if op == "set":
+            self._traced = bool(given["trace"])
+        out |= HANDLERS[op](self.machine, given, record)
+        if self.machine.has_vm:
+            self._observe(out, new=op == "new_vm")
+        return out
+
+    def _observe(self, out: dict[str, Any], *, new: bool) -> None:
+        """Add to `out` what changed in statistics, hardware log, slots and tables."""
+        self._observe_stats(out, new=new)
+        vm = self.machine.vm
+        if self._events:
+            out["events"] = out.get("events", []) + vm.drain_events()
+        if self.machine.intel:
+            hw = _run_lengths(vm.drain_hw(), self.machine.guest.walked)
+            if hw:
+                out["hw"] = hw
+        slots = [s for s in vm.slots() if s["id"] not in (CODE_SLOT, TABLE_SLOT) or s["flags"]]
+        if slots != self._slots:
+            out["slots"] = self._slots = slots
+        mmu = [self._mmu_entry(vcpu) for vcpu in range(len(vm.vcpus))]
+        if mmu != self._mmu:
+            out["mmu"] = self._mmu = mmu
+
+    def _observe_stats(self, out: dict[str, Any], *, new: bool) -> None:
+        vm = self.machine.vm
+        changed: dict[str, dict[str, int]] = {}
+        for who, values in vm.stats().items():
+            before = self._stats.get(who, {})
+            kept = {name: values.get(name, 0) for name in STATS["vm" if who == "vm" else "vcpu"]}
+            different = {name: value for name, value in sorted(kept.items()) if value != before.get(name, 0)}
+            if different:
+                changed[who] = different
+            self._stats[who] = kept
+        if changed:
+            out["stats"] = changed
+        counters = self.machine.counters()
+        reasons = {name: counters[key] - self._counters.get(key, 0) for name, key in EXIT_REASONS.items()}
+        reasons["IO_INSTRUCTION"] = counters["io_exits"] - self._counters.get("io_exits", 0)
+        self._counters = counters
+        reasons = {name: count for name, count in reasons.items() if count}
+        if reasons and self.machine.intel and self._traced and not new:
+            out["exit_reasons"] = reasons
+
+    def _mmu_entry(self, vcpu: int) -> dict[str, Any]:
+        vm = self.machine.vm
+        roots = [int(each.arrays.reg[ROOT]) for each in vm.vcpus]
+        root = roots[vcpu]
+        role, level = int(vm.mmu.tables.role[root]), int(vm.mmu.tables.level[root])
+        entry: dict[str, Any] = {"vcpu": vcpu, "root_level": level, "role": f"{role & ~ROLE_INVALID:x}"}
+        if root in roots[:vcpu]:
+            return {**entry, "root": f"same as vcpu {roots.index(root)}"}
+        entry["root_invalid"] = int(role & ROLE_INVALID != 0)
+        entry["leafs"] = vm.leafs(vcpu, hide=HIDDEN)
+        entry["tables"] = vm.tables(vcpu, hide=HIDDEN)
+        other = vm.other(vcpu, hide=HIDDEN)
+        if other:
+            entry["other"] = other
+        return entry
+
+
+def _run_lengths(log: list[Any], walked: frozenset[int]) -> list[list[Any]]:
+    """Return a hardware log with entries of following gfns, equal level and walk, as runs."""
+    runs: list[list[Any]] = []
+    for item in log:
+        if item[0] != "pml":
+            runs.append(list(item))
+            continue
+        _, gfn, index, level = item[:4]
+        walk = "walk" if gfn in walked else ""
+        last = runs[-1] if runs and runs[-1][0] == "pml" else None
+        if last and last[1] + last[2] == gfn and last[3] - last[2] == index and last[4:] == [level, walk]:
+            last[2] += 1
+        else:
+            runs.append(["pml", gfn, 1, index, level, walk])
+    return runs
+
+
+def replay(recording: Recording, *, events: bool = False) -> Iterator[dict[str, Any]]:
+    """Yield the model's record of each op of `recording`, in order.
+
+    Raises
+    ------
+    UnsupportedOp
+        The model does not perform an op; records before it were given.
+    RecordingError
+        The recording can not be performed as written.
+    """
+    run = Replay(recording.header, events=events)
+    try:
+        for record in recording.records:
+            yield run.step(record)
+    finally:
+        run.machine.close()
