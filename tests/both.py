@@ -1,0 +1,153 @@
+"""A program on the VM and on the oracle at once: every answer and every bit of state must be equal."""
+
+import numpy as np
+from oracle import Oracle
+from oracle_memory import LOG, PAGES, READ, STATS, WRITE, Host
+
+import spte
+
+PAGE = 4096
+LAYOUTS = {  # (A, D, HOST_WRITABLE, MMU_WRITABLE, every leaf) as the recordings show them
+    True: (1 << 8, 1 << 9, 1 << 57, 1 << 58, 1 << 11 | 0x70 | 0b101),
+    False: (1 << 5, 1 << 6, 1 << 9, 1 << 10, 1 << 11 | 0b101),
+}
+VM_STATS = ("pages_4k", "pages_2m", "pages_1g", "remote_tlb_flush_requests")
+
+
+def leaf_flags(oracle, level, leaf):
+    a, d, hw, mw, flags = LAYOUTS[oracle.kind.ept]
+    if oracle.kind.ept:
+        flags |= 0 if oracle.old else 1 << 63
+        flags |= 0 if oracle.kind.ad else 1 << 52
+    if not oracle.kind.ad:
+        a = d = 0
+    return f"{flags | a | d * leaf.d | hw * leaf.hw | mw * leaf.mw | leaf.w << 1 | (level > 1) << 7:x}"
+
+
+def leaf_runs(oracle):
+    """The oracle's leaves in the shape of `VM.leafs`."""
+    runs = []
+    for (level, gfn), leaf in sorted(oracle.leafs.items(), key=lambda item: item[0][1]):
+        flags = leaf_flags(oracle, level, leaf)
+        last = runs[-1] if runs else None
+        if last and last[0] == level and last[3] == flags and last[1] + last[2] * PAGES[level] == gfn:
+            last[2] += 1
+        else:
+            runs.append([level, gfn, 1, flags])
+    return runs
+
+
+def mmio_sptes(oracle):
+    fixed = 6 if oracle.kind.ept else 1 << 51 | 7
+    return {g: f"{fixed | g << 12 | (gen & 0xFF) << 3 | (gen >> 8 & 0x7FF) << 52:x}" for g, gen in oracle.mmio.items()}
+
+
+def unpack(bitmap):
+    return set(np.flatnonzero(np.unpackbits(bitmap.view(np.uint8), bitorder="little")).tolist())
+
+
+class Both:
+    """One program on both models: every call is made on both, and the answers must be equal."""
+
+    def __init__(self, platform, policy, vcpus=1, manual=0, ring=0):
+        self.ring = ring
+        self.vm = spte.VM(platform, policy, vcpus=vcpus, manual=manual, ring_bytes=ring * 16)
+        self.ref = Oracle(platform, policy, vcpus=vcpus, manual=manual, ring=ring)
+        self.backings, self.taken = {}, [0] * vcpus
+
+    def backing(self, sid, kind, npages, populate):
+        self.backings[sid] = spte.Backing(kind, npages * PAGE, populate=populate), Host(kind, npages, populate)
+
+    def errno_of(self, call, *args, **kwargs):
+        try:
+            call(*args, **kwargs)
+        except spte.KvmError as e:
+            return e.errno
+        return 0
+
+    def set_region(self, sid, base=0, npages=0, off=0, flags=0):
+        theirs, ours = self.backings[sid] if npages else (None, None)
+        got = self.errno_of(self.vm.set_memory_region, sid, base * PAGE, npages * PAGE, theirs, offset=off * PAGE, flags=flags)
+        assert got == self.ref.set_region(sid, base, npages, ours, off, flags)
+        return got
+
+    def run(self, v, gfns, kinds):
+        gfns, kinds = np.asarray(gfns, np.int64), np.asarray(kinds, np.uint8)
+        got = self.vm.vcpus[v].run(gfns, kinds)
+        want = self.ref.run(v, gfns.tolist(), kinds.tolist())
+        assert (got and (got.reason, got.index)) == want
+        if got:
+            assert (got.gfn, got.kind) == (gfns[got.index], kinds[got.index])
+        return got
+
+    def write(self, gfns, v=0):
+        return self.run(v, gfns, [WRITE] * len(gfns))
+
+    def read(self, gfns, v=0):
+        return self.run(v, gfns, [READ] * len(gfns))
+
+    def get(self, sid):
+        want = self.ref.get(sid)
+        try:
+            got = unpack(self.vm.get_dirty_log(sid))
+        except spte.KvmError as e:
+            got = e.errno
+        assert got == want
+        return got
+
+    def clear(self, sid, first, num, pages):
+        """Clear `pages`, numbered from the slot's base."""
+        bits = np.zeros(-(-max(num, 1) // 64) * 64, np.uint8)
+        bits[[p - first for p in pages if first <= p < first + num]] = 1
+        bitmap = np.packbits(bits, bitorder="little").view(np.uint64)
+        got = self.errno_of(self.vm.clear_dirty_log, sid, first, num, bitmap)
+        assert got == self.ref.clear(sid, first, num, pages)
+        return got
+
+    def collect(self, v, limit):
+        ring, got = self.vm.vcpus[v].ring, []
+        while len(got) < limit:
+            at = self.taken[v] % len(ring)
+            if ring["flags"][at] != 1:
+                break
+            got.append((int(ring["slot"][at]), int(ring["offset"][at])))
+            ring["flags"][at] = 3
+            self.taken[v] += 1
+        assert got == self.ref.collect(v, limit)
+        return got
+
+    def reset(self):
+        got = self.vm.reset_dirty_rings()
+        assert got == self.ref.reset_rings()
+        return got
+
+    def set_eager(self, eager):
+        self.vm.set_param("eager_page_split", eager)
+        self.ref.eager = eager
+
+    def set_manual(self, bits):
+        self.vm.enable_cap("manual_dirty_log_protect2", bits)
+        self.ref.manual = bits
+
+    def compare(self):
+        """Leaves, MMIO SPTEs, tables, bitmaps and counters of both; no write of the oracle's guest may be lost."""
+        vm, ref = self.vm, self.ref
+        vm.check()
+        views = range(len(vm.vcpus))
+        assert max((vm.leafs(v) for v in views), key=len) == leaf_runs(ref)
+        assert {g: value for v in views for _, g, value in vm.other(v)} == mmio_sptes(ref)
+        tables = {(lv, g + i * PAGES[lv + 1]) for v in views for lv, g, n, *_ in vm.tables(v) for i in range(n) if lv < 4}
+        assert tables == ref.tables
+        dirty = {s["id"]: {f + i for f, n in s["kbitmap"] for i in range(n)} for s in vm.slots() if s["kbitmap"] is not None}
+        assert dirty == {s.id: s.dirty for s in ref.slots.values() if s.dirty is not None}
+        stats, levels = vm.stats(), [lv for lv, _ in ref.leafs]
+        want = dict(zip(VM_STATS, (*(levels.count(lv) for lv in (1, 2, 3)), ref.flushes), strict=True))
+        assert {key: stats["vm"][key] for key in VM_STATS} == want
+        for v, vcpu in enumerate(ref.vcpus):
+            assert {key: stats[f"vcpu{v}"][key] for key in STATS} == vcpu.stats
+        counters = vm.counters()
+        assert (counters["pml_entries"], counters["pml_full"]) == (ref.pml_entries, ref.pml_full)
+        assert ref.lost() == set()
+
+    def close(self):
+        assert self.vm.close() == sum(s.flags & LOG for s in self.ref.slots.values())

@@ -1,0 +1,131 @@
+"""Fixtures, guests and Hypothesis profiles that all tests share. Every run is deterministic."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+settings.register_profile("spte", derandomize=True, deadline=None, database=None, suppress_health_check=SLOW)
+settings.load_profile("spte")
+
+PAGE = 4096
+LOG = 1
+PLATFORMS = ("ept-pml", "ept-nopml", "ept-noad", "npt", "npt-pml")
+POLICIES = ("6.12", "6.1")
+
+
+@pytest.fixture(params=PLATFORMS)
+def platform(request):
+    return request.param
+
+
+@pytest.fixture(params=POLICIES)
+def policy(request):
+    return request.param
+
+
+def pages_of(bitmap):
+    """Numbers of the set bits of a dirty bitmap."""
+    return set(np.flatnonzero(np.unpackbits(bitmap.view(np.uint8), bitorder="little")).tolist())
+
+
+def bitmap_of(pages, npages):
+    """A dirty bitmap of `npages` pages with the bits of `pages` set."""
+    bits = np.zeros(-(-npages // 64) * 64, np.uint8)
+    bits[list(pages)] = 1
+    return np.packbits(bits, bitorder="little").view(np.uint64)
+
+
+class Guest:
+    """One slot at gfn `base` of a VM, and what a VMM does with it; pages are numbered from the slot's start."""
+
+    def __init__(self, platform, policy="6.12", *, mode="get", kind="4k", npages=1024, base=512, populate=True, vcpus=1):
+        import spte
+
+        self.mode, self.base, self.npages, self.kind = mode, base, npages, kind
+        manual = int(mode[-1]) if mode.startswith("manual") else 0
+        self.vm = spte.VM(platform, policy, vcpus=vcpus, manual=manual, ring_bytes=16 * 2048 if mode == "ring" else 0)
+        self.memory = spte.Backing(kind, npages * PAGE, populate=populate)
+        self.taken = [0] * vcpus
+        self.set_flags(0)
+
+    def set_flags(self, flags):
+        self.vm.set_memory_region(0, self.base * PAGE, self.npages * PAGE, self.memory, flags=flags)
+
+    def write(self, pages, v=0):
+        self._run(self.vm.vcpus[v].write, pages, v)
+
+    def read(self, pages, v=0):
+        self._run(self.vm.vcpus[v].read, pages, v)
+
+    def _run(self, access, pages, v):
+        gfns = np.asarray(list(pages), np.int64) + self.base
+        while (stop := access(gfns)) is not None:
+            assert stop.reason == "dirty_ring_full"
+            gfns = gfns[stop.index :]
+            self.pending = [*getattr(self, "pending", []), *self.take_ring()]
+            self.vm.reset_dirty_rings()
+
+    def take_ring(self):
+        """Harvest all rings; returns page numbers in ring order, one ring after the other."""
+        pages = []
+        for v, vcpu in enumerate(self.vm.vcpus):
+            ring = vcpu.ring
+            while ring["flags"][at := self.taken[v] % len(ring)] == 1:
+                pages.append(int(ring["offset"][at]))
+                ring["flags"][at] = 3
+                self.taken[v] += 1
+        return pages
+
+    def harvest(self):
+        """Learn the dirty pages and re-arm them; returns a list, with repetitions only from a ring."""
+        if self.mode == "ring":
+            pages = [*self.__dict__.pop("pending", []), *self.take_ring()]
+            self.vm.reset_dirty_rings()
+            return pages
+        bitmap = self.vm.get_dirty_log(0)
+        if self.mode != "get":
+            self.vm.clear_dirty_log(0, 0, self.npages, bitmap)
+        return sorted(pages_of(bitmap))
+
+    def stats(self, key, of="vcpu0"):
+        return self.vm.stats()[of][key]
+
+    def leafs(self):
+        """{(level, first gfn): flags} of every leaf."""
+        step = {1: 1, 2: 512, 3: 512 * 512}
+        return {(lv, g + i * step[lv]): int(flags, 16) for lv, g, n, flags in self.vm.leafs() for i in range(n)}
+
+
+def typical_run(platform, policy):
+    """Reach every kernel: each way to log, split, harvest and collapse, NX pages, holes, rings, the public kernels."""
+    from spte import kernels, mm
+
+    for mode in ("get", "manual 1", "manual 3", "ring"):
+        for eager in (True, False):
+            guest = Guest(platform, policy, mode=mode, kind="thp", npages=1100, vcpus=2)
+            guest.vm.set_param("eager_page_split", eager)
+            guest.write(range(0, 1100, 3))
+            guest.set_flags(LOG)
+            guest.write(range(700), v=1)
+            guest.read(range(1100))
+            guest.harvest()
+            guest.set_flags(0)
+            guest.vm.set_param("nx_huge_pages", True)
+            guest.vm.vcpus[0].exec(np.arange(guest.base, guest.base + 4))
+            guest.vm.vcpus[0].read([1])
+            guest.vm.check()
+            if guest.vm.policy.prefault:
+                guest.vm.vcpus[0].prefault(guest.base * PAGE, 8 * PAGE)
+            guest.vm.kernel_write(guest.base + 3)
+            mm.madvise(guest.memory, 0, 8)
+            mm.madvise(guest.memory, 512, 8, mm.PAGEOUT, ages=True)
+            guest.vm.set_memory_region(0, 0, 0)
+            guest.vm.close()
+    words = np.zeros(8, np.uint64)
+    kernels.write_protect(words)
+    kernels.clear_dirty(words)
+    kernels.harvest(words, words[:1].copy())
+    kernels.pml_flush(np.zeros(512, np.uint64), 511, words)
+    kernels.split(words, np.zeros((1, 512), np.uint64))
+    kernels.collapse(words, np.zeros((1, 512), np.uint64))

@@ -1,0 +1,224 @@
+"""Rules of the compiled kernels: no floats, one signature each, a cache that notices edits and may be missing."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spte import _jit
+
+ROOT = Path(__file__).parent.parent
+compiled = pytest.mark.skipif(_jit.PLAIN, reason="kernels are plain Python in this lane")
+
+
+REPORT = """
+import json, sys
+import numba
+from conftest import PLATFORMS, typical_run
+from spte import _jit, policy
+from spte.warm import warmup
+
+
+def arrays(args):
+    "Array types among the arguments, those inside named tuples too; scalars may differ between callers."
+    for ty in args:
+        if isinstance(ty, numba.types.BaseTuple):
+            yield from arrays(ty.types)
+        elif isinstance(ty, numba.types.Array):
+            yield str(ty)
+
+
+def report():
+    for k in _jit.KERNELS:
+        maps = [k.overloads[sig].type_annotation.typemap for sig in k.signatures]
+        yield {
+            "name": k.py_func.__module__ + "." + k.py_func.__name__,
+            "calls": list(k.py_func.__code__.co_names),
+            "signatures": [str(sig) for sig in k.signatures],
+            "layouts": sorted({str(tuple(arrays(sig))) for sig in k.signatures}),
+            "floats": [v for m in maps for v, ty in m.items() if isinstance(ty, numba.types.Float)],
+        }
+
+
+warmup()
+after_warm_up = list(report())
+for platform in PLATFORMS:
+    for name in policy.NAMES:
+        typical_run(platform, name)
+json.dump([after_warm_up, list(report())], sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """Each kernel after the warm-up and after typical runs, in a process with an empty cache: only there types are kept."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "SPTE_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
+    done = subprocess.run([sys.executable, "-c", REPORT], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def entry_points(report):
+    """Kernels that no other kernel calls."""
+    inner = {name for kernel in report for name in kernel["calls"]}
+    return {k["name"]: k for k in report if k["name"].rsplit(".", 1)[1] not in inner}
+
+
+@compiled
+@pytest.mark.long
+def test_no_kernel_holds_a_float(reports):
+    """Mixing signed and unsigned, or a typed and an untyped constant, makes a float64, silently."""
+    assert not {k["name"]: k["floats"] for k in reports[1] if k["floats"]}
+
+
+@compiled
+@pytest.mark.long
+def test_each_entry_point_has_one_signature(reports):
+    entries = entry_points(reports[1])
+    assert entries
+    assert not {name: k["signatures"] for name, k in entries.items() if len(k["signatures"]) > 1}
+
+
+@compiled
+@pytest.mark.long
+def test_each_kernel_sees_one_array_layout(reports):
+    """Strided and read-only arrays are other types and would compile again."""
+    assert not {k["name"]: k["layouts"] for k in reports[1] if len(k["layouts"]) > 1}
+
+
+@compiled
+@pytest.mark.long
+def test_every_kernel_was_compiled_by_the_runs_above(reports):
+    """Else the tests above would pass a kernel that they never saw."""
+    assert not [k["name"] for k in reports[1] if not k["signatures"]]
+
+
+@compiled
+@pytest.mark.long
+def test_the_warm_up_leaves_nothing_to_compile(reports):
+    before, after = (entry_points(r) for r in reports)
+    assert not {name for name in after if after[name]["signatures"] != before[name]["signatures"]}
+
+
+RUN = """
+import sys, warnings
+warnings.simplefilter("error")
+import spte
+from spte import _jit
+assert spte.__file__.startswith({copy!r}), spte.__file__
+vm = spte.VM("npt")
+vm.set_memory_region(0, 0, 1 << 22, spte.Backing("thp", 1 << 22))
+vm.vcpus[0].write(range(8))
+hits = sum(sum(k.stats.cache_hits.values()) for k in _jit.KERNELS)
+misses = sum(sum(k.stats.cache_misses.values()) for k in _jit.KERNELS)
+print(hits, misses, vm.leafs()[0][1:3])
+"""
+
+
+WARNINGS = """
+import warnings
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    import spte
+assert spte.__file__.startswith({copy!r}), spte.__file__
+print(len(seen), 0, seen[0].message)
+"""
+
+
+def run_copy(copy, cache, code=RUN):
+    env = {**os.environ, "PYTHONPATH": str(copy), "SPTE_CACHE_DIR": str(cache), "PYTHONDONTWRITEBYTECODE": "1"}
+    env.pop("NUMBA_CACHE_DIR", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code.format(copy=str(copy))],
+        env=env,
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    hits, misses, leaf = done.stdout.split(maxsplit=2)
+    return int(hits), int(misses), leaf.strip()
+
+
+@pytest.fixture
+def copy(tmp_path):
+    shutil.copytree(ROOT / "spte", tmp_path / "copy" / "spte", ignore=shutil.ignore_patterns("__pycache__", "data"))
+    return tmp_path / "copy"
+
+
+@compiled
+@pytest.mark.long
+def test_the_cache_is_hit_and_an_edit_of_another_source_file_is_seen(copy, tmp_path):
+    cache = tmp_path / "cache"
+    hits, misses, first = run_copy(copy, cache)
+    assert hits == 0
+    assert misses > 0
+
+    (copy / "spte" / "notes.txt").write_text("no source")
+    hits, misses, again = run_copy(copy, cache)
+    assert hits > 0
+    assert (misses, again) == (0, first)
+
+    # numba stamps only the file of the kernel itself; what a helper in another file does must still be seen.
+    tables = copy / "spte" / "tables.py"
+    text = tables.read_text()
+    edited = re.sub(r"return \(gfn >> \(9 \* \(level - 1\)\)\) & 511", "return 511 - ((gfn >> (9 * (level - 1))) & 511)", text)
+    assert edited != text
+    tables.write_text(edited)
+    hits, misses, second = run_copy(copy, cache)
+    assert misses > 0
+    assert second != first
+
+
+def kernel_sources():
+    """Modules with kernels, and the modules that these take constants or helpers from."""
+    package = ROOT / "spte"
+    users = [p for p in sorted(package.rglob("*.py")) if "@kernel" in p.read_text()]
+    used = {m for p in users for m in re.findall(r"^from spte\.(\w+) import|^from spte import (\w+)", p.read_text(), re.M)}
+    names = {p.relative_to(package).as_posix() for p in users} | {f"{a or b}.py" for a, b in used}
+    python_only = {"backing.py", "errors.py", "memory.py", "platform.py"}  # nothing of theirs is compiled in
+    return sorted(name for name in names - python_only if (package / name).exists())
+
+
+@compiled
+@pytest.mark.parametrize("name", kernel_sources())
+def test_the_cache_key_covers_every_source_that_kernels_are_made_of(name, monkeypatch, copy):
+    """Column numbers, masks and helpers are compiled into kernels wherever they are written down."""
+    monkeypatch.setattr(_jit, "HERE", copy / "spte")
+    before = _jit._digest()
+    with (copy / "spte" / name).open("a") as source:
+        source.write("\nEDITED = True\n")
+    assert _jit._digest() != before
+
+
+@compiled
+def test_an_unwritable_cache_costs_one_warning(copy, tmp_path):
+    blocked = tmp_path / "a_file"
+    blocked.write_text("not a directory")
+    count, _, message = run_copy(copy, blocked, WARNINGS)
+    assert count == 1
+    assert "SPTE_CACHE_DIR" in message
+    assert str(blocked) in message
+
+
+@compiled
+def test_bit_operations_equal_their_plain_twins():
+    import numba
+
+    rng = np.random.default_rng(5)
+    words = rng.integers(1, 1 << 63, 200, dtype=np.uint64) << rng.integers(0, 64, 200, dtype=np.uint64)
+    words = words[words != 0]
+
+    @numba.njit
+    def both(x):
+        return _jit.ctz(x), _jit.popcount(x)
+
+    got = [both(word) for word in words]
+    assert got == [((int(w) & -int(w)).bit_length() - 1, int(w).bit_count()) for w in words]
