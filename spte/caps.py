@@ -14,9 +14,13 @@ _EXTENSIONS = {
 }  # fmt: skip
 
 
+def _number_of(name: str | int) -> int | None:
+    return _NAMES.get(name.lower().removeprefix("kvm_cap_")) if isinstance(name, str) else name
+
+
 def number(name: str | int) -> int:
     """Return the number of a capability that can be enabled; CapabilityError (EINVAL) lists those."""
-    found = _NAMES.get(name) if isinstance(name, str) else name
+    found = _number_of(name)
     if found not in _NAMES.values():
         known = ", ".join(f"{key} ({value})" for key, value in _NAMES.items())
         raise CapabilityError(f"capability {name!r} can not be enabled; take one of {known}")
@@ -26,7 +30,7 @@ def number(name: str | int) -> int:
 
 def check_extension(cap: str | int) -> int:
     """Return what KVM_CHECK_EXTENSION says of a capability given by name or number: 0 = unknown."""
-    return _EXTENSIONS.get(_NAMES.get(cap, 0) if isinstance(cap, str) else cap, 0)
+    return _EXTENSIONS.get(_number_of(cap) or 0, 0)
 
 
 def check_manual_protect(arg0: int) -> None:

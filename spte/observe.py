@@ -22,8 +22,8 @@ class Observable:
     vcpus: Sequence[VirtualCpu]
     nr_memslots_dirty_logging: int
 
-    def stats(self) -> dict[str, dict[str, int]]:
-        """Return KVM's statistics: ``{"vm": {...}, "vcpu0": {...}, ...}`` in the kernel's names."""
+    def stats(self) -> dict[str, Any]:
+        """Return KVM's statistics in the kernel's names, those of vCPUs added up; by file under ``"vm"``, ``"vcpu0"``, ..."""
         return stats(self)
 
     def counters(self) -> dict[str, int]:

@@ -13,6 +13,7 @@ from spte.recording_ops import OPS, short, unknown_args, with_defaults
 from spte.replay_guest import UnsupportedOp
 from spte.replay_machine import Machine
 from spte.replay_ops import HANDLERS
+from spte.stats import stat_files
 
 STATS = {
     "vm": ("pages_4k", "pages_2m", "pages_1g", "remote_tlb_flush_requests", "nx_lpage_splits"),
@@ -93,7 +94,7 @@ class Replay:
     def _observe_stats(self, out: dict[str, Any], *, new: bool) -> None:
         vm = self.machine.vm
         changed: dict[str, dict[str, int]] = {}
-        for who, values in vm.stats().items():
+        for who, values in stat_files(vm).items():
             before = self._stats.get(who, {})
             kept = {name: values.get(name, 0) for name in STATS["vm" if who == "vm" else "vcpu"]}
             different = {name: value for name, value in sorted(kept.items()) if value != before.get(name, 0)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spte import context as cx
 
@@ -27,12 +27,19 @@ _VCPU_COUNTERS = {
 }  # fmt: skip
 
 
-def stats(vm: Observable) -> dict[str, dict[str, int]]:
-    """Return KVM's statistics: ``vm``, ``vcpu0``, ..., in the kernel's names."""
+def stat_files(vm: Observable) -> dict[str, dict[str, int]]:
+    """Return KVM's binary statistics, a dict a file descriptor: ``vm``, ``vcpu0``, ..., in the kernel's names."""
     found = {"vm": {name: int(vm.mmu.tables.meta[i]) for name, i in VM_STATS.items()}}
     for vcpu in vm.vcpus:
         found[f"vcpu{vcpu.index}"] = {name: int(vcpu.arrays.stat[i]) for name, i in VCPU_STATS.items()}
     return found
+
+
+def stats(vm: Observable) -> dict[str, Any]:
+    """Return the statistics by name, vCPUs added up as debugfs does, and beside them each file of `stat_files`."""
+    files = stat_files(vm)
+    summed = {name: sum(file[name] for who, file in files.items() if who != "vm") for name in VCPU_STATS}
+    return {**files["vm"], **summed, **files}
 
 
 def counters(vm: Observable) -> dict[str, int]:
