@@ -31,7 +31,8 @@ class Tables(NamedTuple):
 # Columns of Tables.meta.
 ROWS, FREED, PAGES_4K, PAGES_2M, PAGES_1G, FLUSHES, NX_SPLITS = 0, 1, 2, 3, 4, 5, 6
 SPTES_WRITTEN, SPLITS_2M, SPLITS_1G, ZAPPED, COLLAPSED, DIRTY_MARKS = 7, 8, 9, 10, 11, 12
-META_COLUMNS = 13
+CPU_DIRTY_LOGGING_REQUESTS, VCPU_KICKS = 13, 14
+META_COLUMNS = 15
 
 
 class Slots(NamedTuple):
@@ -49,6 +50,7 @@ BASE, NPAGES, FLAGS, SLOT, BITMAP, LPAGE2, LPAGE3, HPAGE = 0, 1, 2, 3, 4, 5, 6, 
 SLOT_COLUMNS = 8
 COUNT, LAST_HIT, GENERATION = 0, 1, 2
 LOG_DIRTY_PAGES, READONLY = 1, 2
+BEGAN_SET = 1 << 17  # internal: logging began with every bit set, so huge leaves may be writable until CLEAR
 
 
 class Host(NamedTuple):

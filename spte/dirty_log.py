@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spte.context import READONLY, SPTES_WRITTEN, U64s
+from spte.context import READONLY, SPTES_WRITTEN, VCPU_KICKS, U64s
 from spte.errors import BufferFaultError, ClearRangeError, DirtyRingInUseError, NoDirtyLogError, RingDisabledError
 from spte.host import the_host
 from spte.kernels.clear_dirty import clear_dirty_slot
@@ -95,11 +95,18 @@ def _check_buffer(array: Any, words: int, name: str, *, write: bool) -> None:
         raise BufferFaultError(f"{name} is {what}; pass {'a writable' if write else 'an'} array of uint64[{words}]")
 
 
+def _sync(vm: VM) -> None:
+    """Kick the vCPUs out of the guest, so that their PML buffers are drained. Whoever harvests here finds them drained already."""
+    if vm.mmu.mode.dirty_log_size or vm.policy.sync_kicks_without_pml:
+        vm.mmu.tables.meta[VCPU_KICKS] += len(vm.vcpus)
+
+
 def get(vm: VM, slot: int, out: U64s | None) -> U64s:
     """KVM_GET_DIRTY_LOG; what is dirty is exchanged, re-armed and flushed before `out` is looked at."""
     _refuse_ring(vm)
     check_slot_number(slot)
     memslot = _logging_slot(vm, slot)
+    _sync(vm)
     snapshot = vm.memslots.scratch(memslot)
     if vm.manual:
         snapshot[:] = vm.memslots.bitmap(memslot)
@@ -131,6 +138,7 @@ def clear(vm: VM, slot: int, first_page: int, num_pages: int, bitmap: U64s) -> N
         )
     words = (num_pages + 63) // 64
     _check_buffer(bitmap, words, "bitmap", write=False)
+    _sync(vm)
     wanted = vm.memslots.scratch(memslot)[:words]
     wanted[:] = bitmap[:words]
     s, k = vm.memslots.place(memslot)

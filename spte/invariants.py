@@ -24,7 +24,7 @@ import numpy as np
 
 from spte import bits as bt
 from spte._jit import kernel
-from spte.context import BASE, BITMAP, FLAGS, LOG_DIRTY_PAGES, PAGES_4K, PML_INDEX, READONLY, ROWS
+from spte.context import BASE, BEGAN_SET, BITMAP, FLAGS, LOG_DIRTY_PAGES, PAGES_4K, PML_INDEX, READONLY, ROWS
 from spte.entries import log_shift
 from spte.errors import InvariantError
 from spte.slots import find_slot
@@ -63,7 +63,7 @@ def _leaf_breaks(t, s, m, row, spte, gfn, level):
     if not flags & LOG_DIRTY_PAGES or flags & READONLY or s.table[k, BITMAP] < 0 or not w:
         return 0
     if level > 1:
-        return 0 if m.initially_set else L1
+        return 0 if flags & BEGAN_SET else L1
     page = gfn - s.table[k, BASE]
     marked = (s.words[s.table[k, BITMAP] + (page >> 6)] >> bt.U64(page & 63)) & bt.U64(1)
     shift = log_shift(t, m, row)

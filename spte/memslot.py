@@ -35,6 +35,7 @@ class Memslot:
     backing: Backing | None
     bitmap: int = -1
     lpage: tuple[int, int] = (0, 0)
+    began_set: bool = False  # logging began with every bit set
 
     @property
     def as_id(self) -> int:
@@ -155,12 +156,14 @@ class Memslots:
     @staticmethod
     def _fill(s: Slots, at: int, slot: Memslot) -> None:
         row = s.table[at]
-        row[cx.BASE], row[cx.NPAGES], row[cx.FLAGS], row[cx.SLOT] = slot.base_gfn, slot.npages, slot.flags, slot.slot
+        row[cx.BASE], row[cx.NPAGES], row[cx.SLOT] = slot.base_gfn, slot.npages, slot.slot
+        row[cx.FLAGS] = slot.flags | cx.BEGAN_SET * slot.began_set
         row[cx.BITMAP], row[cx.LPAGE2], row[cx.LPAGE3], row[cx.HPAGE] = slot.bitmap, slot.lpage[0], slot.lpage[1], slot.hva >> 12
 
     def allocate_bitmap(self, slot: Memslot, *, all_set: bool) -> None:
         """Give `slot` a bitmap and its scratch half, all 0, or all ones for exactly its pages."""
         slot.bitmap = self._words.take(2 * slot.words)
+        slot.began_set = all_set
         if all_set:
             live = self.bitmap(slot)
             live[:] = _ALL_ONES

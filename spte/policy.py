@@ -61,6 +61,10 @@ class Policy:
     pml_control: str = _decision(
         "logging-slots", "vCPUs run with PML always, or while a slot logs", "patch 11; a85863c2ec55, 5.12", ("always", "logging-slots")
     )
+    pml_in_l2: bool = _decision(False, "PML stays on while L2 runs, and logs L2's addresses", "patch 6; c3bb9a20834f, 5.12 (off)")
+    sync_kicks_without_pml: bool = _decision(
+        False, "GET and CLEAR kick every vCPU on hardware without PML too", "patch 9; a018eba53870, 5.12; no longer in 6.1"
+    )
     pml_order: str = _decision(
         "newest-first", "order in which a PML drain marks", "37c3ddfe5238, 6.14", ("newest-first", "oldest-first")
     )
@@ -110,12 +114,12 @@ _6_1 = Policy(
 )  # fmt: skip
 _SERIES = dataclasses.replace(
     _6_1, name="series", eager_page_split=False, fast_page_fault=False, initially_set_enable="huge", enable_flush="each-routine",
-    collapse="zap-leaf", mapping_level_clamped=False, collapse_flush="once",
+    collapse="zap-leaf", mapping_level_clamped=False, collapse_flush="once", sync_kicks_without_pml=True,
 )  # fmt: skip
 PRESETS = {
     "5.11": dataclasses.replace(
         _SERIES, name="5.11", tdp_start_level=False, one_write_protect=False, collapse_precise=False, collapse_pages="thp",
-        disable_sets_dirty=True, pml_control="always",
+        disable_sets_dirty=True, pml_control="always", pml_in_l2=True, sync_kicks_without_pml=False,
     ),
     "series": _SERIES,
     "5.12": dataclasses.replace(_SERIES, name="5.12", tdp_start_level=False),

@@ -19,7 +19,8 @@ VCPU_STATS = {
 }  # fmt: skip
 _TABLE_COUNTERS = {
     "sptes_written": cx.SPTES_WRITTEN, "splits_2m": cx.SPLITS_2M, "splits_1g": cx.SPLITS_1G, "zapped": cx.ZAPPED, "collapsed": cx.COLLAPSED,
-    "dirty_marks": cx.DIRTY_MARKS, "flushes": cx.FLUSHES,
+    "dirty_marks": cx.DIRTY_MARKS, "flushes": cx.FLUSHES, "cpu_dirty_logging_requests": cx.CPU_DIRTY_LOGGING_REQUESTS,
+    "vcpu_kicks": cx.VCPU_KICKS,
 }  # fmt: skip
 _VCPU_COUNTERS = {
     "pml_entries": cx.PML_ENTRIES, "pml_full": cx.PML_FULLS, "exits": cx.EXITS, "faults_fast": cx.PF_FAST, "faults_slow": cx.SLOW_FAULTS,

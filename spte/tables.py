@@ -10,7 +10,7 @@ import numpy as np
 
 from spte import memory
 from spte._jit import kernel
-from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, SHIFT_PAGE, WRITABLE, ZERO
+from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, SHIFT_PAGE, ZERO
 from spte.context import FREED, META_COLUMNS, PAGES_4K, ROWS, Tables, zeros
 
 # 2**24 rows map 32 TiB in 4 KiB pages. Only address space: 64 GiB and 0.5 GiB of attributes, nothing of it touched.
@@ -115,9 +115,3 @@ def is_leaf(spte, level):
 def count_leaf(t, level, change):
     """Add `change` to the VM's count of leaves of `level`."""
     t.meta[PAGES_4K + level - 1] += change
-
-
-@kernel
-def is_writable(spte):
-    """Tell whether a present leaf is writable by hardware now."""
-    return (spte & WRITABLE) != ZERO

@@ -9,7 +9,7 @@ from types import TracebackType
 from spte import dirty_log, notifier, region
 from spte.backing import Backing
 from spte.caps import MANUAL_PROTECT, PREFAULT, check_dirty_ring, check_extension, check_manual_protect, number
-from spte.context import U64s
+from spte.context import CPU_DIRTY_LOGGING_REQUESTS, U64s
 from spte.errors import CapabilityError, ClosedError, DirtyLoggingLeak, MmuPagesError
 from spte.memslot import Memslots
 from spte.observe import Observable
@@ -113,13 +113,20 @@ class VM(Observable):
             if now and not was and not self.has_ring:
                 self.memslots.allocate_bitmap(new, all_set=bool(self.mmu.mode.initially_set))
             self.memslots.update(new)
-        self.nr_memslots_dirty_logging += now - was
+        self._count_logging(now - was)
         self._advance_generation(slot >> 16, 4 if change in (region.DELETE, region.MOVE) else 2)
         if change == region.FLAGS_ONLY and new is not None:
             if now:
                 dirty_log.arm_slot(self, new)
             else:
                 dirty_log.collapse(self, new)
+
+    def _count_logging(self, change: int) -> None:
+        """Count a slot in or out of the logging ones; between 0 and 1 every vCPU is asked to update its PML control."""
+        self.nr_memslots_dirty_logging += change
+        first_or_last = change != 0 and self.nr_memslots_dirty_logging == max(change, 0)
+        if first_or_last and self.platform.pml and self.policy.pml_control == "logging-slots":
+            self.mmu.tables.meta[CPU_DIRTY_LOGGING_REQUESTS] += len(self.vcpus)
 
     def _advance_generation(self, as_id: int, step: int) -> None:
         if self.memslots.advance_generation(as_id, step) % MMIO_GENERATIONS == 0:

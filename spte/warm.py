@@ -22,7 +22,10 @@ def warmup(progress: Callable[[str], None] | None = None) -> None:
     progress : callable, optional
         Called with the name of each step before it begins.
     """
-    for name, step in (("guest access", _access), ("logging", _logging), ("old policies", _old), ("rings", _rings), ("plain arrays", _plain)):
+    steps = {
+        "guest access": _access, "logging": _logging, "old policies": _old, "rings": _rings, "plain arrays": _plain,
+    }  # fmt: skip
+    for name, step in steps.items():
         if progress is not None:
             progress(name)
         step()
