@@ -24,6 +24,9 @@ class Tables(NamedTuple):
     role: npt.NDArray[np.uint32]
     parent: npt.NDArray[np.int32]  # row that links to this one, -1 for a root
     nx_disallowed: npt.NDArray[np.uint8]  # 1: linked by an exec fault under the NX mitigation, 2: and a huge page would fit
+    shadow: npt.NDArray[np.uint8]  # 1: the row belongs to the shadow MMU, whose leaves stand in rmaps
+    hash: npt.NDArray[np.int32]  # shadow pages by gfn and role: first row + 1 of each bucket
+    hash_next: npt.NDArray[np.int32]  # next row + 1 of the bucket
     free: npt.NDArray[np.int32]  # stack of freed rows
     meta: I64s  # ROWS, FREED, and the VM's counters below
 
@@ -42,12 +45,17 @@ class Slots(NamedTuple):
     meta: I64s  # COUNT, LAST_HIT, GENERATION
     words: U64s  # pool of dirty bitmaps, [live | scratch] a slot
     disallow: npt.NDArray[np.int32]  # pool of lpage_info counters
+    rmaps: I64s  # pool of rmap heads
+    nodes: I64s  # [n, 2] chains of rmaps with more than one SPTE
+    node_meta: I64s  # NODE_HIGH, NODE_FREE
 
 
 # Columns of Slots.table: base gfn, pages, flags, as_id<<16|id, first word of the bitmap (-1: none), first counter of level 2 and
 # of level 3, host page number of the first page.
-BASE, NPAGES, FLAGS, SLOT, BITMAP, LPAGE2, LPAGE3, HPAGE = 0, 1, 2, 3, 4, 5, 6, 7
-SLOT_COLUMNS = 8
+# rmap heads of level 1, 2, 3 (-1: the slot has none).
+BASE, NPAGES, FLAGS, SLOT, BITMAP, LPAGE2, LPAGE3, HPAGE, RMAP1 = 0, 1, 2, 3, 4, 5, 6, 7, 8
+SLOT_COLUMNS = 11
+NODE_HIGH, NODE_FREE = 0, 1
 COUNT, LAST_HIT, GENERATION = 0, 1, 2
 LOG_DIRTY_PAGES, READONLY = 1, 2
 BEGAN_SET = 1 << 17  # internal: logging began with every bit set, so huge leaves may be writable until CLEAR
@@ -107,7 +115,9 @@ class Mode(NamedTuple):
     flush_each: np.int64
     recover: np.int64
     initially_set: np.int64
+    shadow: np.int64  # direct roots belong to the shadow MMU (tdp_mmu=N)
     nx_mark_all: np.int64
+    nx_any_table: np.int64
     collapse_pages: np.int64
     collapse_precise: np.int64
     level_clamped: np.int64

@@ -13,6 +13,7 @@ from spte.kernels.clear_dirty import clear_dirty_slot
 from spte.kernels.collapse import collapse_slot
 from spte.kernels.harvest import clear_dirty_log, get_dirty_log
 from spte.kernels.ring_reset import reset_ring
+from spte.kernels.rmap import zap_collapsible_rmaps
 from spte.kernels.set_dirty import set_dirty_slot
 from spte.kernels.split import split_slot
 from spte.kernels.write_protect import write_protect_slot
@@ -61,11 +62,13 @@ def collapse(vm: VM, slot: Memslot) -> None:
         return
     s, k = vm.memslots.place(slot)
     with vm.mmu.traced():
-        if vm.policy.collapse == "zap-leaf":
+        if m.shadow:
+            done = zap_collapsible_rmaps(t, s, the_host(), m, k)
+        elif vm.policy.collapse == "zap-leaf":
             done = zap_collapsible(t, s, the_host(), m, k)
         else:
             done = collapse_slot(t, s, the_host(), m, vm.mmu.roots(slot.as_id), k)
-    if done and not m.flush_each:
+    if done and (m.shadow or not m.flush_each):
         vm.mmu.flush()
     if vm.policy.disable_sets_dirty and m.dirty_log_size:
         with vm.mmu.traced():

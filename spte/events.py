@@ -62,7 +62,7 @@ class EventLog:
         """Take over what a vCPU logged during a stay in the guest."""
         for e in v.log[: v.reg[cx.LOGGED]].tolist():
             if self.hardware and e[0] == cx.EV_PML:
-                self.hw.append(["pml", e[1], e[2], e[3], ""])
+                self.hw.append(["pml", e[1], e[2], e[3], "setA" if e[4] else ""])
             elif self.hardware and e[0] == cx.EV_PML_FULL:
                 self.hw.append(["pml_full", e[1], e[2], e[3]])
             if self.tracing and (event := _decode(index, e)):

@@ -67,38 +67,44 @@ def _next_table(t, v, m, row, i, nx_mark):
 
 
 @kernel
-def _nx_holds(t, m, spte, level):
+def nx_holds(t, m, spte, level):
     """Tell whether an entry links to a table that the NX mitigation keeps from becoming a huge leaf."""
-    return m.nx and level > 1 and is_link(spte) and t.nx_disallowed[child_of(spte)] != 0
+    return m.nx and level > 1 and is_link(spte) and (m.nx_any_table or t.nx_disallowed[child_of(spte)] != 0)
+
+
+@kernel
+def fault_page(s, h, m, k, gfn, kind):
+    """Ask the host for the page of `gfn` in slot `k` (-1: none); returns ``(exit reason, pfn, host_writable, largest level)``."""
+    pfn, host_writable, fits = ZERO, False, np.int64(1)
+    if k < 0:
+        return cx.DONE, pfn, host_writable, fits
+    hpage = s.table[k, cx.HPAGE] + gfn - s.table[k, cx.BASE]
+    code, host_writable, zero = host_fault(h, hpage, kind == cx.WRITE)
+    if code == HOST_COW:
+        return cx.EXIT_HOST, pfn, False, fits
+    if code != HOST_OK:
+        return cx.EXIT_EFAULT if code == HOST_EFAULT else cx.EXIT_NOMEM, pfn, False, fits
+    pfn = ZERO_PFN if zero else U64(hpage)
+    if s.table[k, cx.FLAGS] & cx.READONLY:
+        host_writable = False
+    if not s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES:
+        fits = max_mapping_level(s, h, k, gfn, m.max_level)
+    return cx.DONE, pfn, host_writable, fits
 
 
 @kernel
 def map_gfn(t, s, h, v, m, k, gfn, kind, prefetch):
     """Take the slow path: host page, goal level, walk, leaf. Returns an exit reason, DONE if the leaf is there."""
-    pfn = ZERO
-    host_writable = False
-    logs = False
-    fits = np.int64(1)
-    if k >= 0:
-        hpage = s.table[k, cx.HPAGE] + gfn - s.table[k, cx.BASE]
-        code, host_writable, zero = host_fault(h, hpage, kind == cx.WRITE)
-        if code == HOST_COW:
-            return cx.EXIT_HOST
-        if code != HOST_OK:
-            return cx.EXIT_EFAULT if code == HOST_EFAULT else cx.EXIT_NOMEM
-        pfn = ZERO_PFN if zero else U64(hpage)
-        logs = s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES != 0
-        if s.table[k, cx.FLAGS] & cx.READONLY:
-            host_writable = False
-        if not logs:
-            fits = max_mapping_level(s, h, k, gfn, m.max_level)
+    reason, pfn, host_writable, fits = fault_page(s, h, m, k, gfn, kind)
+    if reason != cx.DONE:
+        return reason
     no_huge = m.nx and kind == cx.EXEC
     goal = np.int64(1) if no_huge else fits
     row = v.reg[cx.ROOT]
     level = np.int64(t.level[row])
     i = index_of(gfn, level)
     while True:
-        if level == goal and _nx_holds(t, m, t.sptes[row, i], level):
+        if level == goal and nx_holds(t, m, t.sptes[row, i], level):
             goal -= 1
         if level == goal:
             break
@@ -122,11 +128,11 @@ def map_gfn(t, s, h, v, m, k, gfn, kind, prefetch):
     first = pfn & ~((ONE << U64(9 * (level - 1))) - ONE)
     guest_mode = t.role[row] & ROLE_GUEST_MODE != 0
     new = make_leaf(m, level, first, old, prefetch, host_writable, guest_mode, not (m.nx and level > 1))
+    if host_writable and s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES:
+        mark_dirty(t, s, v, k, gfn)
     if new == old:
         v.stat[cx.PF_SPURIOUS] += not prefetch
         return cx.DONE
-    if host_writable and logs:
-        mark_dirty(t, s, v, k, gfn)
     _install(t, v, m, row, i, gfn, level, new)
     v.stat[cx.PF_FIXED] += not prefetch
     return cx.DONE

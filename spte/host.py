@@ -105,6 +105,15 @@ def host_level(h, hpage):
 
 
 @kernel
+def writable_now(h, hpage):
+    """Tell whether the host maps `hpage` writable already."""
+    state = h.block[hpage >> 9]
+    if state == MIXED:
+        return h.page[h.mixed[hpage >> 9], hpage & 511] == PAGE_OWN
+    return state == OWN or state == HUGE
+
+
+@kernel
 def fault_in_huge(h, block, kind):
     """Map an EMPTY block huge; 1 GiB pages come whole."""
     if kind == HUGETLB_1G:

@@ -81,7 +81,7 @@ def tables(t: Tables, root: int, hide: tuple[int, int] | None = None) -> list[li
     for what, level, gfn, _, row in _walk(t, root, hide):
         if what != "table":
             continue
-        key = [f"{int(t.role[row]):x}", 1, int(t.nx_disallowed[row] != 0), 0]
+        key = [f"{int(t.role[row]):x}", 1 - int(t.shadow[row]), int(t.nx_disallowed[row] != 0), 0]
         last = runs[-1] if runs else None
         if last and last[0] == level and last[3:] == key and last[1] + (last[2] << (9 * level)) == gfn:
             last[2] += 1

@@ -35,6 +35,7 @@ class Memslot:
     backing: Backing | None
     bitmap: int = -1
     lpage: tuple[int, int] = (0, 0)
+    rmaps: tuple[int, ...] = (-1, -1, -1)
     began_set: bool = False  # logging began with every bit set
 
     @property
@@ -69,13 +70,14 @@ class Memslots:
     Mutating methods keep the kernels' tables in step; they check nothing: that is the VM's part.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, rmaps: bool = False) -> None:
+        self._rmaps = rmaps
+        self._heads = Pool(np.int64, 1 << 33 if rmaps else 1)
+        nodes, node_meta = memory.reserve(np.int64, 1 << 28 if rmaps else 1, 2), zeros(2)
         self._words = Pool(np.uint64, 1 << 30)
         self._disallow = Pool(np.int32, 1 << 27)
-        self.spaces = [
-            Slots(memory.reserve(np.int64, 1 << 15, cx.SLOT_COLUMNS), zeros(3), self._words.array, self._disallow.array)
-            for _ in range(ADDRESS_SPACES)
-        ]
+        pools = self._words.array, self._disallow.array, self._heads.array, nodes, node_meta
+        self.spaces = [Slots(memory.reserve(np.int64, 1 << 15, cx.SLOT_COLUMNS), zeros(3), *pools) for _ in range(ADDRESS_SPACES)]
         self._by_id: dict[int, Memslot] = {}
 
     def __iter__(self) -> Iterator[Memslot]:
@@ -130,6 +132,8 @@ class Memslots:
                     entries[-1] = 1
             offsets.append(offset)
         slot.lpage = (offsets[0], offsets[1])
+        if self._rmaps:
+            slot.rmaps = tuple(self._heads.take(slot.lpage_count(level)) for level in (1, 2, 3))
         s = self.spaces[slot.as_id]
         n = int(s.meta[cx.COUNT])
         at = int(np.searchsorted(s.table[:n, cx.BASE], slot.base_gfn))
@@ -147,6 +151,9 @@ class Memslots:
         del self._by_id[slot.slot]
         for level, offset in zip((2, 3), slot.lpage, strict=True):
             self._disallow.give(offset, slot.lpage_count(level))
+        if self._rmaps:
+            for level, offset in zip((1, 2, 3), slot.rmaps, strict=True):
+                self._heads.give(offset, slot.lpage_count(level))
 
     def update(self, slot: Memslot) -> None:
         """Bring the kernels' row of `slot` in step with its flags and bitmap."""
@@ -158,6 +165,7 @@ class Memslots:
         row = s.table[at]
         row[cx.BASE], row[cx.NPAGES], row[cx.SLOT] = slot.base_gfn, slot.npages, slot.slot
         row[cx.FLAGS] = slot.flags | cx.BEGAN_SET * slot.began_set
+        row[cx.RMAP1 : cx.RMAP1 + 3] = slot.rmaps
         row[cx.BITMAP], row[cx.LPAGE2], row[cx.LPAGE3], row[cx.HPAGE] = slot.bitmap, slot.lpage[0], slot.lpage[1], slot.hva >> 12
 
     def allocate_bitmap(self, slot: Memslot, *, all_set: bool) -> None:
@@ -188,6 +196,14 @@ class Memslots:
         """Return the lpage counters of `slot` at `level` 2 or 3."""
         offset = slot.lpage[level - 2]
         return [int(x) for x in self._disallow.array[offset : offset + slot.lpage_count(level)]]
+
+    def clear_rmaps(self) -> None:
+        """Forget every SPTE, after all were dropped."""
+        for slot in self:
+            for level, offset in zip((1, 2, 3), slot.rmaps, strict=True):
+                if offset >= 0:
+                    self._heads.array[offset : offset + slot.lpage_count(level)] = 0
+        self.spaces[0].node_meta[:] = 0
 
     def records(self) -> list[dict[str, Any]]:
         """Return every memslot in the recordings' shape: numbers, lpage counters and dirty bitmap as runs."""

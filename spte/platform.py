@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from spte.errors import PlatformError
 
@@ -31,6 +31,8 @@ class Platform:
         EPT entries may be executable and not readable; then R is not part of every present entry.
     l1tf : bool
         The CPU has the L1TF bug: MMIO SPTEs carry the top five physical address bits set.
+    tdp_mmu : bool
+        Direct roots belong to the TDP MMU; else (``tdp_mmu=N``) to the shadow MMU, which finds leaves by rmap.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Platform:
     max_level: int = 3
     exec_only: bool = True
     l1tf: bool = False
+    tdp_mmu: bool = True
 
     def __post_init__(self) -> None:
         if self.paging not in (EPT, NPT):
@@ -68,8 +71,9 @@ _DIRECT = {
     "npt": Platform("npt", NPT, ad_bits=True, pml=False, gpa_bits=48),
     "npt-pml": Platform("npt-pml", NPT, ad_bits=True, pml=True, gpa_bits=48),
 }
+_DIRECT |= {name + "-rmap": replace(p, name=name + "-rmap", tdp_mmu=False) for name, p in _DIRECT.items()}
 NAMES = tuple(_DIRECT)
-_NOT_YET = ("shadow", *(name + "-rmap" for name in _DIRECT))
+_NOT_YET = ("shadow",)
 
 
 def named(name: str) -> Platform:
@@ -77,5 +81,5 @@ def named(name: str) -> Platform:
     if name in _DIRECT:
         return _DIRECT[name]
     if name in _NOT_YET:
-        raise PlatformError(f"platform {name!r} needs the shadow MMU, which is not modelled yet; take one of {', '.join(NAMES)}")
+        raise PlatformError(f"platform {name!r} needs shadow paging, which is not modelled yet; take one of {', '.join(NAMES)}")
     raise PlatformError(f"platform {name!r} is not known; take one of {', '.join(NAMES)}")

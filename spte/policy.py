@@ -35,6 +35,9 @@ class Policy:
         "linked", "tables an exec fault links that count as held down: all, or where a huge page would fit", "recordings b8_nx_huge_pages",
         ("possible", "linked"),
     )  # fmt: skip
+    nx_any_table: bool = _decision(
+        False, "with nx_huge_pages any table keeps a fault small, marked or not", "recordings 6.1/amd-legacy/b8_nx_huge_pages"
+    )
     fault_split: str = _decision(
         "in-place", "a write fault on a huge leaf of a logging slot drops it or splits it", "Nov 2022 series, 6.3", ("zap", "in-place")
     )
@@ -110,7 +113,7 @@ def _spell_all(choices: tuple[Any, ...]) -> str:
 
 
 _6_1 = Policy(
-    "6.1", era="6.1", nx_marks="possible", fault_split="zap", pageout="age", locked_readonly_retry=True, prefault=False,
+    "6.1", era="6.1", nx_marks="possible", nx_any_table=True, fault_split="zap", pageout="age", locked_readonly_retry=True, prefault=False,
 )  # fmt: skip
 _SERIES = dataclasses.replace(
     _6_1, name="series", eager_page_split=False, fast_page_fault=False, initially_set_enable="huge", enable_flush="each-routine",

@@ -6,7 +6,9 @@ import numpy as np
 
 from spte._jit import ctz, kernel
 from spte.bits import ONE, PRESENT_SHIFT, U64, WRITABLE, ZERO
+from spte.context import RMAP1
 from spte.entries import log_shift, split_below
+from spte.rmap import head_of, next_of, ref_of
 from spte.tables import is_leaf, table_at, walk
 
 ALL_ONES = ~ZERO
@@ -58,12 +60,18 @@ def split_range(t, m, root, start, end):
 
 
 @kernel
-def _rearm_huge(t, m, root, gfn, mask):
-    """With initially-set, huge leaves may be writable still: split them, or write-protect those of the mask's ends."""
-    start = gfn + ctz(mask)
+def _ends(gfn, mask):
+    """Return the first and the last gfn of `mask`."""
     end = gfn + 63
     while (mask >> U64(end - gfn)) == ZERO:
         end -= 1
+    return gfn + ctz(mask), end
+
+
+@kernel
+def _rearm_huge(t, m, root, gfn, mask):
+    """With initially-set, huge leaves may be writable still: split them, or write-protect those of the mask's ends."""
+    start, end = _ends(gfn, mask)
     if m.eager:
         split_range(t, m, root, start, end + 1)
     changed = write_protect_huge(t, m, root, start)
@@ -95,4 +103,59 @@ def rearm_mask(t, m, root, gfn, mask, row):
         row = table_at(t, root, gfn + here, 1)
         if row >= 0:
             changed += rearm_entries(t.sptes, row, np.int64(0), part, log_shift(t, m, row))
+    return changed, row
+
+
+@kernel
+def _protect_huge_rmaps(t, s, m, k, gfn):
+    """Take W and MMU_WRITABLE from every huge leaf of the shadow MMU that covers `gfn`; returns SPTEs changed."""
+    changed = 0
+    both = WRITABLE | m.lay.mmu_writable
+    for level in range(2, 4):
+        head = s.rmaps[head_of(s, k, gfn, level)]
+        while head != 0:
+            ref = ref_of(s, head)
+            head = next_of(s, head)
+            spte = t.sptes[ref >> 9, ref & 511]
+            if (spte & both) != ZERO:
+                t.sptes[ref >> 9, ref & 511] = spte & ~both
+                changed += 1
+    return changed
+
+
+@kernel
+def rearm_rmaps(t, s, m, k, gfn, mask):
+    """Make the next write to each ``gfn + b`` visible again in every SPTE that maps it under the shadow MMU; returns SPTEs changed."""
+    changed = 0
+    if m.initially_set:
+        start, end = _ends(gfn, mask)
+        changed += _protect_huge_rmaps(t, s, m, k, start)
+        if start >> 9 != end >> 9:
+            changed += _protect_huge_rmaps(t, s, m, k, end)
+    part = mask
+    while part != ZERO:
+        at = gfn + ctz(part)
+        part &= part - ONE
+        head = s.rmaps[head_of(s, k, at, 1)]
+        while head != 0:
+            ref = ref_of(s, head)
+            head = next_of(s, head)
+            bit = ONE << log_shift(t, m, ref >> 9)
+            spte = t.sptes[ref >> 9, ref & 511]
+            if (spte & bit) != ZERO:
+                t.sptes[ref >> 9, ref & 511] = spte & ~bit
+                changed += 1
+    return changed
+
+
+@kernel
+def rearm(t, s, m, roots, k, gfn, mask, row):
+    """Re-arm the 64 gfns from `gfn` of slot `k` under every root, then in every rmap; returns as `rearm_mask`."""
+    changed = 0
+    one = roots.shape[0] == 1
+    for r in range(roots.shape[0]):
+        got, row = rearm_mask(t, m, roots[r], gfn, mask, row if one else np.int64(-1))
+        changed += got
+    if s.table[k, RMAP1] >= 0:
+        changed += rearm_rmaps(t, s, m, k, gfn, mask)
     return changed, row

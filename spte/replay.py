@@ -135,8 +135,8 @@ def _run_lengths(log: list[Any], walked: frozenset[int]) -> list[list[Any]]:
         if item[0] != "pml":
             runs.append(list(item))
             continue
-        _, gfn, index, level = item[:4]
-        walk = "walk" if gfn in walked else ""
+        _, gfn, index, level, accessed = item
+        walk = "+".join(([accessed, ""] if accessed else []) + ["walk"]) if gfn in walked else accessed
         last = runs[-1] if runs and runs[-1][0] == "pml" else None
         if last and last[1] + last[2] == gfn and last[3] - last[2] == index and last[4:] == [level, walk]:
             last[2] += 1

@@ -18,8 +18,9 @@ from spte.replay_guest import Guest, Memory
 from spte.vcpu import VirtualCpu
 from spte.vm import VM
 
-PLATFORMS = {"tdp": "npt", "intel-pml": "ept-pml", "intel-nopml": "ept-nopml", "intel-noad": "ept-noad"}
-SHADOW_CONFIGS = ("legacy", "shadow", "intel-pml-legacy", "intel-nopml-legacy", "intel-shadow")
+PLATFORMS = {"tdp": "npt", "intel-pml": "ept-pml", "intel-nopml": "ept-nopml", "intel-noad": "ept-noad",
+             "legacy": "npt-rmap", "intel-pml-legacy": "ept-pml-rmap", "intel-nopml-legacy": "ept-nopml-rmap"}  # fmt: skip
+SHADOW_CONFIGS = ("shadow", "intel-shadow")
 VERSIONS = ("6.1", "6.12")
 RECORDED_GPA_BITS = 40  # physical address width of both recorded CPUs
 PARAMS = ("eager_page_split", "nx_huge_pages")
@@ -195,7 +196,7 @@ class Machine:
 def _platform(config: str) -> platforms.Platform:
     known = ", ".join(PLATFORMS)
     if config in SHADOW_CONFIGS:
-        raise RecordingError(f"config {config!r} needs the shadow MMU, which is not modelled yet; take one of {known}")
+        raise RecordingError(f"config {config!r} needs shadow paging, which is not modelled yet; take one of {known}")
     if config not in PLATFORMS:
         raise RecordingError(f"config {short(config)} is not known; known are {known}")
     preset = platforms.named(PLATFORMS[config])

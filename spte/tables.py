@@ -15,6 +15,7 @@ from spte.context import FREED, META_COLUMNS, PAGES_4K, ROWS, Tables, zeros
 
 # 2**24 rows map 32 TiB in 4 KiB pages. Only address space: 64 GiB and 0.5 GiB of attributes, nothing of it touched.
 CAPACITY = 1 << 24
+HASH_BUCKETS = 1 << 16
 
 
 def new_tables(capacity: int = CAPACITY) -> Tables:
@@ -24,7 +25,8 @@ def new_tables(capacity: int = CAPACITY) -> Tables:
     res = memory.reserve
     return Tables(
         sptes, level=res(np.uint8, n), gfn=res(np.int64, n), role=res(np.uint32, n), parent=res(np.int32, n),
-        nx_disallowed=res(np.uint8, n), free=res(np.int32, n), meta=zeros(META_COLUMNS),
+        nx_disallowed=res(np.uint8, n), shadow=res(np.uint8, n), hash=res(np.int32, HASH_BUCKETS), hash_next=res(np.int32, n),
+        free=res(np.int32, n), meta=zeros(META_COLUMNS),
     )  # fmt: skip
 
 
@@ -48,6 +50,7 @@ def alloc_row(t, level, gfn, role, parent, empty):
     t.role[row] = role
     t.parent[row] = parent
     t.nx_disallowed[row] = 0
+    t.shadow[row] = 0
     return np.int64(row)
 
 

@@ -23,7 +23,7 @@ from spte.tables import alloc_row, free_row, new_tables
 if TYPE_CHECKING:
     from spte.vcpu import VirtualCpu
 
-_NO_ROOTS = np.zeros(0, np.int64)
+NO_ROOTS = np.zeros(0, np.int64)
 
 
 def mode_of(platform: Platform, policy: Policy, manual: int) -> Mode:
@@ -34,11 +34,12 @@ def mode_of(platform: Platform, policy: Policy, manual: int) -> Mode:
         lay = lay._replace(accessed=SOFT_ACCESSED, dirty=SOFT_DIRTY)
     return Mode(
         lay=lay, max_level=i(platform.max_level), ad=i(platform.ad_bits),
-        dirty_log_size=i(platform.cpu_dirty_log_size), eager=i(policy.eager_page_split), nx=i(policy.nx_huge_pages),
+        dirty_log_size=i(platform.cpu_dirty_log_size), eager=i(policy.eager_page_split and platform.tdp_mmu), nx=i(policy.nx_huge_pages),
         split_in_place=i(policy.fault_split == "in-place"), fast_fault=i(policy.fast_page_fault),
         oldest_first=i(policy.pml_order == "oldest-first"), dirty_on_remake=i(policy.dirty_on_remake),
-        flush_each=i(policy.collapse_flush == "each"), recover=i(policy.collapse == "recover"), initially_set=i(manual == 3),
-        nx_mark_all=i(policy.nx_marks == "linked"),
+        flush_each=i(policy.collapse_flush == "each"), recover=i(policy.collapse == "recover"),
+        initially_set=i(manual == 3), shadow=i(not platform.tdp_mmu),
+        nx_mark_all=i(policy.nx_marks == "linked"), nx_any_table=i(policy.nx_any_table),
         collapse_pages=i(COLLAPSE_PAGES.index(policy.collapse_pages)), collapse_precise=i(policy.collapse_precise),
         level_clamped=i(policy.mapping_level_clamped),
     )  # fmt: skip
@@ -62,12 +63,12 @@ class TdpMmu:
         self.vcpus: Sequence[VirtualCpu] = ()
         self._role = ROLE_DIRECT | 4 | (0 if platform.ad_bits else ROLE_AD_DISABLED)
         self._root = -1
-        self._roots = _NO_ROOTS
+        self._roots = NO_ROOTS
 
     def load(self, vcpu: VirtualCpu) -> None:
         """Before a guest entry: make `vcpu` use the valid root, which is made if there is none."""
         if self._root < 0:
-            root = int(alloc_row(self.tables, np.int64(4), np.int64(0), np.uint64(self._role), np.int64(-1), self.mode.lay.nonpresent))
+            root = self._new_root()
             if root < 0:
                 raise OutOfTablesError("no page-table page left for a root; delete slots or close the VM")
             self._root, self._roots = root, np.array([root], np.int64)
@@ -76,6 +77,9 @@ class TdpMmu:
         if held != self._root:
             self._put(held)
 
+    def _new_root(self) -> int:
+        return int(alloc_row(self.tables, np.int64(4), np.int64(0), np.uint64(self._role), np.int64(-1), self.mode.lay.nonpresent))
+
     def _put(self, root: int) -> None:
         """Free `root`, which is not the valid one, once no vCPU holds it."""
         if root >= 0 and not any(vcpu.arrays.reg[ROOT] == root for vcpu in self.vcpus):
@@ -83,14 +87,14 @@ class TdpMmu:
 
     def roots(self, as_id: int) -> I64s:
         """Return the rows of the valid roots of an address space."""
-        return self._roots if as_id == 0 else _NO_ROOTS
+        return self._roots if as_id == 0 else NO_ROOTS
 
     def zap_all(self) -> None:
         """Drop every SPTE; vCPUs load a new root at their next entry, which acts as the flush."""
         if self._root >= 0:
             with self.traced():
                 zap_root(self.tables, self.mode, np.int64(self._root))
-            held, self._root, self._roots = self._root, -1, _NO_ROOTS
+            held, self._root, self._roots = self._root, -1, NO_ROOTS
             self._put(held)
 
     def zap_gfns(self, slot: Memslot, start: int, end: int) -> int:

@@ -15,6 +15,7 @@ from spte.memslot import Memslots
 from spte.observe import Observable
 from spte.platform import Platform, named
 from spte.policy import Policy
+from spte.shadow_mmu import ShadowMmu
 from spte.tdp_mmu import TdpMmu, mode_of
 from spte.vcpu import VirtualCpu
 
@@ -56,8 +57,9 @@ class VM(Observable):
         if ring_bytes:
             check_dirty_ring(ring_bytes, self.platform.cpu_dirty_log_size)
         self.manual = manual
-        self.memslots = Memslots()
-        self.mmu = TdpMmu(self.platform, mode_of(self.platform, self.policy, manual))
+        self.memslots = Memslots(rmaps=not self.platform.tdp_mmu)
+        mode = mode_of(self.platform, self.policy, manual)
+        self.mmu = TdpMmu(self.platform, mode) if self.platform.tdp_mmu else ShadowMmu(self.platform, mode, self.memslots)
         self.nr_memslots_dirty_logging = 0
         self._closed = False
         self.vcpus = tuple(VirtualCpu(self, i, ring_bytes // 16) for i in range(vcpus))

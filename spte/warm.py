@@ -23,7 +23,7 @@ def warmup(progress: Callable[[str], None] | None = None) -> None:
         Called with the name of each step before it begins.
     """
     steps = {
-        "guest access": _access, "logging": _logging, "old policies": _old, "rings": _rings, "plain arrays": _plain,
+        "guest access": _access, "logging": _logging, "old policies": _old, "shadow MMU": _shadow, "rings": _rings, "plain arrays": _plain,
     }  # fmt: skip
     for name, step in steps.items():
         if progress is not None:
@@ -72,6 +72,16 @@ def _rings() -> None:
         vm.vcpus[0].write(np.arange(8))
         vm.vcpus[0].ring["flags"][:8] |= 2
         vm.reset_dirty_rings()
+
+
+def _shadow() -> None:
+    with VM("npt-rmap", "6.1") as vm:
+        backing = Backing("thp", 4 << 20, populate=True)
+        vm.set_memory_region(_SLOT, 0, 4 << 20, backing)
+        for flags in (0, 1, 0):
+            vm.set_memory_region(_SLOT, 0, 4 << 20, backing, flags=flags)
+            vm.vcpus[0].write(np.arange(8))
+        mm.madvise(backing, 0, 4, mm.PAGEOUT, ages=True)
 
 
 def _plain() -> None:

@@ -23,6 +23,7 @@ from spte.bits import MMU_PRESENT, SHIFT_PAGE, TYPE_DISABLED, TYPE_MASK, U64, WR
 from spte.entries import is_access_tracked, restore_access_tracked
 from spte.fault import map_gfn, mmio_spte
 from spte.pml import drain
+from spte.shadow_fault import shadow_map_gfn
 from spte.slots import U32_MASK, find_slot, mark_dirty, note
 from spte.tables import is_leaf, walk
 
@@ -100,13 +101,15 @@ def _fault(t, s, h, v, m, gfn, kind, spte, level):
         v.stat[cx.PF_TAKEN] += 1
         if v.log.shape[0] > 0:
             note(v, cx.EV_FAULT, gfn, kind, present, 0, 0)
-        may_be_fast = k >= 0 and m.fast_fault and ((present and kind == cx.WRITE) or (not m.ad and not present))
+        may_be_fast = k >= 0 and (m.fast_fault or m.shadow) and ((present and kind == cx.WRITE) or (not m.ad and not present))
         if may_be_fast and _fast_fault(t, s, v, m, k, gfn, kind):
             return cx.DONE
     if k >= 0 and kind == cx.WRITE and s.table[k, cx.FLAGS] & cx.READONLY:
         v.stat[cx.PF_EMULATE] += 1
         return cx.EXIT_MMIO
     v.stat[cx.SLOW_FAULTS] += 1 - again
+    if m.shadow:
+        return shadow_map_gfn(t, s, h, v, m, k, gfn, kind, False)
     return map_gfn(t, s, h, v, m, k, gfn, kind, False)
 
 
@@ -155,7 +158,7 @@ def run(t, s, h, v, m, gfns, kinds, start):
                     v.reg[cx.PML_INDEX] = (index - 1) & 0xFFFF
                     v.stat[cx.PML_ENTRIES] += 1
                     if v.log.shape[0] > 0:
-                        note(v, cx.EV_PML, gfn, index, level, 0, 0)
+                        note(v, cx.EV_PML, gfn, index, level, (missing & m.lay.accessed) != ZERO, 0)
             t.sptes[row, i] = spte | missing
             at += 1
             continue

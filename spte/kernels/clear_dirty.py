@@ -40,7 +40,7 @@ def clear_dirty_slot(t, m, as_id, start, end):
     """Clear the logging bit of every leaf that maps gfns ``[start, end)``, rows in arena order; returns SPTEs changed."""
     changed = 0
     for row in range(t.meta[ROWS]):
-        if t.level[row] > 0:
+        if t.level[row] > 0 and not (t.shadow[row] and t.level[row] > 1):  # the shadow MMU clears D at 4 KiB only
             lo, hi = place(t, row, as_id, start, end)
             if lo < hi:
                 changed += clear_entries(t.sptes, row, lo, hi, log_shift(t, m, row), t.level[row] > 1)

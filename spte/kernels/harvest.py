@@ -13,7 +13,7 @@ from spte.bits import ONE, PRESENT_SHIFT, TYPE_MASK, W_SHIFT, ZERO
 from spte.context import BASE, BITMAP, NPAGES, U64s
 from spte.kernels._plain import layout_of, plain, resolve
 from spte.platform import Platform
-from spte.rearm import rearm_mask
+from spte.rearm import rearm
 
 
 @kernel
@@ -30,9 +30,8 @@ def get_dirty_log(t, s, m, roots, k):
         if mask != ZERO:
             s.words[live + w] = ZERO
             found += 1
-            for r in range(roots.shape[0]):
-                got, row = rearm_mask(t, m, roots[r], base + (w << 6), mask, row if roots.shape[0] == 1 else np.int64(-1))
-                changed += got
+            got, row = rearm(t, s, m, roots, k, base + (w << 6), mask, row)
+            changed += got
     return found, changed
 
 
@@ -48,9 +47,8 @@ def clear_dirty_log(t, s, m, roots, k, first_word, bitmap):
         if mask != ZERO:
             s.words[live + w] &= ~mask
             found += 1
-            for r in range(roots.shape[0]):
-                got, row = rearm_mask(t, m, roots[r], base + (w << 6), mask, row if roots.shape[0] == 1 else np.int64(-1))
-                changed += got
+            got, row = rearm(t, s, m, roots, k, base + (w << 6), mask, row)
+            changed += got
     return found, changed
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from spte._jit import kernel
 from spte.context import READ, ROOT
 from spte.fault import map_gfn
+from spte.shadow_fault import shadow_map_gfn
 from spte.slots import find_slot
 from spte.tables import walk
 
@@ -14,6 +15,10 @@ from spte.tables import walk
 @kernel
 def prefault(t, s, h, v, m, gfn):
     """Map `gfn` as a read would; returns ``(exit reason, level of the entry)``. Counts no fault."""
-    reason = map_gfn(t, s, h, v, m, find_slot(s, gfn), gfn, np.int64(READ), True)
+    k = find_slot(s, gfn)
+    if m.shadow:
+        reason = shadow_map_gfn(t, s, h, v, m, k, gfn, np.int64(READ), True)
+    else:
+        reason = map_gfn(t, s, h, v, m, k, gfn, np.int64(READ), True)
     _, _, level = walk(t, v.reg[ROOT], gfn)
     return reason, level

@@ -7,7 +7,7 @@ import numpy as np
 from spte._jit import kernel
 from spte.bits import ONE, U64, ZERO
 from spte.context import BASE, COUNT, NPAGES, RING_RESET, RING_SIZE, SLOT
-from spte.rearm import rearm_mask
+from spte.rearm import rearm
 from spte.slots import SLOT_SHIFT, U32_MASK
 
 HARVESTED = U64(2)
@@ -24,10 +24,7 @@ def _rearm(t, s, m, roots, slot, offset, mask):
         if s.table[k, SLOT] == slot:
             if offset < 0 or offset + last >= s.table[k, NPAGES]:
                 return 0
-            changed = 0
-            for r in range(roots.shape[0]):
-                got, _ = rearm_mask(t, m, roots[r], s.table[k, BASE] + offset, mask, np.int64(-1))
-                changed += got
+            changed, _ = rearm(t, s, m, roots, k, s.table[k, BASE] + offset, mask, np.int64(-1))
             return changed
     return 0
 

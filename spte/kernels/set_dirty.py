@@ -6,6 +6,7 @@ from spte._jit import kernel
 from spte.bits import MMU_PRESENT, ONE, ZERO
 from spte.context import ROWS
 from spte.sweep import place
+from spte.tables import is_leaf
 
 
 @kernel
@@ -19,7 +20,8 @@ def set_dirty_slot(t, m, as_id, start, end):
         lo, hi = place(t, row, as_id, start, end)
         for i in range(lo, hi):
             spte = t.sptes[row, i]
-            if (spte & MMU_PRESENT) != ZERO and (spte & dirty) == ZERO:
+            wanted = is_leaf(spte, t.level[row]) if t.shadow[row] else (spte & MMU_PRESENT) != ZERO
+            if wanted and (spte & dirty) == ZERO:
                 t.sptes[row, i] = spte | dirty
                 changed += 1
     return changed

@@ -1,0 +1,110 @@
+"""Slot-wide work on the shadow MMU's leaves by rmap: zap a range, zap what may be larger, age, zap everything.
+
+The caller flushes if the result is not 0.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from spte._jit import kernel
+from spte.bits import ROLE_INVALID, ZERO
+from spte.context import BASE, COLLAPSED, NPAGES, NX_SPLITS, PAGES_4K, ROWS, SLOT, SPTES_WRITTEN, ZAPPED
+from spte.rmap import head_of, next_of, ref_of
+from spte.shadow_fault import drop_leaf
+from spte.slots import max_mapping_level
+from spte.sweep import place
+from spte.tables import free_row, is_leaf
+
+
+@kernel
+def zap_rmaps(t, s, m, k, start, end):
+    """Drop every SPTE that maps a page of gfns ``[start, end)`` of slot `k`, huge ones whole; returns SPTEs dropped."""
+    dropped = 0
+    for level in range(1, 4):
+        span = np.int64(1) << (9 * (level - 1))
+        gfn = start & -span
+        while gfn < end:
+            at = head_of(s, k, max(gfn, start), level)
+            while s.rmaps[at] != 0:
+                ref = ref_of(s, s.rmaps[at])
+                drop_leaf(t, s, m, ref >> 9, ref & 511)
+                dropped += 1
+            gfn += span
+    return dropped
+
+
+@kernel
+def zap_collapsible_rmaps(t, s, h, m, k):
+    """Drop the leaves of direct pages of slot `k` whose gfns one larger leaf may map; the pages stay. Returns leaves dropped."""
+    start = s.table[k, BASE]
+    end = start + s.table[k, NPAGES]
+    done = 0
+    for row in range(t.meta[ROWS]):
+        level = np.int64(t.level[row])
+        if not t.shadow[row] or level == 0 or level > 2 or not start <= t.gfn[row] < end:
+            continue
+        if max_mapping_level(s, h, k, t.gfn[row], m.max_level) <= level:
+            continue
+        lo, hi = place(t, row, s.table[k, SLOT] >> 16, start, end)
+        for i in range(lo, hi):
+            if is_leaf(t.sptes[row, i], level):
+                drop_leaf(t, s, m, row, i)
+                done += 1
+    t.meta[COLLAPSED] += done
+    return done
+
+
+@kernel
+def age_rmaps(t, s, m, k, start, end, clear):
+    """Count the accessed leaves that map gfns ``[start, end)`` of slot `k`; `clear`: take their A."""
+    young = 0
+    for level in range(1, 4):
+        span = np.int64(1) << (9 * (level - 1))
+        gfn = start & -span
+        while gfn < end:
+            head = s.rmaps[head_of(s, k, max(gfn, start), level)]
+            while head != 0:
+                ref = ref_of(s, head)
+                head = next_of(s, head)
+                spte = t.sptes[ref >> 9, ref & 511]
+                if (spte & m.lay.accessed) != ZERO:
+                    young += 1
+                    if clear:
+                        t.sptes[ref >> 9, ref & 511] = spte & ~m.lay.accessed
+                        t.meta[SPTES_WRITTEN] += 1
+            gfn += span
+    return young
+
+
+@kernel
+def zap_all_shadow(t, m, held):
+    """Free every shadow page but the roots in `held`, which turn invalid and empty; returns the pages that were valid.
+
+    Rmaps are the caller's to clear.
+    """
+    valid = 0
+    for row in range(t.meta[ROWS]):
+        if not t.shadow[row] or t.level[row] == 0:
+            continue
+        level = np.int64(t.level[row])
+        leaves = 0
+        for i in range(512):
+            leaves += is_leaf(t.sptes[row, i], level)
+        if level <= 3:
+            t.meta[PAGES_4K + level - 1] -= leaves
+        t.meta[ZAPPED] += leaves
+        valid += (np.int64(t.role[row]) & ROLE_INVALID) == 0
+        t.meta[NX_SPLITS] -= t.nx_disallowed[row] == 2
+        t.nx_disallowed[row] = 0
+        kept = False
+        for j in range(held.shape[0]):
+            kept = kept or held[j] == row
+        if kept:
+            t.role[row] |= np.uint32(ROLE_INVALID)
+            for i in range(512):
+                t.sptes[row, i] = m.lay.nonpresent
+        else:
+            free_row(t, row)
+    t.hash[:] = 0
+    return valid
