@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,6 +33,15 @@ def _units() -> Pool:
     if _space is None:
         _space = Pool(np.uint8, (hostmm.BLOCKS >> 9) - 1 - (hostmm.FIRST_BLOCK >> 9))
     return _space
+
+
+# Ranges of backings that are gone. A finalizer may run at any allocation, also inside `Pool.take`: it must not touch the pool itself.
+_gone: deque[tuple[int, int, int, int]] = deque()
+
+
+def _release_gone() -> None:
+    while _gone:
+        _release(*_gone.popleft())
 
 
 def _release(first_block: int, blocks: int, unit: int, units: int) -> None:
@@ -82,6 +92,7 @@ class Backing:
         units = -(-(offset + size) // _GIB)
         if units > len(_units().array):
             raise SlotRangeError(f"size={size} exceeds the user address space of {len(_units().array)} GiB")
+        _release_gone()
         unit0 = _units().take(units)
         self.hva = ((hostmm.FIRST_BLOCK >> 9) + 1 + unit0) * _GIB + offset
         self._first_block, self._end_block = self.hva // _BLOCK, -(-(self.hva + size) // _BLOCK)
@@ -95,7 +106,7 @@ class Backing:
             if (self.hva + size) % _BLOCK:
                 h.kind[end - 1] = hostmm.SMALL
         self.users: weakref.WeakSet[VM] = weakref.WeakSet()
-        weakref.finalize(self, _release, self._first_block, end - self._first_block, unit0, units).atexit = False
+        weakref.finalize(self, _gone.append, (self._first_block, end - self._first_block, unit0, units)).atexit = False
         if populate or kind.startswith("devdax"):
             huge = (h.kind[blocks] != hostmm.SMALL) & (h.kind[blocks] != hostmm.SHM)
             h.block[blocks] = np.where(huge, np.uint8(hostmm.HUGE), np.uint8(hostmm.OWN))
@@ -112,7 +123,7 @@ class Backing:
     def huge_bytes(self) -> int:
         """Bytes that the host maps huge."""
         blocks = hostmm.the_host().block[self._first_block : self._end_block]
-        return int(np.isin(blocks, (hostmm.HUGE, hostmm.HUGE_WP, hostmm.HUGE_RO)).sum()) * _BLOCK
+        return int((blocks >= hostmm.HUGE).sum()) * _BLOCK
 
     def write(self, first: int, count: int) -> None:
         """Store into `count` pages from page `first` on, from userspace: never in a dirty log; zero pages are copied."""

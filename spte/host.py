@@ -7,10 +7,11 @@ MIXED with a state a page; so memory grows with what is irregular, not with the 
 |---|---|
 | EMPTY | no page was touched |
 | OWN | every page is there, writable, mapped at 4 KiB |
+| MIXED | look at the page |
+| EMPTY_RO | EMPTY, mprotect(PROT_READ), of memory that may be huge |
 | HUGE | mapped huge and writable |
 | HUGE_WP | mapped huge, write-protected (fork, soft-dirty) |
-| HUGE_RO | mapped huge, mprotect(PROT_READ) |
-| MIXED | look at the page |
+| HUGE_RO, HUGE_WP_RO | the same two, mprotect(PROT_READ) |
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from spte._jit import kernel
 from spte.context import Host, zeros
 
 UNMAPPED, SMALL, THP, HUGETLB_2M, HUGETLB_1G, SHM = 0, 1, 2, 3, 4, 5  # kinds of memory of a block
-EMPTY, OWN, HUGE, MIXED, HUGE_WP, HUGE_RO = 0, 1, 2, 3, 4, 5
+EMPTY, OWN, MIXED, EMPTY_RO = 0, 1, 2, 3
+HUGE, HUGE_WP, HUGE_RO, HUGE_WP_RO = 4, 5, 6, 7  # from HUGE on: mapped huge
 PAGE_NONE, PAGE_OWN, PAGE_ZERO, PAGE_WP = 0, 1, 2, 3
 PROTECTED = 0x80  # mprotect(PROT_READ), beside the state of a page
 HOST_OK, HOST_COW, HOST_EFAULT, HOST_NOMEM = 0, 1, 2, 3
@@ -63,12 +65,12 @@ def make_mixed(h, block):
         h.meta[0] = row + 1
     was = h.block[block]
     state = PAGE_OWN
-    if was == EMPTY:
+    if was == EMPTY or was == EMPTY_RO:
         state = PAGE_NONE
-    elif was == HUGE_WP:
+    elif was == HUGE_WP or was == HUGE_WP_RO:
         state = PAGE_WP
-    elif was == HUGE_RO:
-        state = PAGE_OWN | PROTECTED
+    if was == EMPTY_RO or was == HUGE_RO or was == HUGE_WP_RO:
+        state |= PROTECTED
     for i in range(512):
         h.page[row, i] = state
     h.own_pages[row] = 512 if state == PAGE_OWN else 0
@@ -98,8 +100,7 @@ def set_page(h, block, row, i, state):
 @kernel
 def host_level(h, hpage):
     """Return the level at which the host maps `hpage`: 3, 2, or 1 (also when absent)."""
-    state = h.block[hpage >> 9]
-    if state != HUGE and state != HUGE_WP and state != HUGE_RO:
+    if h.block[hpage >> 9] < HUGE:
         return np.int64(1)
     return np.int64(3 if h.kind[hpage >> 9] == HUGETLB_1G else 2)
 
@@ -114,14 +115,14 @@ def writable_now(h, hpage):
 
 
 @kernel
-def fault_in_huge(h, block, kind):
-    """Map an EMPTY block huge; 1 GiB pages come whole."""
+def fault_in_huge(h, block, kind, state):
+    """Map an empty block huge, in `state`; 1 GiB pages come whole."""
     if kind == HUGETLB_1G:
         first = block & ~np.int64(511)
         for b in range(first, first + 512):
-            h.block[b] = HUGE
+            h.block[b] = state
     else:
-        h.block[block] = HUGE
+        h.block[block] = state
 
 
 @kernel
@@ -141,10 +142,12 @@ def host_fault(h, hpage, write):
         if write:
             h.block[block] = HUGE
         return HOST_OK, write, False
-    if state == HUGE_RO:
+    if state == EMPTY_RO and not write:
+        fault_in_huge(h, block, kind, HUGE_RO)
+    if state == EMPTY_RO or state > HUGE_WP:
         return HOST_EFAULT if write else HOST_OK, False, False
     if state == EMPTY and (kind == THP or kind == HUGETLB_2M or kind == HUGETLB_1G):
-        fault_in_huge(h, block, kind)
+        fault_in_huge(h, block, kind, HUGE)
         return HOST_OK, True, False
     row = make_mixed(h, block)
     if row < 0:
@@ -169,11 +172,10 @@ def host_fault(h, hpage, write):
     return HOST_OK, False, page != PAGE_WP
 
 
-def write_page(hpage: np.int64) -> bool:
-    """Store into a host page from the host itself; returns whether a zero page was copied, which needs the unmap notifier."""
+def write_page(hpage: np.int64) -> int:
+    """Store into a host page from the host itself; HOST_COW: a zero page was copied, which needs the unmap notifier."""
     h = the_host()
     code, _, _ = host_fault(h, hpage, True)
-    if code != HOST_COW:
-        return False
-    set_page(h, hpage >> 9, np.int64(h.mixed[hpage >> 9]), hpage & 511, np.uint8(PAGE_OWN))
-    return True
+    if code == HOST_COW:
+        set_page(h, hpage >> 9, np.int64(h.mixed[hpage >> 9]), hpage & 511, np.uint8(PAGE_OWN))
+    return int(code)

@@ -10,8 +10,8 @@
 | S9 | pages_4k, pages_2m, pages_1g count the leaves |
 | S10 | no executable huge leaf under the NX mitigation |
 | L1 | a slot that logs has no writable huge leaf, unless it began initially-set |
-| L2 | by write protection: a writable 4 KiB leaf of a logging slot has its dirty bit set |
-| L3 | with PML: a leaf with W and D of a logging slot has its dirty bit set |
+| L2 | by write protection: a writable 4 KiB leaf of a logging slot has its dirty bit set, unless initially-set was turned off since |
+| L3 | with PML: a leaf with W and D of a logging slot has its dirty bit set, unless as L2 |
 | M2 | the count of logging slots is that of the slots |
 | M3 | a PML buffer is empty outside the guest |
 """
@@ -24,7 +24,7 @@ import numpy as np
 
 from spte import bits as bt
 from spte._jit import kernel
-from spte.context import BASE, BEGAN_SET, BITMAP, FLAGS, LOG_DIRTY_PAGES, PAGES_4K, PML_INDEX, READONLY, ROWS
+from spte.context import BASE, BEGAN_SET, BITMAP, FLAGS, LOG_DIRTY_PAGES, PAGES_4K, PML_INDEX, READONLY, ROWS, UNARMED
 from spte.entries import log_shift
 from spte.errors import InvariantError
 from spte.slots import find_slot
@@ -64,6 +64,8 @@ def _leaf_breaks(t, s, m, row, spte, gfn, level):
         return 0
     if level > 1:
         return 0 if flags & BEGAN_SET else L1
+    if flags & UNARMED:
+        return 0
     page = gfn - s.table[k, BASE]
     marked = (s.words[s.table[k, BITMAP] + (page >> 6)] >> bt.U64(page & 63)) & bt.U64(1)
     shift = log_shift(t, m, row)

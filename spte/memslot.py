@@ -37,6 +37,7 @@ class Memslot:
     lpage: tuple[int, int] = (0, 0)
     rmaps: tuple[int, ...] = (-1, -1, -1)
     began_set: bool = False  # logging began with every bit set
+    unarmed: bool = False  # and initially-set was turned off since
 
     @property
     def as_id(self) -> int:
@@ -164,19 +165,25 @@ class Memslots:
     def _fill(s: Slots, at: int, slot: Memslot) -> None:
         row = s.table[at]
         row[cx.BASE], row[cx.NPAGES], row[cx.SLOT] = slot.base_gfn, slot.npages, slot.slot
-        row[cx.FLAGS] = slot.flags | cx.BEGAN_SET * slot.began_set
+        row[cx.FLAGS] = slot.flags | cx.BEGAN_SET * slot.began_set | cx.UNARMED * slot.unarmed
         row[cx.RMAP1 : cx.RMAP1 + 3] = slot.rmaps
         row[cx.BITMAP], row[cx.LPAGE2], row[cx.LPAGE3], row[cx.HPAGE] = slot.bitmap, slot.lpage[0], slot.lpage[1], slot.hva >> 12
 
     def allocate_bitmap(self, slot: Memslot, *, all_set: bool) -> None:
         """Give `slot` a bitmap and its scratch half, all 0, or all ones for exactly its pages."""
         slot.bitmap = self._words.take(2 * slot.words)
-        slot.began_set = all_set
+        slot.began_set, slot.unarmed = all_set, False
         if all_set:
             live = self.bitmap(slot)
             live[:] = _ALL_ONES
             if slot.npages % 64:
                 live[-1] = (np.uint64(1) << np.uint64(slot.npages % 64)) - np.uint64(1)
+
+    def leave_initially_set(self) -> None:
+        """Note in each slot that began to log initially-set that CLEAR no longer arms its huge leaves."""
+        for slot in self:
+            slot.unarmed = slot.began_set
+            self.update(slot)
 
     def free_bitmap(self, slot: Memslot) -> None:
         """Take the bitmap of `slot` away, if it has one."""

@@ -5,6 +5,7 @@ A notifier range drops every SPTE that maps a page of it, in every VM, and never
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import numpy as np
@@ -18,7 +19,8 @@ from spte.notifier import Ranges, age, unmap
 
 DONTNEED, FREE, COLD, PAGEOUT = 4, 8, 20, 21
 PROT_READ, PROT_READ_WRITE = 1, 3
-_HUGE_STATES = (hostmm.HUGE, hostmm.HUGE_WP, hostmm.HUGE_RO)
+_PROTECT = {hostmm.EMPTY: hostmm.EMPTY_RO, hostmm.HUGE: hostmm.HUGE_RO, hostmm.HUGE_WP: hostmm.HUGE_WP_RO}  # mprotect of a whole block
+_UNPROTECT = {protected: state for state, protected in _PROTECT.items()}
 _BLOCK_PAGES = 512
 
 
@@ -33,8 +35,15 @@ def _blocks(hpage: int, count: int) -> Iterable[tuple[int, int, int]]:
         yield block, max(hpage - (block << 9), 0), min(hpage + count - (block << 9), _BLOCK_PAGES)
 
 
+def _check_huge(backing: Backing, first: int, count: int) -> None:
+    """Refuse ranges that cut a huge page of memory that has no others."""
+    unit = {"2m": 512, "1g": 512 * 512}.get(backing.kind[-2:], 1)
+    if first % unit or count % unit:
+        raise HostRangeError(f"pages {first}..{first + count - 1} cut a huge page of {backing!r}; take multiples of {unit} pages")
+
+
 def _is_huge(block: int) -> bool:
-    return int(the_host().block[block]) in _HUGE_STATES
+    return int(the_host().block[block]) >= hostmm.HUGE
 
 
 def _split_partial(hpage: int, count: int) -> Ranges:
@@ -78,14 +87,21 @@ def madvise(backing: Backing, first: int, count: int, advice: int = DONTNEED, *,
     Raises
     ------
     HostRangeError
-        EINVAL: pages outside the backing, or advice that is not known; nothing is changed.
+        EINVAL: pages outside the backing or parts of hugetlb pages, advice that is not known or not for such memory; nothing is changed.
     """
     _check_range(backing, first, count)
     if advice not in (DONTNEED, FREE, COLD, PAGEOUT):
         raise HostRangeError(f"advice={advice} is not 4 (DONTNEED), 8 (FREE), 20 (COLD) or 21 (PAGEOUT)")
+    _check_huge(backing, first, count)
+    if advice != DONTNEED and (backing.kind.startswith(("hugetlb", "devdax")) or (backing.kind == "shm" and advice == FREE)):
+        raise HostRangeError(f"advice={advice} is not for {backing.kind} memory; take 4 (DONTNEED)")
     hpage = backing.hpage + first
     split = _split_partial(hpage, count)
-    unmap(backing.users, ([(hpage, count)] if advice in (DONTNEED, FREE) else []) + split)
+    if advice in (DONTNEED, FREE):
+        unmap(backing.users, [(hpage, count), *split])
+    else:
+        for part in split:
+            unmap(backing.users, [part])
     for block, _ in split:
         _pages(block >> 9)
         _settle(block >> 9)
@@ -97,31 +113,39 @@ def madvise(backing: Backing, first: int, count: int, advice: int = DONTNEED, *,
     for block, a, b in _blocks(hpage, count):
         state, kind = int(h.block[block]), int(h.kind[block])
         if b - a == _BLOCK_PAGES and (_is_huge(block) or (state == hostmm.OWN and kind != hostmm.THP)):
-            h.block[block] = hostmm.EMPTY
-        elif state != hostmm.EMPTY:
+            h.block[block] = hostmm.EMPTY if state in (hostmm.HUGE, hostmm.HUGE_WP, hostmm.OWN) else hostmm.EMPTY_RO
+        elif state not in (hostmm.EMPTY, hostmm.EMPTY_RO):
             pages = _pages(block)
             pages[a:b] = (pages[a:b] & hostmm.PROTECTED) | hostmm.PAGE_NONE
             _settle(block)
 
 
-def _protected(hpage: int) -> bool:
+def _protection(hpage: int, count: int) -> npt.NDArray[np.bool_]:
+    """Tell of each page whether mprotect has taken writing from it."""
     h = the_host()
-    block = hpage >> 9
-    if h.block[block] == hostmm.MIXED:
-        return bool(h.page[h.mixed[block], hpage & 511] & hostmm.PROTECTED)
-    return bool(h.block[block] == hostmm.HUGE_RO)
+    blocks = np.arange(hpage >> 9, ((hpage + count - 1) >> 9) + 1)
+    protected = np.isin(h.block[blocks], tuple(_UNPROTECT))[:, None].repeat(_BLOCK_PAGES, axis=1)
+    for i in np.flatnonzero(h.block[blocks] == hostmm.MIXED):
+        protected[i] = h.page[h.mixed[blocks[i]]] & hostmm.PROTECTED != 0
+    return protected.reshape(-1)[hpage & 511 :][:count]
 
 
-def _cuts(backing: Backing, first: int, count: int, protect: bool) -> Ranges:
-    """Return the aligned 2 MiB blocks around the places where the mapping must be cut in two, as far as they lie inside it."""
-    found = []
-    for edge in (first, first + count):
-        at = backing.hpage + edge
-        if 0 < edge < backing.size // 4096 and at & 511 and _protected(at - 1) == _protected(at) != protect:
-            block = at & ~511
-            if backing.hpage <= block and block + _BLOCK_PAGES <= backing.hpage + backing.size // 4096:
-                found.append((block, _BLOCK_PAGES))
-    return found
+def _mappings(hpage: int, count: int) -> list[tuple[int, int, bool]]:
+    """Return ``(first page, pages, protected)`` of each run of equal protection: what the host keeps as one mapping."""
+    protected = _protection(hpage, count)
+    edges = [0, *(np.flatnonzero(protected[1:] != protected[:-1]) + 1).tolist(), count]
+    return [(hpage + a, b - a, bool(protected[a])) for a, b in itertools.pairwise(edges) if a < b]
+
+
+def _cut(backing: Backing, edge: int) -> None:
+    """Cut a mapping in two before host page `edge`; inside an aligned 2 MiB block of one mapping, all of that block is unmapped."""
+    block, end = edge & ~511, backing.hpage + backing.size // 4096
+    inside = backing.hpage <= block < edge and block + _BLOCK_PAGES <= end
+    if inside and len(_mappings(block, _BLOCK_PAGES)) == 1:
+        unmap(backing.users, [(block, _BLOCK_PAGES)])
+        if _is_huge(block >> 9):
+            _pages(block >> 9)
+            _settle(block >> 9)
 
 
 def mprotect(backing: Backing, first: int, count: int, prot: int = PROT_READ_WRITE) -> None:
@@ -135,18 +159,24 @@ def mprotect(backing: Backing, first: int, count: int, prot: int = PROT_READ_WRI
     _check_range(backing, first, count)
     if prot not in (PROT_READ, PROT_READ_WRITE):
         raise HostRangeError(f"prot={prot} is not 1 (read) or 3 (read and write)")
-    protect, hpage = prot == PROT_READ, backing.hpage + first
-    cuts = _cuts(backing, first, count, protect)
-    for cut in cuts:
-        unmap(backing.users, [cut])
-        if _is_huge(cut[0] >> 9):
-            _pages(cut[0] >> 9)
-            _settle(cut[0] >> 9)
-    unmap(backing.users, [(hpage, count)])
+    _check_huge(backing, first, count)
+    protect = prot == PROT_READ
+    for start, pages, protected in _mappings(backing.hpage + first, count):
+        if protected != protect:
+            _cut(backing, start)
+            _cut(backing, start + pages)
+            unmap(backing.users, [(start, pages)])
+            _set_protection(start, pages, protect)
+
+
+def _set_protection(hpage: int, count: int, protect: bool) -> None:
     h = the_host()
     for block, a, b in _blocks(hpage, count):
-        if b - a == _BLOCK_PAGES and _is_huge(block):
-            h.block[block] = hostmm.HUGE_RO if protect else hostmm.HUGE
+        state = int(h.block[block])
+        empty = state == hostmm.EMPTY and h.kind[block] in (hostmm.SMALL, hostmm.SHM)
+        known = _PROTECT if protect else _UNPROTECT
+        if b - a == _BLOCK_PAGES and state in known and not empty:
+            h.block[block] = known[state]
             continue
         pages = _pages(block)
         pages[a:b] = pages[a:b] | hostmm.PROTECTED if protect else pages[a:b] & ~np.uint8(hostmm.PROTECTED)
@@ -158,8 +188,8 @@ def _write_protect(backing: Backing) -> None:
     h = the_host()
     for block, a, b in _blocks(backing.hpage, backing.size // 4096):
         state = int(h.block[block])
-        if state == hostmm.HUGE:
-            h.block[block] = hostmm.HUGE_WP
+        if state in (hostmm.HUGE, hostmm.HUGE_RO):
+            h.block[block] = hostmm.HUGE_WP if state == hostmm.HUGE else hostmm.HUGE_WP_RO
         elif state in (hostmm.OWN, hostmm.MIXED):
             pages = _pages(block)
             part = pages[a:b]
@@ -168,10 +198,11 @@ def _write_protect(backing: Backing) -> None:
 
 
 def fork(backings: Iterable[Backing]) -> None:
-    """Fork a process that has `backings`; the child exits at once. Private pages are write-protected; one notifier a backing."""
+    """Fork a process that has `backings`; the child exits at once. Private pages are write-protected; one notifier a mapping."""
     for backing in backings:
-        if backing.kind != "shm":
-            unmap(backing.users, [(backing.hpage, backing.size // 4096)])
+        if backing.kind != "shm" and not backing.kind.startswith("devdax"):
+            for start, pages, _ in _mappings(backing.hpage, backing.size // 4096):
+                unmap(backing.users, [(start, pages)])
             _write_protect(backing)
 
 

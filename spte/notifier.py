@@ -49,18 +49,20 @@ def age(vms: Iterable[VM], hpage: int, count: int) -> None:
 
 def host_write(hpage: int, vms: Iterable[VM]) -> bool:
     """Make the host map `hpage` writable, copying a zero page; returns whether the copy dropped an SPTE of any VM."""
-    if not hostmm.write_page(np.int64(hpage)):
-        return False
-    return unmap(vms, [(hpage, 1)])
+    return hostmm.write_page(np.int64(hpage)) == hostmm.HOST_COW and unmap(vms, [(hpage, 1)])
 
 
 def kernel_write(vm: VM, gfn: int, vcpu: int) -> None:
-    """Write a page as KVM does: dirty in the log of its slot, no SPTE; without a writable slot nothing happens."""
+    """Write a page as KVM does: dirty in the log of its slot, no SPTE; without a writable slot and host page nothing happens."""
     slot = vm.memslots.at(gfn)
     if slot is None or slot.flags & READONLY:
         return
-    if slot.backing is not None:
-        host_write((slot.hva >> 12) + gfn - slot.base_gfn, slot.backing.users)
+    hpage = (slot.hva >> 12) + gfn - slot.base_gfn
+    code = hostmm.write_page(np.int64(hpage))
+    if code == hostmm.HOST_EFAULT:
+        return
+    if code == hostmm.HOST_COW and slot.backing is not None:
+        unmap(slot.backing.users, [(hpage, 1)])
     s, k = vm.memslots.place(slot)
     arrays = vm.vcpus[vcpu].arrays
     mark_dirty(vm.mmu.tables, s, arrays, np.int64(k), np.int64(gfn))

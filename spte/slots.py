@@ -8,11 +8,13 @@ from spte import context as cx
 from spte._jit import kernel
 from spte.bits import ONE, U64
 from spte.context import LOG_COLUMNS
-from spte.host import host_level
+from spte.host import HUGE, HUGETLB_1G, HUGETLB_2M, THP, host_level
 
 U32_MASK = np.int64(0xFFFF_FFFF)
 RING_GFN_DIRTY = ONE
 SLOT_SHIFT = U64(32)
+# What a struct page must be before patch 5: a THP that is mapped huge; that or device memory; any compound page or device memory.
+PAGES_THP, PAGES_THP_OR_DEVICE, PAGES_COMPOUND_OR_DEVICE = 0, 1, 2
 
 
 @kernel
@@ -56,6 +58,32 @@ def max_mapping_level(s, h, k, gfn, max_level):
     if level == 1:
         return level
     return min(level, host_level(h, s.table[k, cx.HPAGE] + gfn - s.table[k, cx.BASE]))
+
+
+@kernel
+def _page_may_collapse(h, hpage, pages):
+    """Decide by the page alone, as before patch 5; `pages` says which count."""
+    kind = h.kind[hpage >> 9]
+    huge_thp = kind == THP and h.block[hpage >> 9] >= HUGE
+    if pages == PAGES_THP:
+        return huge_thp
+    device = (kind == HUGETLB_2M or kind == HUGETLB_1G) and h.device[hpage >> 9] != 0
+    if pages == PAGES_THP_OR_DEVICE:
+        return huge_thp or device
+    return kind == THP or kind == HUGETLB_2M or kind == HUGETLB_1G
+
+
+@kernel
+def may_collapse(s, h, m, k, gfn, level, pages):
+    """Tell whether disabling drops a leaf of `level` at `gfn` of slot `k`; before patch 5 only `pages` and the page matter."""
+    hpage = s.table[k, cx.HPAGE] + gfn - s.table[k, cx.BASE]
+    if not m.collapse_precise:
+        return _page_may_collapse(h, hpage, pages)
+    allowed = allowed_level(s, k, gfn, m.max_level)
+    if allowed == 1:
+        return False
+    host = host_level(h, hpage)
+    return level < (min(allowed, host) if m.level_clamped else host)
 
 
 @kernel

@@ -113,7 +113,7 @@ class VM(Observable):
                 new.backing.users.add(self)
         if new is not None:
             if now and not was and not self.has_ring:
-                self.memslots.allocate_bitmap(new, all_set=bool(self.mmu.mode.initially_set))
+                self.memslots.allocate_bitmap(new, all_set=self.manual == 3)
             self.memslots.update(new)
         self._count_logging(now - was)
         self._advance_generation(slot >> 16, 4 if change in (region.DELETE, region.MOVE) else 2)
@@ -224,6 +224,8 @@ class VM(Observable):
             check_manual_protect(arg0)
             self.manual = arg0
             self._set_mode()
+            if arg0 != 3:
+                self.memslots.leave_initially_set()
             return
         check_dirty_ring(arg0, self.platform.cpu_dirty_log_size)
         raise CapabilityError(f"ring of {arg0} bytes comes too late: vCPUs exist; pass ring_bytes={arg0} when making the VM")

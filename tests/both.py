@@ -1,27 +1,34 @@
 """A program on the VM and on the oracle at once: every answer and every bit of state must be equal."""
 
+import errno
+
 import numpy as np
 from oracle import Oracle
-from oracle_memory import LOG, PAGES, READ, STATS, WRITE, Host
+from oracle_host import PAGES, Host
+from oracle_memory import LOG, READ, STATS, WRITE
 
 import spte
+from spte import mm
 
 PAGE = 4096
-LAYOUTS = {  # (A, D, HOST_WRITABLE, MMU_WRITABLE, every leaf) as the recordings show them
-    True: (1 << 8, 1 << 9, 1 << 57, 1 << 58, 1 << 11 | 0x70 | 0b101),
+LAYOUTS = {  # (A, D, HOST_WRITABLE, MMU_WRITABLE, R and what else every leaf has) as the recordings show them
+    True: (1 << 8, 1 << 9, 1 << 57, 1 << 58, 1 << 11 | 0x70 | 1),
     False: (1 << 5, 1 << 6, 1 << 9, 1 << 10, 1 << 11 | 0b101),
 }
-VM_STATS = ("pages_4k", "pages_2m", "pages_1g", "remote_tlb_flush_requests")
+VM_STATS = ("pages_4k", "pages_2m", "pages_1g", "remote_tlb_flush_requests", "nx_lpage_splits")
+X, NX, SUPPRESS_VE, TYPE_DISABLED = 1 << 2, 1 << 63, 1 << 63, 1 << 52
+PARK = 54  # R and X of an access-tracked leaf rest that much further up
 
 
 def leaf_flags(oracle, level, leaf):
     a, d, hw, mw, flags = LAYOUTS[oracle.kind.ept]
     if oracle.kind.ept:
-        flags |= 0 if oracle.old else 1 << 63
-        flags |= 0 if oracle.kind.ad else 1 << 52
-    if not oracle.kind.ad:
-        a = d = 0
-    return f"{flags | a | d * leaf.d | hw * leaf.hw | mw * leaf.mw | leaf.w << 1 | (level > 1) << 7:x}"
+        flags |= X * leaf.x | SUPPRESS_VE * oracle.rules.suppress_ve | TYPE_DISABLED * (not oracle.kind.ad)
+    else:
+        flags |= NX * (not leaf.x)
+    if leaf.parked:
+        flags = flags & ~0b101 | (flags & 0b101) << PARK
+    return f"{flags | a * leaf.a | d * leaf.d | hw * leaf.hw | mw * leaf.mw | leaf.w << 1 | (level > 1) << 7:x}"
 
 
 def leaf_runs(oracle):
@@ -122,12 +129,66 @@ class Both:
         return got
 
     def set_eager(self, eager):
-        self.vm.set_param("eager_page_split", eager)
-        self.ref.eager = eager
+        if self.ref.rules.eager:  # older kernels do not have the parameter
+            self.vm.set_param("eager_page_split", eager)
+            self.ref.eager = eager
+
+    def set_nx(self, on):
+        self.vm.set_param("nx_huge_pages", on)
+        self.ref.set_nx(on)
 
     def set_manual(self, bits):
         self.vm.enable_cap("manual_dirty_log_protect2", bits)
-        self.ref.manual = bits
+        self.ref.set_manual(bits)
+
+    # -- host memory and KVM's own accesses
+
+    def madvise(self, sid, first, count, advice, ages=False):
+        theirs, ours = self.backings[sid]
+        got = self.errno_of(mm.madvise, theirs, first, count, advice, ages=ages)
+        assert got == self.ref.madvise(ours, first, count, advice, ages)
+        return got
+
+    def mprotect(self, sid, first, count, protect):
+        theirs, ours = self.backings[sid]
+        got = self.errno_of(mm.mprotect, theirs, first, count, mm.PROT_READ if protect else mm.PROT_READ_WRITE)
+        assert got == self.ref.mprotect(ours, first, count, protect)
+        return got
+
+    def process(self):
+        return zip(*dict.fromkeys(self.backings.values()), strict=True)
+
+    def fork(self):
+        theirs, ours = self.process()
+        mm.fork(theirs)
+        self.ref.fork(ours)
+
+    def clear_refs(self):
+        theirs, ours = self.process()
+        mm.clear_refs(theirs)
+        self.ref.clear_refs(ours)
+
+    def host_write(self, sid, first, count):
+        theirs, ours = self.backings[sid]
+        theirs.write(first, count)
+        self.ref.host_write(ours, first, count)
+
+    def kernel_write(self, gfn, v=0):
+        self.vm.kernel_write(gfn, v)
+        self.ref.kernel_write(v, gfn)
+
+    def prefault(self, gfn, npages, v=0):
+        want = self.ref.prefault(v, gfn, npages)
+        try:
+            at, left = self.vm.vcpus[v].prefault(gfn * PAGE, npages * PAGE)
+            assert at == (gfn + npages) * PAGE - left
+            got = left // PAGE
+        except spte.KvmError as e:
+            got = e.errno
+        assert got == want
+
+    def set_nr_mmu_pages(self, n):
+        assert self.errno_of(self.vm.set_nr_mmu_pages, n) == (errno.EINVAL if n < 64 else 0)
 
     def compare(self):
         """Leaves, MMIO SPTEs, tables, bitmaps and counters of both; no write of the oracle's guest may be lost."""
@@ -136,17 +197,21 @@ class Both:
         views = range(len(vm.vcpus))
         assert max((vm.leafs(v) for v in views), key=len) == leaf_runs(ref)
         assert {g: value for v in views for _, g, value in vm.other(v)} == mmio_sptes(ref)
-        tables = {(lv, g + i * PAGES[lv + 1]) for v in views for lv, g, n, *_ in vm.tables(v) for i in range(n) if lv < 4}
-        assert tables == ref.tables
-        dirty = {s["id"]: {f + i for f, n in s["kbitmap"] for i in range(n)} for s in vm.slots() if s["kbitmap"] is not None}
+        tables = {(lv, g + i * PAGES[lv + 1]): nx for v in views for lv, g, n, *_, nx, _ in vm.tables(v) for i in range(n) if lv < 4}
+        assert tables == {t: int(t in ref.nx_marks) for t in ref.tables}
+        logs = {s["as"] << 16 | s["id"]: s["kbitmap"] for s in vm.slots() if s["kbitmap"] is not None}
+        dirty = {sid: {f + i for f, n in runs for i in range(n)} for sid, runs in logs.items()}
         assert dirty == {s.id: s.dirty for s in ref.slots.values() if s.dirty is not None}
         stats, levels = vm.stats(), [lv for lv, _ in ref.leafs]
-        want = dict(zip(VM_STATS, (*(levels.count(lv) for lv in (1, 2, 3)), ref.flushes), strict=True))
+        nx_splits = list(ref.nx_marks.values()).count(2)
+        want = dict(zip(VM_STATS, (*(levels.count(lv) for lv in (1, 2, 3)), ref.flushes, nx_splits), strict=True))
         assert {key: stats["vm"][key] for key in VM_STATS} == want
         for v, vcpu in enumerate(ref.vcpus):
             assert {key: stats[f"vcpu{v}"][key] for key in STATS} == vcpu.stats
         counters = vm.counters()
         assert (counters["pml_entries"], counters["pml_full"]) == (ref.pml_entries, ref.pml_full)
+        huge = {id(ours): 4096 * sum(PAGES[ours.huge] for _ in ours.blocks) for _, ours in self.backings.values()}
+        assert {id(ours): theirs.huge_bytes for theirs, ours in self.backings.values()} == huge
         assert ref.lost() == set()
 
     def close(self):

@@ -5,55 +5,61 @@ follows the dirty log, and a TLB per vCPU that may hold W and D until a flush. A
 lost write. `mutants` names flushes to be left out, or an order to be turned round, so that tests can see such a loss.
 """
 
+import dataclasses
 import errno
 
-from oracle_memory import KINDS, LOG, PAGES, READ, RO, WRITE, Leaf, Slot, Vcpu, align
+from oracle_guest import Guest
+from oracle_host import PAGES
+from oracle_log import DirtyLog
+from oracle_memory import KINDS, LOG, RO, Slot, Vcpu
+from oracle_rules import RULES
+from oracle_tables import Tables
 
 
-class Oracle:
+class Oracle(Tables, Guest, DirtyLog):
     def __init__(self, platform="ept-pml", policy="6.12", vcpus=1, manual=0, ring=0, mutants=()):
-        self.kind, self.old = KINDS[platform], policy == "6.1"
+        self.kind, self.rules = KINDS[platform], RULES[policy]
         self.cdls = 512 if self.kind.pml else 0
-        self.manual, self.eager, self.mutants = manual, True, mutants
+        self.has_accessed = self.has_dirty = self.kind.ad or self.rules.software_ad
+        self.manual, self.eager, self.nx, self.mutants = manual, self.rules.eager, False, mutants
         self.soft = ring - 64 - self.cdls if ring else None
         self.vcpus = [Vcpu() for _ in range(vcpus)]
         self.slots, self.gen, self.flushes, self.pml_entries, self.pml_full = {}, 0, 0, 0, 0
-        self.leafs, self.tables, self.mmio = {}, set(), {}
+        self.clear_tables()
         self.clock, self.memory, self.copy, self.tracked = 0, {}, {}, set()
         self.meanwhile = lambda: None  # what other vCPUs do at the unlocked points of a harvest
 
     # -- memslots
 
     def slot_of(self, gfn):
-        return next((s for s in self.slots.values() if s.base <= gfn < s.end), None)
+        """The slot that a vCPU sees at `gfn`: none is ever in SMM, so address space 0."""
+        return next((s for s in self.slots.values() if not s.as_id and s.base <= gfn < s.end), None)
 
     def set_region(self, sid, base=0, npages=0, host=None, off=0, flags=0):
-        old = self.slots.get(sid)
+        old, as_id = self.slots.get(sid), sid >> 16
         if npages == 0:
             if old is None:
                 return errno.EINVAL
             del self.slots[sid]
             self.tracked.discard(sid)
-            return self.zap_all()
+            return self.zap_all(as_id)
         if old and ((host, off, npages) != (old.host, old.off, old.npages) or (flags ^ old.flags) & RO):
             return errno.EINVAL
         if old and (base, flags) == (old.base, old.flags):
             return 0
-        if any(s.id != sid and base < s.end and s.base < base + npages for s in self.slots.values()):
+        others = [s for s in self.slots.values() if s.id != sid and s.as_id == as_id]
+        if any(base < s.end and s.base < base + npages for s in others):
             return errno.EEXIST
         new = Slot(sid, base, npages, host, off, flags)
-        if flags & LOG and self.soft is None:
-            kept = old.dirty if old else None
-            new.dirty = kept if kept is not None else set(range(npages) if self.manual == 3 else ())
+        if flags & LOG:
+            self.begin_log(new, old)
         self.slots[sid] = new
-        if old is None:
-            self.gen += 2
-        elif old.base != base:
-            self.zap_all()
+        if old is not None and old.base != base:
+            self.zap_all(as_id)
         else:
-            self.gen += 2
-            if not flags & RO:
-                (self.enable if flags & LOG else self.collapse)(new)
+            self.gen += 2 * (as_id == 0)
+        if old is not None and old.base == base and not flags & RO:
+            (self.enable if flags & LOG else self.disable)(new)
         if not flags & LOG:
             self.tracked.discard(sid)
         elif sid not in self.tracked:
@@ -61,303 +67,139 @@ class Oracle:
             self.read_pages(new, range(npages))
         return 0
 
-    def zap_all(self):
-        self.gen += 4
-        self.leafs, self.tables, self.mmio = {}, set(), {}
+    def begin_log(self, new, old):
+        """Give a slot that logs its bitmap, or that which it had before a move."""
+        if old and old.flags & LOG:
+            new.dirty, new.began_set, new.unarmed = old.dirty, old.began_set, old.unarmed
+            return
+        new.began_set = self.manual == 3
+        new.unarmed = self.manual == 3 and self.soft is not None
+        if self.soft is None:
+            new.dirty = set(range(new.npages) if self.manual == 3 else ())
+
+    def zap_all(self, as_id=None):
+        if as_id == 0:
+            self.gen += 4
+        self.clear_tables()
         for v in self.vcpus:
             v.tlb.clear()
         return 0
 
+    # -- parameters and capabilities
+
+    def set_manual(self, bits):
+        self.manual = bits
+        for slot in self.slots.values():
+            slot.unarmed |= bits != 3 and slot.began_set and bool(slot.flags & LOG)
+
+    def set_nx(self, on):
+        if self.nx != on:
+            self.nx = on
+            self.zap_all()
+
+    # -- logging on and off
+
     def enable(self, slot):
-        if self.manual == 3:
+        all_set, rules = self.manual == 3, self.rules
+        if all_set and not rules.protects_huge_at_enable:
             return
-        if self.eager:
+        if self.eager and not all_set and not slot.as_id:
             self.split_range(slot.base, slot.end)
-        for (level, gfn), leaf in self.leafs.items():
-            if slot.base <= gfn < slot.end:
-                self.protect(leaf)
-                if level > 1:
-                    leaf.w = False
-        self.flush("enable")
-
-    def collapse(self, slot):
-        for level, gfn in sorted(self.tables, key=lambda t: (t[1], -t[0])):
-            inside = slot.base <= gfn < slot.end and (level, gfn) in self.tables
-            if inside and level + 1 <= slot.max_level(gfn):
-                self.drop_table(level, gfn)
-                self.flush("collapse")
-
-    def drop_table(self, level, first):
-        """Unlink the table of `level` at gfn `first`, with all below it."""
-        span = range(first, first + PAGES[level + 1])
-        self.leafs = {k: v for k, v in self.leafs.items() if k[1] not in span or k[0] > level}
-        self.tables = {t for t in self.tables if t[1] not in span or t[0] > level}
-        self.mmio = {g: v for g, v in self.mmio.items() if g not in span}
-
-    # -- leaves
-
-    def find(self, gfn):
-        return next(((lv, self.leafs[lv, align(gfn, lv)]) for lv in (1, 2, 3) if (lv, align(gfn, lv)) in self.leafs), None)
-
-    def protect(self, leaf):
-        if self.cdls:
-            leaf.d = False
-        else:
+        cleared = [self.protect(leaf) for _, _, leaf in self.leafs_of(slot)] if self.cdls and not all_set else []
+        level = 2 if self.cdls or all_set else 1
+        if not rules.heeds_start_level and not (self.cdls and rules.pml_has_own_protect):
+            level = 1
+        protected = [leaf for lv, _, leaf in self.leafs_of(slot) if lv >= level and leaf.w]
+        for leaf in protected:
             leaf.w = False
+        for changed in (any(cleared), bool(protected)) if rules.flush_if_changed else (True,):
+            if changed:
+                self.flush("enable")
 
-    def split(self, level, gfn):
-        """Replace the huge leaf at (`level`, `gfn`) by a table of 512 smaller ones."""
-        parent = self.leafs.pop((level, gfn))
-        self.tables.add((level - 1, gfn))
-        step = PAGES[level - 1]
-        self.leafs |= {(level - 1, gfn + i * step): Leaf(**vars(parent)) for i in range(512)}
+    def disable(self, slot):
+        if not slot.as_id:
+            {"leaf": self.zap_collapsible, "table": self.zap_tables, "recover": self.recover}[self.rules.collapse](slot)
+            if self.rules.disable_sets_dirty and self.cdls:
+                self.set_dirty(slot)
 
-    def split_range(self, start, end):
-        for level in (3, 2):
-            for gfn in [g for lv, g in self.leafs if lv == level and g < end and start < g + PAGES[level]]:
-                self.split(level, gfn)
-
-    def flush(self, why):
-        if why not in self.mutants:
-            self.flushes += 1
-            for v in self.vcpus:
-                v.tlb.clear()
-
-    # -- the guest
-
-    def run(self, v, gfns, kinds):
-        """Do the accesses in order; returns None or (reason, index) of the one that did not finish."""
-        vcpu, entering = self.vcpus[v], True
-        for i, (gfn, kind) in enumerate(zip(gfns, kinds, strict=True)):
-            while True:
-                if entering and self.soft is not None and len(vcpu.ring) >= self.soft:
-                    return "dirty_ring_full", i
-                entering = False
-                done = self.hardware(vcpu, gfn, kind)
-                if done == "ok":
-                    break
-                self.drain(vcpu)
-                if done == "pml full":
-                    self.pml_full += 1
-                elif self.fault(vcpu, gfn, kind) == "mmio":
-                    return "mmio", i
-                entering = True
-        self.drain(vcpu)
-        return None
-
-    def through_tlb(self, v, gfn):
-        """Write through a cached translation if it holds W and D: no walk, no log, no fault."""
-        if not all(self.vcpus[v].tlb.get(gfn, (False,))):
-            return False
-        self.store(gfn)
-        return True
-
-    def hardware(self, vcpu, gfn, kind):
-        _, leaf = self.find(gfn) or (0, None)
-        if leaf is None or (kind == WRITE and not leaf.w):
-            return "fault"
-        if self.kind.ad and kind == WRITE and not leaf.d:
-            if self.kind.pml and any(s.flags & LOG for s in self.slots.values()):
-                if len(vcpu.pml) == 512:
-                    return "pml full"
-                vcpu.pml.append(gfn)
-                self.pml_entries += 1
-            leaf.d = True
-        vcpu.tlb[gfn] = (leaf.w, leaf.d or not self.kind.ad)
-        if kind == WRITE:
-            self.store(gfn)
-        return "ok"
-
-    def store(self, gfn):
-        slot, self.clock = self.slot_of(gfn), self.clock + 1
-        self.memory[slot.id, gfn - slot.base] = self.clock
-
-    def drain(self, vcpu):
-        while vcpu.pml:
-            self.mark(vcpu, vcpu.pml.pop())
-
-    def mark(self, vcpu, gfn):
-        slot = self.slot_of(gfn)
-        if slot and slot.flags & LOG:
-            if self.soft is not None:
-                vcpu.ring.append([slot.id, gfn - slot.base, False])
-            else:
-                slot.dirty.add(gfn - slot.base)
-
-    def fast_fault(self, vcpu, gfn, kind):
-        level, leaf = self.find(gfn) or (0, None)
-        slot = self.slot_of(gfn)
-        if kind != WRITE or leaf is None or not leaf.mw or (level > 1 and slot.flags & LOG):
-            return False
-        self.mark(vcpu, gfn)
-        leaf.w = True
-        return True
-
-    def fault(self, vcpu, gfn, kind):
-        slot, stats = self.slot_of(gfn), vcpu.stats
-        stale = gfn in self.mmio
-        if self.mmio.get(gfn) == self.gen:
-            return "mmio"
-        if stale and self.kind.ept:
-            kind = READ  # a misconfiguration does not say what the access was
-        stats["pf_taken"] += 1
-        if slot is None:
-            for level in (3, 2, 1):
-                self.tables.add((level, align(gfn, level + 1)))
-            self.mmio[gfn] = self.gen
-            stats["pf_emulate"] += 1
-            stats["pf_mmio_spte_created"] += 1
-            return "mmio"
-        if not stale and self.fast_fault(vcpu, gfn, kind):
-            stats["pf_fast"] += 1
-            stats["pf_fixed"] += 1
-            return "fixed"
-        if slot.flags & RO and kind == WRITE:
-            stats["pf_emulate"] += 1
-            return "mmio"
-        writable, copied = slot.host.touch(slot.hpage(gfn), kind == WRITE)
-        if copied and self.unmap(slot.host, slot.hpage(gfn)):
-            return "retry"
-        self.map(vcpu, slot, gfn, writable and not slot.flags & RO)
-        stats["pf_fixed"] += 1
-        return "fixed"
-
-    def unmap(self, host, page):
-        hits = [s.base + page - s.off for s in self.slots.values() if s.host is host and 0 <= page - s.off < s.npages]
-        gone = [self.leafs.pop((1, g)) for g in hits if (1, g) in self.leafs]
+    def zap_collapsible(self, slot):
+        gone = [(level, gfn) for level, gfn, _ in self.leafs_of(slot) if self.may_be_larger(slot, level, gfn)]
+        for key in gone:
+            del self.leafs[key]
         if gone:
-            self.flush("unmap")
-        return bool(gone)
+            self.flush("collapse")
 
-    def map(self, vcpu, slot, gfn, writable):
-        goal = 1 if slot.flags & LOG else slot.max_level(gfn)
-        self.tables.add((3, align(gfn, 4)))
-        for level in range(3, goal, -1):
-            first = align(gfn, level)
-            if (level, first) in self.leafs:
-                if self.old:
-                    del self.leafs[level, first]
-                    self.flush("lazy zap")
-                else:
-                    self.split(level, first)
-            self.tables.add((level - 1, first))
-        first = align(gfn, goal)
-        old = self.leafs.get((goal, first))
-        bit1 = (old is not None and old.w) or self.mmio.pop(gfn, None) is not None
-        if (goal - 1, first) in self.tables:
-            self.drop_table(goal - 1, first)
-            self.flush("link replaced")
-            bit1 = True
-        self.leafs[goal, first] = Leaf(writable, writable, writable, writable and self.kind.ad and not bit1)
-        if writable:
-            self.mark(vcpu, gfn)
+    def may_be_larger(self, slot, level, gfn):
+        if self.rules.by_page:
+            return slot.host.kind == "thp" and slot.host_level(gfn) > 1
+        allowed = slot.allowed_level(gfn)
+        if allowed == 1:
+            return False
+        return level < (slot.max_level(gfn) if self.rules.clamped else slot.host_level(gfn))
 
-    # -- harvest
+    def collapsible(self, slot):
+        """Tables, larger ones first, whose gfns may be mapped by one leaf."""
+        for level, gfn in sorted(self.tables, key=lambda t: (-t[0], t[1])):
+            if (level, gfn) in self.tables and slot.base <= gfn < slot.end and level + 1 <= slot.max_level(gfn):
+                yield level, gfn
 
-    def get(self, sid):
-        """KVM_GET_DIRTY_LOG: the set of reported pages, or an errno."""
-        if (bad := self.no_log(sid)) is not None:
-            return bad
-        slot = self.slots[sid]
-        if self.manual:
-            return set(slot.dirty)
-        return self.harvest(slot, set(slot.dirty))
+    def zap_tables(self, slot):
+        for level, gfn in self.collapsible(slot):
+            self.drop_table(level, gfn)
+            self.flush("collapse")
 
-    def clear(self, sid, first, num, wanted):
-        """KVM_CLEAR_DIRTY_LOG of the pages `wanted`, numbered from the slot's base: 0 or an errno."""
-        if self.soft is not None:
-            return errno.ENXIO
-        if first % 64:
-            return errno.EINVAL
-        if (bad := self.no_log(sid)) is not None:
-            return bad
-        rest = self.slots[sid].npages - first
-        if num > rest or (num < rest and num % 64):
-            return errno.EINVAL
-        words = range(first, first + num)
-        self.harvest(self.slots[sid], {p for p in wanted & self.slots[sid].dirty if p in words})
+    def recover(self, slot):
+        changed = False
+        for level, gfn in self.collapsible(slot):
+            below = [(g, leaf) for (lv, g), leaf in self.leafs.items() if lv <= level and g in range(gfn, gfn + PAGES[level + 1])]
+            if below:
+                _, small = min(below, key=lambda found: found[0])
+                self.drop_table(level, gfn)
+                self.leafs[level + 1, gfn] = dataclasses.replace(small, x=small.x and not self.nx)
+                changed = True
+        if changed:
+            self.flush("collapse")
+
+    def set_dirty(self, slot):
+        """Set D in everything present that maps the slot or leads to it."""
+        leafs = [leaf for _, _, leaf in self.leafs_of(slot) if not leaf.d]
+        links = {(lv, g) for lv, g in self.tables if g < slot.end and slot.base < g + PAGES[lv + 1]} - self.dirty_links
+        for leaf in leafs:
+            leaf.d = True
+        self.dirty_links |= links
+        if leafs or links:
+            self.flush("disable")
+
+    # -- host memory
+
+    def notify(self, host, passes):
+        """Run the notifier passes of one backing; an errno goes through."""
+        if isinstance(passes, int):
+            return passes
+        for ranges in passes:
+            self.unmap([(host, first, count) for first, count in ranges])
         return 0
 
-    def no_log(self, sid):
-        if self.soft is not None:
-            return errno.ENXIO
-        slot = self.slots.get(sid)
-        return errno.ENOENT if slot is None or slot.dirty is None else None
+    def madvise(self, host, first, count, advice, ages=False):
+        bad = self.notify(host, host.madvise(first, count, advice))
+        for page in range(first, first + count) if ages and not bad else ():
+            self.age(host, page)
+        return bad
 
-    def harvest(self, slot, pages):
-        """Take bits, re-arm, flush, in this order; then userspace reads the pages."""
-        for vcpu in self.vcpus:
-            self.drain(vcpu)
-        if "bit last" not in self.mutants:
-            slot.dirty -= pages
-        self.meanwhile()
-        for word in sorted({p // 64 for p in pages}):
-            self.rearm(slot, sorted(slot.base + p for p in pages if p // 64 == word))
-        self.meanwhile()
-        if "bit last" in self.mutants:
-            slot.dirty -= pages
-        if "read early" in self.mutants:
-            self.read_pages(slot, pages)
-        self.meanwhile()
-        if pages:
-            self.flush("harvest")
-        if "read early" not in self.mutants:
-            self.read_pages(slot, pages)
-        return pages
+    def mprotect(self, host, first, count, protect):
+        return self.notify(host, host.mprotect(first, count, protect))
 
-    def rearm(self, slot, gfns):
-        if self.manual == 3:
-            if self.eager:
-                self.split_range(gfns[0], gfns[-1] + 1)
-            for gfn in (gfns[0], gfns[-1]):
-                level, leaf = self.find(gfn) or (0, None)
-                if level > 1:
-                    leaf.w = leaf.mw = False
-        for gfn in gfns:
-            if (1, gfn) in self.leafs:
-                self.protect(self.leafs[1, gfn])
+    def fork(self, hosts):
+        for host in hosts:
+            self.notify(host, host.fork())
 
-    def collect(self, v, limit):
-        """Userspace takes up to `limit` entries of a ring."""
-        taken = [e for e in self.vcpus[v].ring if not e[2]][:limit]
-        for entry in taken:
-            entry[2] = True
-        return [(e[0], e[1]) for e in taken]
+    def clear_refs(self, hosts):
+        self.unmap([(host, 0, host.npages) for host in hosts])
+        for host in hosts:
+            host.clear_refs()
 
-    def reset_rings(self):
-        """KVM_RESET_DIRTY_RINGS; then userspace reads the pages."""
-        done = []
-        for vcpu in self.vcpus:
-            while vcpu.ring and vcpu.ring[0][2]:
-                sid, offset, _ = vcpu.ring.pop(0)
-                if sid in self.slots and offset < self.slots[sid].npages:
-                    self.rearm(self.slots[sid], [self.slots[sid].base + offset])
-                    done.append((self.slots[sid], offset))
-                else:
-                    done.append(None)
-        self.meanwhile()
-        if done:
-            self.flush("reset")
-        for slot, offset in filter(None, done):
-            self.read_pages(slot, [offset])
-        return len(done)
-
-    def read_pages(self, slot, pages):
-        for page in pages:
-            self.copy[slot.id, page] = self.memory.get((slot.id, page))
-
-    def concurrent_write(self, v, gfn):
-        """What a vCPU can do while mmu_lock is held: stale TLB, hardware, fast fault; a slow fault waits."""
-        vcpu = self.vcpus[v]
-        if self.through_tlb(v, gfn) or self.hardware(vcpu, gfn, WRITE) != "fault":
-            return
-        if self.fast_fault(vcpu, gfn, WRITE):
-            self.hardware(vcpu, gfn, WRITE)
-
-    def lost(self):
-        """Pages of logging slots whose last write neither the copy nor the pending log knows."""
-        pending = {(s.id, p) for s in self.slots.values() for p in s.dirty or ()}
-        pending |= {(sid, off) for v in self.vcpus for sid, off, _ in v.ring}
-        in_flight = [(s.id, g - s.base) for v in self.vcpus for g in v.pml if (s := self.slot_of(g))]
-        known = pending | set(in_flight)
-        return {k for k, v in self.memory.items() if k[0] in self.tracked and k not in known and self.copy.get(k) != v}
+    def host_write(self, host, first, count):
+        for page in range(first, first + count):
+            found = host.touch(page, write=True)
+            if found and found[2]:
+                self.unmap([(host, page, 1)])

@@ -1,11 +1,11 @@
-"""What the oracle is made of: kinds of hardware, host pages, memslots, leaves, vCPUs. It knows nothing of `spte`."""
+"""What the oracle is made of: kinds of hardware, memslots, leaves, vCPUs. It knows nothing of `spte`."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+
+from oracle_host import PAGES, Host
 
 READ, WRITE, EXEC = 0, 1, 2
 LOG, RO = 1, 2
-PAGES = {1: 1, 2: 512, 3: 512**2, 4: 512**3}
 STATS = ("pf_taken", "pf_fixed", "pf_fast", "pf_emulate", "pf_spurious", "pf_mmio_spte_created")
 
 
@@ -25,56 +25,37 @@ KINDS = {
 }
 
 
-def align(gfn, level):
-    return gfn - gfn % PAGES[level]
-
-
-class Host:
-    """The host pages of one backing, page numbers from 0; its first page is aligned to its largest mapping."""
-
-    HUGE: ClassVar = {"thp": 2, "hugetlb2m": 2, "devdax2m": 2, "hugetlb1g": 3, "devdax1g": 3}
-    serial = 0
-
-    def __init__(self, kind, npages, populate=False):
-        Host.serial += 1
-        self.kind, self.npages, self.first = kind, npages, Host.serial * PAGES[4]
-        self.pages, self.blocks, self.huge = {}, set(), self.HUGE.get(kind, 1)
-        for page in range(npages if populate else 0):
-            self.touch(page, write=True)
-
-    def block(self, page):
-        start = align(page, self.huge)
-        return start if self.huge > 1 and start + PAGES[self.huge] <= self.npages else None
-
-    def level(self, page):
-        return self.huge if self.block(page) in self.blocks else 1
-
-    def touch(self, page, write):
-        """Fault a page in; returns (the PTE is writable, the zero page was replaced by a new one)."""
-        if (start := self.block(page)) is not None:
-            self.blocks.add(start)
-            return True, False
-        before = self.pages.get(page)
-        self.pages[page] = "own" if write or self.kind == "shm" else before or "zero"
-        return self.pages[page] == "own", before == "zero" and write
-
-
 @dataclass
 class Slot:
-    id: int
+    id: int  # as_id << 16 | number
     base: int
     npages: int
     host: Host
     off: int
     flags: int
     dirty: set | None = None
+    began_set: bool = False  # logging began with every page dirty and nothing armed
+    unarmed: bool = False  # ... and the mode that would arm it at CLEAR was left, or there is no bitmap: KVM may lose writes
+
+    @property
+    def as_id(self):
+        return self.id >> 16
 
     @property
     def end(self):
         return self.base + self.npages
 
+    @property
+    def gfns(self):
+        return range(self.base, self.end)
+
     def hpage(self, gfn):
         return gfn - self.base + self.off
+
+    def gfns_of(self, first, count):
+        """Gfns that map host pages `first` and on."""
+        start, end = max(first, self.off), min(first + count, self.off + self.npages)
+        return range(start - self.off + self.base, max(start, end) - self.off + self.base)
 
     def disallow(self, gfn, level):
         size = PAGES[level]
@@ -83,9 +64,14 @@ class Slot:
         tail = self.end % size != 0 and gfn // size == (self.end - 1) // size
         return not hva_fits or head or tail
 
+    def allowed_level(self, gfn):
+        return next((level for level in (3, 2) if not self.disallow(gfn, level)), 1)
+
+    def host_level(self, gfn):
+        return self.host.level(self.hpage(gfn))
+
     def max_level(self, gfn):
-        allowed = next((level for level in (3, 2) if not self.disallow(gfn, level)), 1)
-        return min(allowed, self.host.level(self.hpage(gfn)))
+        return min(self.allowed_level(gfn), self.host_level(gfn))
 
 
 @dataclass
@@ -94,6 +80,10 @@ class Leaf:
     mw: bool
     w: bool
     d: bool
+    a: bool = True
+    x: bool = True
+    parked: bool = False  # access tracking: R and X parked
+    zero: bool = False  # maps the host's zero page
 
 
 @dataclass

@@ -8,7 +8,8 @@ import random
 
 import pytest
 from oracle import Oracle
-from oracle_memory import KINDS, LOG, WRITE, Host
+from oracle_host import Host
+from oracle_memory import KINDS, LOG, WRITE
 
 BASE = 512
 POINTS = (512, 513, 580, 1023, 1024, 1030)  # two words of one 2 MiB region, its end, and the next region
