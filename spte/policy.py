@@ -66,7 +66,7 @@ class Policy:
     )
     pml_in_l2: bool = _decision(False, "PML stays on while L2 runs, and logs L2's addresses", "patch 6; c3bb9a20834f, 5.12 (off)")
     sync_kicks_without_pml: bool = _decision(
-        False, "GET and CLEAR kick every vCPU on hardware without PML too", "patch 9; a018eba53870, 5.12; no longer in 6.1"
+        False, "GET and CLEAR kick every vCPU on hardware without PML too", "patch 9; a018eba53870, 5.12 (6.12: not)"
     )
     pml_order: str = _decision(
         "newest-first", "order in which a PML drain marks", "37c3ddfe5238, 6.14", ("newest-first", "oldest-first")

@@ -12,8 +12,8 @@ from typing import Any
 
 import click
 
-from spte import _jit
 from spte.cli import EXIT_DIFFERENCE, EXIT_OK
+from spte.cli.compiling import announce_compilation
 from spte.cli.metrics import as_json
 from spte.cli.params import size, spell_size, target
 from spte.perf_test import SOURCES, PerfTest
@@ -128,7 +128,7 @@ def profile(
     _refuse_too_large(work)
     if plot:
         from spte.cli.plot import draw
-    _announce_compilation()
+    announce_compilation()
     with _progress() as progress:
         rows = run_profile(work, platforms, policies, progress=progress)
     _print(work, rows, style, output)
@@ -174,11 +174,6 @@ def _refuse_too_large(work: Workload) -> None:
             f"a guest of {spell_size(work.npages * PAGE_SIZE)} may need {spell_size(need)} for its page tables and "
             f"this host has {spell_size(have)}; take less than {spell_size(have / BYTES_PER_PAGE * PAGE_SIZE)}"
         )
-
-
-def _announce_compilation() -> None:
-    if not _jit.is_warm():
-        click.echo("spte: first run: compiling the kernels for this machine, about 20 s, once", err=True)
 
 
 @contextmanager
