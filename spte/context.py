@@ -29,6 +29,7 @@ class Tables(NamedTuple):
     hash_next: npt.NDArray[np.int32]  # next row + 1 of the bucket
     free: npt.NDArray[np.int32]  # stack of freed rows
     meta: I64s  # ROWS, FREED, and the VM's counters below
+    places: U64s  # scratch of a harvest: entries of `sptes`, flat, that are to be re-armed
 
 
 # Columns of Tables.meta.
@@ -36,6 +37,7 @@ ROWS, FREED, PAGES_4K, PAGES_2M, PAGES_1G, FLUSHES, NX_SPLITS = 0, 1, 2, 3, 4, 5
 SPTES_WRITTEN, SPLITS_2M, SPLITS_1G, ZAPPED, COLLAPSED, DIRTY_MARKS = 7, 8, 9, 10, 11, 12
 CPU_DIRTY_LOGGING_REQUESTS, VCPU_KICKS = 13, 14
 META_COLUMNS = 15
+HARVEST_WORDS = 512  # words of a dirty bitmap looked at together: 32768 gfns
 
 
 class Slots(NamedTuple):
@@ -59,6 +61,7 @@ NODE_HIGH, NODE_FREE = 0, 1
 COUNT, LAST_HIT, GENERATION = 0, 1, 2
 LOG_DIRTY_PAGES, READONLY = 1, 2
 BEGAN_SET = 1 << 17  # internal: logging began with every bit set, so huge leaves may be writable until CLEAR
+UNARMED = 1 << 18  # internal: and initially-set was turned off since, so that CLEAR passes over them: KVM may lose writes
 
 
 class Host(NamedTuple):
@@ -82,6 +85,7 @@ class Vcpu(NamedTuple):
     pml: U64s  # [512]
     ring: U64s  # [entries, 2]: flags | slot << 32, offset
     log: U64s  # [n, LOG_COLUMNS]; n == 0: nothing is recorded
+    walked: U64s  # where the walks of the next accesses ended: (row * 512 + index) << 3 | level
 
 
 # Columns of Vcpu.reg.
@@ -92,6 +96,7 @@ REG_COLUMNS = 12
 PF_TAKEN, PF_FIXED, PF_FAST, PF_EMULATE, PF_SPURIOUS, PF_MMIO_SPTE_CREATED = 0, 1, 2, 3, 4, 5
 EXITS, PML_ENTRIES, PML_FULLS, RING_FULLS, SLOW_FAULTS, VIOLATIONS, MISCONFIGS = 6, 7, 8, 9, 10, 11, 12
 STAT_COLUMNS = 13
+WALKS_AHEAD = 256
 # Exit reasons of a stay in the guest.
 DONE, EXIT_RING_FULL, EXIT_MMIO, EXIT_HOST, EXIT_EFAULT, EXIT_NOMEM, EXIT_LOG = 0, 1, 2, 3, 4, 5, 6
 # Events in Vcpu.log: kind and up to five values.
@@ -114,7 +119,7 @@ class Mode(NamedTuple):
     dirty_on_remake: np.int64
     flush_each: np.int64
     recover: np.int64
-    initially_set: np.int64
+    clear_arms_huge: np.int64  # initially-set: CLEAR finds huge leaves that may be writable
     shadow: np.int64  # direct roots belong to the shadow MMU (tdp_mmu=N)
     nx_mark_all: np.int64
     nx_any_table: np.int64

@@ -33,7 +33,7 @@ def _write_protect(vm: VM, slot: Memslot, level: int) -> int:
 def arm_slot(vm: VM, slot: Memslot) -> None:
     """Make the first write to each page of `slot` visible: split, clear dirty or write-protect, flush."""
     t, m, policy = vm.mmu.tables, vm.mmu.mode, vm.policy
-    all_set, pml = bool(m.initially_set), bool(m.dirty_log_size)
+    all_set, pml = vm.manual == 3, bool(m.dirty_log_size)
     if slot.flags & READONLY or (all_set and policy.initially_set_enable == "nothing"):
         return
     if m.eager and not all_set:
@@ -45,7 +45,7 @@ def arm_slot(vm: VM, slot: Memslot) -> None:
             cleared = int(clear_dirty_slot(t, m, slot.as_id, slot.base_gfn, slot.end_gfn))
     level = 2 if pml or all_set else 1
     own_routine = pml and not policy.one_write_protect
-    protected = _write_protect(vm, slot, level if policy.tdp_start_level or own_routine else 1)
+    protected = _write_protect(vm, slot, level if policy.tdp_start_level or own_routine or m.shadow else 1)
     t.meta[SPTES_WRITTEN] += cleared + protected
     if policy.enable_flush == "always":
         vm.mmu.flush()
@@ -63,7 +63,8 @@ def collapse(vm: VM, slot: Memslot) -> None:
     s, k = vm.memslots.place(slot)
     with vm.mmu.traced():
         if m.shadow:
-            done = zap_collapsible_rmaps(t, s, the_host(), m, k)
+            # The walk took in the rmaps of level 2 later.
+            done = zap_collapsible_rmaps(t, s, the_host(), m, k, np.int64(1 if vm.policy.collapse == "zap-leaf" else 2))
         elif vm.policy.collapse == "zap-leaf":
             done = zap_collapsible(t, s, the_host(), m, k)
         else:
@@ -110,18 +111,18 @@ def get(vm: VM, slot: int, out: U64s | None) -> U64s:
     check_slot_number(slot)
     memslot = _logging_slot(vm, slot)
     _sync(vm)
-    snapshot = vm.memslots.scratch(memslot)
     if vm.manual:
-        snapshot[:] = vm.memslots.bitmap(memslot)
+        snapshot = vm.memslots.bitmap(memslot).copy()
     else:
+        snapshot = np.zeros(memslot.words, np.uint64)
         s, k = vm.memslots.place(memslot)
         with vm.mmu.traced():
-            found, changed = get_dirty_log(vm.mmu.tables, s, vm.mmu.mode, vm.mmu.roots(memslot.as_id), k)
+            found, changed = get_dirty_log(vm.mmu.tables, s, vm.mmu.mode, vm.mmu.roots(memslot.as_id), k, snapshot)
         vm.mmu.tables.meta[SPTES_WRITTEN] += changed
         if found:
             vm.mmu.flush()
     if out is None:
-        return snapshot.copy()
+        return snapshot
     _check_buffer(out, memslot.words, "out", write=True)
     out[:] = snapshot
     return out

@@ -7,7 +7,7 @@ import numpy as np
 from spte import bits as bt
 from spte._jit import kernel
 from spte.context import NX_SPLITS, SPLITS_1G, SPLITS_2M, SPTES_WRITTEN, ZAPPED
-from spte.tables import alloc_row, child_of, count_leaf, free_row, is_leaf, is_link
+from spte.tables import alloc_row, child_of, count_leaf, free_row, is_leaf, is_link, take_row
 
 _ROLE_LEVEL = bt.U64(0xF)
 
@@ -55,6 +55,13 @@ def restore_access_tracked(spte, lay):
 
 
 @kernel
+def set_executable(spte, lay, on):
+    """Return a leaf made executable or not, in its parked bits if it is access-tracked."""
+    x = lay.x << bt.TRACK_SHIFT if is_access_tracked(spte) else lay.x
+    return (spte | x) & ~lay.nx if on else (spte & ~x) | lay.nx
+
+
+@kernel
 def link(t, m, row, i, child):
     """Make entry `i` of `row` point to table `child`."""
     t.sptes[row, i] = m.lay.link | (bt.U64(child) << bt.SHIFT_PAGE)
@@ -68,11 +75,15 @@ def child_gfn(t, row, i):
 
 
 @kernel
+def _child_role(t, row):
+    return (bt.U64(t.role[row]) & ~_ROLE_LEVEL) | bt.U64(np.int64(t.level[row]) - 1)
+
+
+@kernel
 def new_child(t, m, row, i):
     """Take an empty table for entry `i` of `row`, not linked yet; returns its row, -1 if the arena is full."""
     level = np.int64(t.level[row]) - 1
-    role = (bt.U64(t.role[row]) & ~_ROLE_LEVEL) | bt.U64(level)
-    return alloc_row(t, level, child_gfn(t, row, i), role, row, m.lay.nonpresent)
+    return alloc_row(t, level, child_gfn(t, row, i), _child_role(t, row), row, m.lay.nonpresent)
 
 
 @kernel
@@ -81,19 +92,19 @@ def split_entry(t, m, row, i):
 
     No flush: every translation stays as it was.
     """
-    child = new_child(t, m, row, i)
+    level = np.int64(t.level[row])
+    child = take_row(t, level - 1, child_gfn(t, row, i), _child_role(t, row), row)
     if child < 0:
         return child
     huge = t.sptes[row, i]
-    level = np.int64(t.level[row])
-    step = bt.U64(1) << (bt.SHIFT_PAGE + bt.U64(9 * (level - 2)))
+    step = bt.SHIFT_PAGE + bt.U64(9 * (level - 2))
     first = huge
     if level == 2:
         first &= ~bt.LARGE
         if m.nx:
-            first = (first | m.lay.x) & ~m.lay.nx
+            first = set_executable(first, m.lay, True)
     for j in range(512):
-        t.sptes[child, j] = first + bt.U64(j) * step
+        t.sptes[bt.U64(child), j] = first + (bt.U64(j) << step)
     link(t, m, row, i, child)
     t.meta[SPLITS_2M if level == 2 else SPLITS_1G] += 1
     t.meta[SPTES_WRITTEN] += 513

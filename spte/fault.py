@@ -1,4 +1,7 @@
-"""The slow path of a fault: host page, goal level, walk with splits and links, leaf. Guest faults and prefaults share it."""
+"""The two paths of a fault, which guest accesses and prefaults share: a leaf mended in place, or made anew.
+
+The slow path: host page, goal level, walk with splits and links, leaf.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,11 @@ import numpy as np
 
 from spte import context as cx
 from spte._jit import kernel
-from spte.bits import MMU_PRESENT, ONE, ROLE_GUEST_MODE, SHIFT_PAGE, U64, ZERO
-from spte.entries import drop_entry, free_table, link, make_leaf, new_child, split_entry
+from spte.bits import MMU_PRESENT, ONE, ROLE_GUEST_MODE, SHIFT_PAGE, U64, WRITABLE, ZERO
+from spte.entries import drop_entry, free_table, is_access_tracked, link, make_leaf, new_child, restore_access_tracked, split_entry
 from spte.host import HOST_COW, HOST_EFAULT, HOST_OK, ZERO_PFN, host_fault
 from spte.slots import mark_dirty, max_mapping_level, note
-from spte.tables import child_of, count_leaf, index_of, is_link
+from spte.tables import child_of, count_leaf, index_of, is_leaf, is_link, walk
 
 MMIO_GEN_LOW, MMIO_GEN_HIGH = U64(0xFF), U64(0x7FF)
 
@@ -93,6 +96,47 @@ def fault_page(s, h, m, k, gfn, kind):
 
 
 @kernel
+def allowed(m, spte, kind):
+    """Tell whether hardware lets an access of `kind` through a present leaf."""
+    if kind == cx.WRITE:
+        return (spte & WRITABLE) != ZERO
+    if kind == cx.EXEC:
+        return (spte & (m.lay.x | m.lay.nx)) == m.lay.x
+    return (spte & m.lay.readable) != ZERO
+
+
+@kernel
+def fast_fault(t, s, v, m, k, gfn, kind, prefetch):
+    """Mend a write-protected or access-tracked leaf without mmu_lock; True if the access may go on."""
+    row, i, level = walk(t, v.reg[cx.ROOT], gfn)
+    old = t.sptes[row, i]
+    if not is_leaf(old, level):
+        return False
+    if allowed(m, old, kind):
+        v.stat[cx.PF_FAST] += 1
+        v.stat[cx.PF_SPURIOUS] += not prefetch
+        return True
+    new = old
+    if is_access_tracked(old):
+        new = restore_access_tracked(new, m.lay)
+    if kind == cx.WRITE and (old & m.lay.mmu_writable) != ZERO:
+        new |= WRITABLE
+        if level > 1 and s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES:
+            return False
+    fixed = new != old and allowed(m, new, kind)
+    if fixed:
+        if (new & ~old & WRITABLE) != ZERO:
+            mark_dirty(t, s, v, k, gfn)
+        t.sptes[row, i] = new
+        t.meta[cx.SPTES_WRITTEN] += 1
+        v.stat[cx.PF_FAST] += 1
+        v.stat[cx.PF_FIXED] += not prefetch
+    if v.log.shape[0] > 0:
+        note(v, cx.EV_FAST, gfn, old, new, fixed, 0)
+    return fixed
+
+
+@kernel
 def map_gfn(t, s, h, v, m, k, gfn, kind, prefetch):
     """Take the slow path: host page, goal level, walk, leaf. Returns an exit reason, DONE if the leaf is there."""
     reason, pfn, host_writable, fits = fault_page(s, h, m, k, gfn, kind)
@@ -100,9 +144,11 @@ def map_gfn(t, s, h, v, m, k, gfn, kind, prefetch):
         return reason
     no_huge = m.nx and kind == cx.EXEC
     goal = np.int64(1) if no_huge else fits
-    row = v.reg[cx.ROOT]
-    level = np.int64(t.level[row])
-    i = index_of(gfn, level)
+    row, i, level = walk(t, v.reg[cx.ROOT], gfn)
+    if level < goal:  # tables below the entry to be set
+        row = v.reg[cx.ROOT]
+        level = np.int64(t.level[row])
+        i = index_of(gfn, level)
     while True:
         if level == goal and nx_holds(t, m, t.sptes[row, i], level):
             goal -= 1

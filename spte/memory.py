@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from typing import Any
 
@@ -10,10 +11,11 @@ import numpy.typing as npt
 
 from spte.errors import OutOfTablesError
 
+_SMALL = 4 << 20  # bytes that stay on small pages, so that a small VM costs little
 _NORESERVE = 0x4000 if hasattr(mmap, "MAP_ANONYMOUS") else 0  # Linux MAP_NORESERVE; absent from the mmap module before 3.13
 
 
-def reserve(dtype: npt.DTypeLike, *shape: int) -> npt.NDArray[Any]:
+def reserve(dtype: npt.DTypeLike, *shape: int, huge: bool = False) -> npt.NDArray[Any]:
     """Return a zeroed array whose untouched pages cost nothing; halve the first dimension while the host refuses.
 
     Parameters
@@ -22,6 +24,8 @@ def reserve(dtype: npt.DTypeLike, *shape: int) -> npt.NDArray[Any]:
         Element type.
     *shape : int
         Wanted shape, elements; only the first may come out smaller.
+    huge : bool
+        Ask for huge pages behind the first 4 MiB: random access then misses the host's TLB less.
 
     Returns
     -------
@@ -34,7 +38,11 @@ def reserve(dtype: npt.DTypeLike, *shape: int) -> npt.NDArray[Any]:
         size = count * np.dtype(dtype).itemsize
         try:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
-            view = memoryview(mmap.mmap(-1, size, flags=flags))
+            mapping = mmap.mmap(-1, size, flags=flags)
+            if huge and size > _SMALL:
+                with contextlib.suppress(AttributeError, OSError):  # a host without transparent huge pages
+                    mapping.madvise(mmap.MADV_HUGEPAGE, _SMALL, size - _SMALL)
+            view = memoryview(mapping)
             return np.frombuffer(view, dtype=dtype).reshape(first, *rest)
         except (OSError, ValueError):
             first //= 2

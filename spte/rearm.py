@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._jit import ctz, kernel
+from spte._jit import ctz, kernel, popcount
 from spte.bits import ONE, PRESENT_SHIFT, U64, WRITABLE, ZERO
 from spte.context import RMAP1
 from spte.entries import log_shift, split_below
 from spte.rmap import head_of, next_of, ref_of
-from spte.tables import is_leaf, table_at, walk
+from spte.tables import is_leaf, leaf_table, walk
 
-ALL_ONES = ~ZERO
+SWEPT = 4  # set bits of a word from which sweeping its 64 entries is quicker than counting zeros
+LAST_WINDOW = U64(512 - 64)
 
 
 @kernel
 def rearm_entries(sptes, row, first, mask, shift):
     """Clear bit `shift` in the present leaves ``sptes[row, first + b]`` for each bit b of `mask`; returns SPTEs changed."""
     changed = ZERO
-    if mask == ALL_ONES:  # a plain sweep takes 1.1x of memory speed where counting zeros takes 2.2x
-        for j in range(first, first + 64):
-            s = sptes[row, j]
-            d = (s >> shift) & (s >> PRESENT_SHIFT) & ONE
+    row, first = U64(row), U64(first)
+    if first <= LAST_WINDOW and popcount(mask) >= SWEPT:
+        for b in range(64):
+            s = sptes[row, first + U64(b)]
+            d = (s >> shift) & (s >> PRESENT_SHIFT) & (mask >> U64(b)) & ONE
             changed += d
-            sptes[row, j] = s ^ (d << shift)
+            sptes[row, first + U64(b)] = s ^ (d << shift)
         return np.int64(changed)
     while mask != ZERO:
-        j = first + ctz(mask)
+        j = first + U64(ctz(mask))
         mask &= mask - ONE
         s = sptes[row, j]
         d = (s >> shift) & (s >> PRESENT_SHIFT) & ONE
@@ -88,19 +90,19 @@ def rearm_mask(t, m, root, gfn, mask, row):
     are passed over: a logging slot has none that is writable.
     """
     changed = 0
-    if m.initially_set:
+    if m.clear_arms_huge:
         changed += _rearm_huge(t, m, root, gfn, mask)
     first = gfn & 511
     here = min(np.int64(64), 512 - first)  # the window may begin in one table and end in the next
     part = mask if here == 64 else mask & ((ONE << U64(here)) - ONE)
     if part != ZERO:
         if row < 0 or t.level[row] != 1 or t.gfn[row] != gfn - first:
-            row = table_at(t, root, gfn, 1)
+            row = leaf_table(t, root, gfn)
         if row >= 0:
             changed += rearm_entries(t.sptes, row, first, part, log_shift(t, m, row))
     part = ZERO if here == 64 else mask >> U64(here)
     if part != ZERO:
-        row = table_at(t, root, gfn + here, 1)
+        row = leaf_table(t, root, gfn + here)
         if row >= 0:
             changed += rearm_entries(t.sptes, row, np.int64(0), part, log_shift(t, m, row))
     return changed, row
@@ -127,7 +129,7 @@ def _protect_huge_rmaps(t, s, m, k, gfn):
 def rearm_rmaps(t, s, m, k, gfn, mask):
     """Make the next write to each ``gfn + b`` visible again in every SPTE that maps it under the shadow MMU; returns SPTEs changed."""
     changed = 0
-    if m.initially_set:
+    if m.clear_arms_huge:
         start, end = _ends(gfn, mask)
         changed += _protect_huge_rmaps(t, s, m, k, start)
         if start >> 9 != end >> 9:

@@ -10,31 +10,31 @@ import numpy as np
 
 from spte import memory
 from spte._jit import kernel
-from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, SHIFT_PAGE, ZERO
-from spte.context import FREED, META_COLUMNS, PAGES_4K, ROWS, Tables, zeros
+from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, SHIFT_PAGE, U64, ZERO
+from spte.context import FREED, HARVEST_WORDS, META_COLUMNS, PAGES_4K, ROWS, Tables, zeros
 
 # 2**24 rows map 32 TiB in 4 KiB pages. Only address space: 64 GiB and 0.5 GiB of attributes, nothing of it touched.
 CAPACITY = 1 << 24
 HASH_BUCKETS = 1 << 16
+INDEX_MASK, SHIFT_4, SHIFT_3, SHIFT_2 = U64(511), U64(27), U64(18), U64(9)
 
 
 def new_tables(capacity: int = CAPACITY) -> Tables:
     """Return an empty arena of at most `capacity` rows (fewer where the host refuses the address space)."""
-    sptes = memory.reserve(np.uint64, capacity, 512)
+    sptes = memory.reserve(np.uint64, capacity, 512, huge=True)
     n = len(sptes)
     res = memory.reserve
     return Tables(
         sptes, level=res(np.uint8, n), gfn=res(np.int64, n), role=res(np.uint32, n), parent=res(np.int32, n),
         nx_disallowed=res(np.uint8, n), shadow=res(np.uint8, n), hash=res(np.int32, HASH_BUCKETS), hash_next=res(np.int32, n),
-        free=res(np.int32, n), meta=zeros(META_COLUMNS),
+        free=res(np.int32, n), meta=zeros(META_COLUMNS), places=zeros(64 * HARVEST_WORDS + 1, np.uint64),
     )  # fmt: skip
 
 
 @kernel
-def alloc_row(t, level, gfn, role, parent, empty):
-    """Take a row, fill it with `empty`; returns its number, -1 if the arena is full."""
-    used = t.meta[FREED] > 0
-    if used:
+def take_row(t, level, gfn, role, parent):
+    """Take a row as it is; returns its number, -1 if the arena is full."""
+    if t.meta[FREED] > 0:
         t.meta[FREED] -= 1
         row = np.int64(t.free[t.meta[FREED]])
     else:
@@ -42,9 +42,6 @@ def alloc_row(t, level, gfn, role, parent, empty):
         if row >= t.level.shape[0]:
             return np.int64(-1)
         t.meta[ROWS] = row + 1
-    if used or empty != ZERO:
-        for i in range(512):
-            t.sptes[row, i] = empty
     t.level[row] = level
     t.gfn[row] = gfn
     t.role[row] = role
@@ -52,6 +49,17 @@ def alloc_row(t, level, gfn, role, parent, empty):
     t.nx_disallowed[row] = 0
     t.shadow[row] = 0
     return np.int64(row)
+
+
+@kernel
+def alloc_row(t, level, gfn, role, parent, empty):
+    """Take a row, fill it with `empty`; returns its number, -1 if the arena is full."""
+    zeroed = t.meta[FREED] == 0
+    row = take_row(t, level, gfn, role, parent)
+    if row >= 0 and not (zeroed and empty == ZERO):
+        for i in range(512):
+            t.sptes[U64(row), i] = empty
+    return row
 
 
 @kernel
@@ -83,15 +91,34 @@ def child_of(spte):
 @kernel
 def walk(t, root, gfn):
     """Follow links for `gfn` from `root`; returns ``(row, index, level)`` of the last entry."""
-    row = root
-    level = np.int64(t.level[root])
-    while True:
-        i = index_of(gfn, level)
+    # One step after the other: as a loop it took 36 ns where this takes 14 (random gfns).
+    row, at, top = U64(root), U64(gfn), t.level[root]
+    if top >= 4:
+        i = (at >> SHIFT_4) & INDEX_MASK
         spte = t.sptes[row, i]
-        if level == 1 or not is_link(spte):
-            return row, i, level
-        row = child_of(spte)
-        level -= 1
+        if not is_link(spte):
+            return np.int64(row), np.int64(i), np.int64(4)
+        row = (spte & PFN_MASK) >> SHIFT_PAGE
+    if top >= 3:
+        i = (at >> SHIFT_3) & INDEX_MASK
+        spte = t.sptes[row, i]
+        if not is_link(spte):
+            return np.int64(row), np.int64(i), np.int64(3)
+        row = (spte & PFN_MASK) >> SHIFT_PAGE
+    if top >= 2:
+        i = (at >> SHIFT_2) & INDEX_MASK
+        spte = t.sptes[row, i]
+        if not is_link(spte):
+            return np.int64(row), np.int64(i), np.int64(2)
+        row = (spte & PFN_MASK) >> SHIFT_PAGE
+    return np.int64(row), np.int64(at & INDEX_MASK), np.int64(1)
+
+
+@kernel
+def leaf_table(t, root, gfn):
+    """Return the row of level 1 that holds the entry of `gfn`, -1 if no such table is linked."""
+    row, _, level = walk(t, root, gfn)
+    return row if level == 1 else np.int64(-1)
 
 
 @kernel

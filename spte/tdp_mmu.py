@@ -38,7 +38,7 @@ def mode_of(platform: Platform, policy: Policy, manual: int) -> Mode:
         split_in_place=i(policy.fault_split == "in-place"), fast_fault=i(policy.fast_page_fault),
         oldest_first=i(policy.pml_order == "oldest-first"), dirty_on_remake=i(policy.dirty_on_remake),
         flush_each=i(policy.collapse_flush == "each"), recover=i(policy.collapse == "recover"),
-        initially_set=i(manual == 3), shadow=i(not platform.tdp_mmu),
+        clear_arms_huge=i(manual == 3 and policy.initially_set_enable == "nothing"), shadow=i(not platform.tdp_mmu),
         nx_mark_all=i(policy.nx_marks == "linked"), nx_any_table=i(policy.nx_any_table),
         collapse_pages=i(COLLAPSE_PAGES.index(policy.collapse_pages)), collapse_precise=i(policy.collapse_precise),
         level_clamped=i(policy.mapping_level_clamped),

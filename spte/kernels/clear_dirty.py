@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte._jit import kernel
-from spte.bits import LARGE_SHIFT, ONE, PRESENT_SHIFT, TYPE_MASK, W_SHIFT, ZERO
+from spte.bits import LARGE_SHIFT, ONE, PRESENT_SHIFT, TYPE_MASK, U64, W_SHIFT, ZERO
 from spte.context import ROWS, U64s
 from spte.entries import log_shift
 from spte.kernels._plain import layout_of, rows
@@ -21,13 +21,13 @@ def clear_entries(sptes, row, lo, hi, shift, huge):
     """Clear bit `shift` in the present leaves ``sptes[row, lo:hi]``; `huge`: only entries with LARGE are leaves."""
     changed = ZERO
     if huge:
-        for j in range(lo, hi):
+        for j in range(U64(lo), U64(hi)):
             s = sptes[row, j]
             d = (s >> shift) & (s >> PRESENT_SHIFT) & (s >> LARGE_SHIFT) & ONE
             changed += d
             sptes[row, j] = s ^ (d << shift)
     else:
-        for j in range(lo, hi):
+        for j in range(U64(lo), U64(hi)):
             s = sptes[row, j]
             d = (s >> shift) & (s >> PRESENT_SHIFT) & ONE
             changed += d

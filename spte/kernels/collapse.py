@@ -7,7 +7,7 @@ import numpy as np
 from spte._jit import kernel
 from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, SHIFT_PAGE, U64, ZERO
 from spte.context import BASE, COLLAPSED, FLUSHES, NPAGES, SPTES_WRITTEN, U64s
-from spte.entries import drop_entry, free_table
+from spte.entries import drop_entry, free_table, set_executable
 from spte.kernels._plain import plain, rows
 from spte.slots import max_mapping_level
 from spte.tables import child_of, count_leaf, index_of, is_leaf, is_link, table_at
@@ -33,7 +33,7 @@ def _first_leaf(t, row):
 def _huge_from(m, small, level):
     """Return `small` as a leaf of `level`: its bits, the address rounded down, not executable under the NX mitigation."""
     huge = (small | LARGE) & ~((U64(1) << (SHIFT_PAGE + U64(9 * (level - 1)))) - (U64(1) << SHIFT_PAGE))
-    return (huge & ~m.lay.x) | m.lay.nx if m.nx else huge
+    return set_executable(huge, m.lay, False) if m.nx else huge
 
 
 @kernel

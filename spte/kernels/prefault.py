@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from spte._jit import kernel
-from spte.context import READ, ROOT
-from spte.fault import map_gfn
+from spte.context import DONE, READ, ROOT
+from spte.fault import fast_fault, map_gfn
 from spte.shadow_fault import shadow_map_gfn
 from spte.slots import find_slot
 from spte.tables import walk
@@ -14,9 +14,13 @@ from spte.tables import walk
 
 @kernel
 def prefault(t, s, h, v, m, gfn):
-    """Map `gfn` as a read would; returns ``(exit reason, level of the entry)``. Counts no fault."""
+    """Map `gfn` as a read would; returns ``(exit reason, level of the entry)``. Counts no fault, but a fast one."""
     k = find_slot(s, gfn)
-    if m.shadow:
+    # Without A/D bits a fault on an absent entry may be fast, and a prefault counts as one: what may be read stays as it is.
+    may_be_fast = k >= 0 and (m.fast_fault or m.shadow) and not m.ad
+    if may_be_fast and fast_fault(t, s, v, m, k, gfn, np.int64(READ), True):
+        reason = DONE
+    elif m.shadow:
         reason = shadow_map_gfn(t, s, h, v, m, k, gfn, np.int64(READ), True)
     else:
         reason = map_gfn(t, s, h, v, m, k, gfn, np.int64(READ), True)

@@ -12,7 +12,7 @@ from spte.bits import ROLE_INVALID, ZERO
 from spte.context import BASE, COLLAPSED, NPAGES, NX_SPLITS, PAGES_4K, ROWS, SLOT, SPTES_WRITTEN, ZAPPED
 from spte.rmap import head_of, next_of, ref_of
 from spte.shadow_fault import drop_leaf
-from spte.slots import max_mapping_level
+from spte.slots import PAGES_COMPOUND_OR_DEVICE, may_collapse
 from spte.sweep import place
 from spte.tables import free_row, is_leaf
 
@@ -35,20 +35,26 @@ def zap_rmaps(t, s, m, k, start, end):
 
 
 @kernel
-def zap_collapsible_rmaps(t, s, h, m, k):
-    """Drop the leaves of direct pages of slot `k` whose gfns one larger leaf may map; the pages stay. Returns leaves dropped."""
+def zap_collapsible_rmaps(t, s, h, m, k, max_row_level):
+    """Drop the leaves of direct pages of slot `k` whose gfns one larger leaf may map; the pages stay. Returns leaves dropped.
+
+    Pages above `max_row_level` are passed over. Since patch 5 the first gfn of a page decides for all its leaves.
+    """
     start = s.table[k, BASE]
     end = start + s.table[k, NPAGES]
     done = 0
     for row in range(t.meta[ROWS]):
         level = np.int64(t.level[row])
-        if not t.shadow[row] or level == 0 or level > 2 or not start <= t.gfn[row] < end:
+        if not t.shadow[row] or level == 0 or level > max_row_level:
             continue
-        if max_mapping_level(s, h, k, t.gfn[row], m.max_level) <= level:
+        first = t.gfn[row]
+        whole = m.collapse_precise != 0
+        if whole and not (start <= first < end and may_collapse(s, h, m, k, first, level, PAGES_COMPOUND_OR_DEVICE)):
             continue
         lo, hi = place(t, row, s.table[k, SLOT] >> 16, start, end)
         for i in range(lo, hi):
-            if is_leaf(t.sptes[row, i], level):
+            gfn = first + (np.int64(i) << (9 * (level - 1)))
+            if is_leaf(t.sptes[row, i], level) and (whole or may_collapse(s, h, m, k, gfn, level, PAGES_COMPOUND_OR_DEVICE)):
                 drop_leaf(t, s, m, row, i)
                 done += 1
     t.meta[COLLAPSED] += done

@@ -1,0 +1,57 @@
+"""A run of first touches: consecutive gfns that fault alike, mapped as one, counted as many. Exactly what single faults do."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from spte import context as cx
+from spte._jit import kernel_apart
+from spte.bits import ROLE_GUEST_MODE, SHIFT_PAGE, U64, ZERO
+from spte.entries import make_leaf
+from spte.host import MIXED, OWN, PAGE_NONE, PAGE_OWN, SHM, drop_mixed
+from spte.slots import find_slot
+from spte.tables import count_leaf
+
+
+@kernel_apart
+def first_touches(t, s, h, v, m, gfns, at, kind, row, i):
+    """Map the gfns from ``gfns[at]`` on as far as they are consecutive and not present from entry `i` of level-1 table `row` on.
+
+    Only for a plain slot without logging and memory that the host maps at 4 KiB. Returns how many; 0: fault one by one.
+    """
+    gfn = np.int64(gfns[at])
+    k = find_slot(s, gfn)
+    if k < 0 or s.table[k, cx.FLAGS] & (cx.LOG_DIRTY_PAGES | cx.READONLY):
+        return 0
+    hpage = s.table[k, cx.HPAGE] + gfn - s.table[k, cx.BASE]
+    block, page = hpage >> 9, hpage & 511
+    mixed = h.block[block] == MIXED
+    if not (h.block[block] == OWN or (mixed and kind == cx.WRITE and h.kind[block] != SHM)):
+        return 0
+    most = min(gfns.shape[0] - at, 512 - max(i, page), s.table[k, cx.BASE] + s.table[k, cx.NPAGES] - gfn)
+    other = ZERO
+    for j in range(U64(most)):
+        other |= U64(gfns[U64(at) + j]) ^ (U64(gfn) + j)
+        other |= t.sptes[U64(row), U64(i) + j] ^ m.lay.nonpresent
+    count = most if other == ZERO else np.int64(0)
+    while count < most and gfns[at + count] == gfn + count and t.sptes[row, i + count] == m.lay.nonpresent:
+        count += 1
+    if mixed:
+        states = h.mixed[block]
+        some = np.int64(0)
+        while some < count and h.page[states, page + some] == PAGE_NONE:
+            h.page[states, page + some] = PAGE_OWN
+            some += 1
+        count = some
+        h.own_pages[states] += np.int32(count)
+        if h.own_pages[states] == 512:
+            drop_mixed(h, block, OWN)
+    guest_mode = t.role[row] & ROLE_GUEST_MODE != 0
+    leaf = make_leaf(m, np.int64(1), U64(hpage), ZERO, False, True, guest_mode, True)
+    for j in range(U64(count)):
+        t.sptes[U64(row), U64(i) + j] = leaf + (j << SHIFT_PAGE)
+    count_leaf(t, np.int64(1), count)
+    t.meta[cx.SPTES_WRITTEN] += count
+    for column in (cx.EXITS, cx.VIOLATIONS, cx.PF_TAKEN, cx.PF_FIXED, cx.SLOW_FAULTS):
+        v.stat[column] += count
+    return count

@@ -1,0 +1,240 @@
+"""Every kernel beside its limit: which loop it is measured against, and the ratio that it should keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from spte.bare_loops import any_set, protect_by_walk, rearm_by_zeros, scatter_bits, scatter_or, scatter_store, sweep
+from spte.bits import SHIFT_PAGE, WRITABLE
+from spte.context import LOG_DIRTY_PAGES, I64s, U64s
+from spte.host import the_host
+from spte.kernels.clear_dirty import clear_dirty_slot
+from spte.kernels.collapse import collapse_slot
+from spte.kernels.harvest import get_dirty_log
+from spte.kernels.pml_flush import pml_flush
+from spte.kernels.split import split_slot
+from spte.kernels.write_protect import write_protect_slot
+from spte.limits import BATCH, Case, Guest, Ratio, measure
+
+FRACTIONS = (1.0, 0.5, 0.1, 0.01, 0.001, 0.0)
+PATTERNS = ("random", "runs")
+ORDERS = ("ascending", "random")
+BUFFERS = 2048  # PML buffers of one flush
+KVM_RECOVER_NS = 37_000.0  # per 2 MiB, commit message of 13e2e4f62a4b
+ALL_ONES = ~np.uint64(0)
+_LEAVES, _FILL = "np.bitwise_and in place", "filling the rows"
+_HARVEST_BARS = {1.0: 1.5, 0.5: 1.0, 0.1: 1.0, 0.01: 0.8, 0.001: 0.8, 0.0: 1.2}
+_TOUCH_BARS = {"ascending": 6.0, "random": 12.0}
+
+
+def write_protect(guest: Guest) -> Case:
+    """Write-protect of the slot, rows in arena order."""
+    work = lambda: write_protect_slot(guest.tables, 0, 0, guest.pages, 1)  # noqa: E731
+    return _sweep(guest, "write-protect, arena order", work, 1.25)
+
+
+def clear_dirty(guest: Guest) -> Case:
+    """Clear-dirty of the slot, rows in arena order."""
+    work = lambda: clear_dirty_slot(guest.tables, guest.vm.mmu.mode, 0, 0, guest.pages)  # noqa: E731
+    return _sweep(guest, "clear-dirty, arena order", work, 1.25)
+
+
+def write_protect_by_walk(guest: Guest) -> Case:
+    """Write-protect of the slot, each table found from the root."""
+    root = np.int64(guest.slot()[3][0])
+    work = lambda: protect_by_walk(guest.tables, root, np.int64(0), np.int64(guest.pages))  # noqa: E731
+    return _sweep(guest, "write-protect, walking four levels", work, 1.5)
+
+
+def write_protect_by_two(guest: Guest) -> Case:
+    """Two threads on halves of the slot, beside one thread on all of it."""
+    pool, half = ThreadPoolExecutor(2), guest.pages // 2
+
+    def one(start: int, end: int) -> int:
+        return int(write_protect_slot(guest.tables, 0, start, end, 1))
+
+    def both() -> int:
+        return sum(pool.map(one, (0, half), (half, guest.pages)))
+
+    whole = lambda: one(0, guest.pages)  # noqa: E731
+    return Case("write-protect, two threads", "SPTE", guest.pages, both, "one thread", whole, None, guest.set_all, guest.set_all)
+
+
+def _sweep(guest: Guest, name: str, work: Callable[[], object], at_most: float) -> Case:
+    limit = lambda: sweep(guest.flat, ~WRITABLE)  # noqa: E731
+    return Case(name, "SPTE", guest.pages, work, _LEAVES, limit, at_most, guest.set_all, guest.set_flat)
+
+
+def bitmap_of(pages: int, fraction: float, pattern: str) -> U64s:
+    """Return a dirty bitmap with `fraction` of the pages set: single ones at random, or whole 2 MiB at random."""
+    rng = np.random.default_rng(0)
+    if fraction in (0.0, 1.0):
+        return np.full(pages // 64, ALL_ONES if fraction else 0, np.uint64)
+    if pattern == "runs":
+        return np.repeat(rng.random(pages // 512) < fraction, 8) * ALL_ONES
+    parts = [rng.random(min(BATCH, pages - at), np.float32) < fraction for at in range(0, pages, BATCH)]
+    return np.concatenate([np.packbits(part, bitorder="little").view(np.uint64) for part in parts])
+
+
+def harvest(guest: Guest, fraction: float, pattern: str = "random") -> Case:
+    """GET_DIRTY_LOG of the slot."""
+    s, k, bitmap, roots = guest.slot()
+    dirty, shift = bitmap_of(guest.pages, fraction, pattern), guest.vm.mmu.mode.lay.dirty_shift
+
+    def refill() -> None:
+        guest.set_all()
+        bitmap[:] = dirty
+        guest.out[:] = 0
+
+    def refill_limit() -> None:
+        guest.set_flat()
+        guest.words[:] = dirty
+        guest.out[:] = 0
+
+    work = lambda: get_dirty_log(guest.tables, s, guest.vm.mmu.mode, roots, k, guest.out)  # noqa: E731
+    pages = int(np.bitwise_count(dirty).sum(dtype=np.int64))
+    name = f"harvest, {100 * fraction:g} % dirty" + (", 2 MiB runs" if pattern == "runs" else "")
+    bar = None if pattern == "runs" else _HARVEST_BARS[fraction]
+    if fraction == 0.0:
+        read = lambda: any_set(guest.words)  # noqa: E731
+        return Case(name, "word", len(dirty), work, "reading the bitmap", read, bar, refill, refill_limit)
+    if fraction == 1.0:
+        whole = lambda: sweep(guest.flat, ~WRITABLE)  # noqa: E731
+        return Case(name, "page", pages, work, _LEAVES, whole, bar, refill, guest.set_flat)
+    zeros = lambda: rearm_by_zeros(guest.flat, guest.words, guest.out, shift)  # noqa: E731
+    return Case(name, "page", pages, work, "a trailing-zeros loop", zeros, bar, refill, refill_limit)
+
+
+def random_gfns(guest: Guest, count: int) -> I64s:
+    """Return at most `count` distinct gfns in random order."""
+    rng = np.random.default_rng(1)
+    if count >= guest.pages:
+        return rng.permutation(guest.pages)
+    return rng.permutation(np.unique(rng.integers(0, guest.pages, count)))
+
+
+def guest_writes(guest: Guest, logs: bool) -> Case:
+    """Guest writes at random, W set: with D set, or with D clear and PML logging each."""
+    gfns, bit = random_gfns(guest, 1 << 22), guest.dirty_bit()
+
+    def refill() -> None:
+        guest.set_all()
+        if logs:
+            clear_dirty_slot(guest.tables, guest.vm.mmu.mode, 0, 0, guest.pages)
+
+    name = "random guest writes, PML logs each" if logs else "random guest writes, W and D set"
+    work, limit = (lambda: guest.write(gfns)), (lambda: scatter_or(guest.flat, gfns, bit))
+    return Case(name, "write", len(gfns), work, "a[gfn] |= D", limit, 2.5 if logs else 1.5, refill, guest.set_flat)
+
+
+def pml_drain(guest: Guest) -> Case:
+    """Flush of many full PML buffers into one bitmap, the kernel alone."""
+    gfns = np.random.default_rng(2).integers(0, guest.pages, BUFFERS * 512)
+    buffers = (gfns.astype(np.uint64) << SHIFT_PAGE).reshape(BUFFERS, 512)
+    index = np.full(BUFFERS, 0xFFFF)
+    work, limit = (lambda: pml_flush(buffers, index, guest.words)), (lambda: scatter_bits(guest.out, gfns))
+    clear, clear_limit = (lambda: guest.words.fill(0)), (lambda: guest.out.fill(0))
+    return Case(f"PML drain, {BUFFERS} buffers", "entry", len(gfns), work, "scatter of bits", limit, 1.3, clear, clear_limit)
+
+
+def first_touch(guest: Guest, order: str) -> Case:
+    """Slow faults: the first write to each page. In random order the tables are there already."""
+    scattered = order == "random"
+    gfns = random_gfns(guest, 1 << 22) if scattered else np.arange(min(guest.pages, 1 << 24))
+
+    def unmap() -> None:
+        guest.renew()
+        guest.write(np.arange(0, guest.pages if scattered else 512, 512))
+
+    fill = lambda: guest.flat[: len(gfns)].fill(1)  # noqa: E731
+    store = lambda: scatter_store(guest.flat, gfns, np.uint64(1))  # noqa: E731
+    limit, name = (store, _FILL + " in that order") if scattered else (fill, _FILL)
+    work = lambda: guest.write(gfns)  # noqa: E731
+    return Case(f"slow fault, first touch {order}", "fault", len(gfns), work, name, limit, _TOUCH_BARS[order], unmap, guest.set_flat)
+
+
+def split(guest: Guest) -> Case:
+    """Eager split of 2 MiB leaves; `guest` has thp memory, its huge leaves there, and a policy that recovers in place."""
+    fill = lambda: guest.flat.fill(1)  # noqa: E731
+    limit_setup = guest.set_flat
+    return Case(
+        "eager split, 2 MiB to 4 KiB", "SPTE", guest.pages, lambda: _split(guest), _FILL, fill, 1.5, lambda: _collapse(guest), limit_setup
+    )
+
+
+def collapse(guest: Guest) -> Case:
+    """Recovery of 2 MiB leaves in place; `guest` as for `split`."""
+    parents = guest.flat[: guest.pages // 512]
+    limit = lambda: sweep(parents, ~WRITABLE)  # noqa: E731
+    name = "a pass over the parents"
+    return Case("recover in place", "2 MiB", len(parents), lambda: _collapse(guest), name, limit, 3.0, lambda: _split(guest))
+
+
+def _split(guest: Guest) -> None:
+    split_slot(guest.tables, guest.vm.mmu.mode, guest.slot()[3], 0, guest.pages)
+
+
+def _collapse(guest: Guest) -> None:
+    s, k, _, roots = guest.slot()
+    collapse_slot(guest.tables, s, the_host(), guest.vm.mmu.mode, roots, k)
+
+
+def small_guest(pages: int, platform: str = "ept-pml") -> Guest:
+    """Return a guest of 4 KiB leaves that logs."""
+    guest = Guest(pages, platform)
+    guest.populate()
+    guest.set_flags(LOG_DIRTY_PAGES)
+    return guest
+
+
+def huge_guest(pages: int) -> Guest:
+    """Return a guest of 2 MiB leaves under a policy that recovers them in place."""
+    guest = Guest(pages, policy="6.13", backing="thp")
+    guest.write(np.arange(0, pages, 512))
+    return guest
+
+
+def against_kvm(ratio: Ratio) -> Ratio:
+    """Return a measured recovery beside KVM's own figure."""
+    return Ratio(ratio.name, ratio.unit, ratio.ns, "KVM, 37 us", KVM_RECOVER_NS, 0.01)
+
+
+def measure_all(pages: int, rounds: int = 5, progress: Callable[[str], None] | None = None) -> Iterator[Ratio]:
+    """Measure every kernel on a guest of `pages` 4 KiB pages, a multiple of 512, and yield each ratio as it is known.
+
+    Parameters
+    ----------
+    pages : int
+        Guest memory; two arrays of 8 bytes a page are touched.
+    rounds : int
+        Rounds of each kernel; the least time counts.
+    progress : callable, optional
+        Called with the name of each case before it is measured.
+    """
+
+    def told(case: Case) -> Ratio:
+        if progress is not None:
+            progress(case.name)
+        return measure(case, rounds)
+
+    guest = small_guest(pages)
+    for build in (write_protect, clear_dirty, write_protect_by_walk, write_protect_by_two):
+        yield told(build(guest))
+    for fraction in FRACTIONS:
+        yield told(harvest(guest, fraction))
+    for logs in (False, True):
+        yield told(guest_writes(guest, logs))
+    yield told(pml_drain(guest))
+    for order in ORDERS:
+        yield told(first_touch(guest, order))
+    guest.vm.close()
+    del guest
+    guest = huge_guest(pages)
+    yield told(split(guest))
+    recovery = told(collapse(guest))
+    yield recovery
+    yield against_kvm(recovery)
+    guest.vm.close()
