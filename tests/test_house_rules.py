@@ -20,7 +20,7 @@ FLOORS = {
     "tables": 2, "entries": 2, "host": 2, "slots": 2, "pml": 2, "rearm": 2, "sweep": 2, "fault": 2, "rmap": 2, "shadow_fault": 2,
     "kernels": 3,
     "backing": 4, "mm": 4, "notifier": 4, "memslot": 4, "region": 4, "caps": 4, "stats": 4, "events": 4, "observe": 4, "listing": 4,
-    "invariants": 4, "tdp_mmu": 4, "shadow_mmu": 4, "dirty_log": 4, "vcpu": 4, "vm": 4, "warm": 4,
+    "invariants": 4, "tdp_mmu": 4, "shadow_mmu": 4, "shadow_paging": 4, "dirty_log": 4, "vcpu": 4, "vm": 4, "warm": 4,
     "trace": 5, "recording": 5, "recording_ops": 5, "recording_shapes": 5,
     "workload": 6, "phases": 6, "perf_test": 6, "profile": 6,
     "payload": 6, "replay_guest": 6, "replay_host": 6, "replay_machine": 6, "replay_ops": 6, "replay": 6, "compare": 6, "check": 6,

@@ -42,7 +42,7 @@ def zap_collapsible_rmaps(t, s, h, m, k):
     done = 0
     for row in range(t.meta[ROWS]):
         level = np.int64(t.level[row])
-        if not t.shadow[row] or level == 0 or level > 2 or not start <= t.gfn[row] < end:
+        if t.shadow[row] != 1 or level == 0 or level > 2 or not start <= t.gfn[row] < end:
             continue
         if max_mapping_level(s, h, k, t.gfn[row], m.max_level) <= level:
             continue
@@ -85,7 +85,7 @@ def zap_all_shadow(t, m, held):
     """
     valid = 0
     for row in range(t.meta[ROWS]):
-        if not t.shadow[row] or t.level[row] == 0:
+        if t.shadow[row] != 1 or t.level[row] == 0:
             continue
         level = np.int64(t.level[row])
         leaves = 0
