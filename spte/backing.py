@@ -94,7 +94,7 @@ class Backing:
             raise SlotRangeError(f"size={size} exceeds the user address space of {len(_units().array)} GiB")
         _release_gone()
         unit0 = _units().take(units)
-        self.hva = ((hostmm.FIRST_BLOCK >> 9) + 1 + unit0) * _GIB + offset
+        self.hva = ((hostmm.BLOCKS >> 9) - 1 - unit0 - units) * _GIB + offset  # from the top down, as mmap
         self._first_block, self._end_block = self.hva // _BLOCK, -(-(self.hva + size) // _BLOCK)
         end = self._end_block
         blocks = slice(self._first_block, end)

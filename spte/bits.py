@@ -34,6 +34,7 @@ SOFT_ACCESSED, SOFT_DIRTY = ONE << U64(8), ONE << U64(9)  # EPT without A/D bits
 
 # Role of a page table, 32 bits: level 3:0, direct 7, access 10:8, invalid 11, efer_nx 12, cr0_wp 13, ad_disabled 16, guest_mode 17.
 ROLE_DIRECT = 0x3780
+ROLE_PAGING_OFF = 0x1780  # direct, cr0_wp clear: what a guest without paging runs on under shadow paging
 ROLE_INVALID = 1 << 11
 ROLE_AD_DISABLED = 1 << 16
 ROLE_GUEST_MODE = 1 << 17
@@ -66,11 +67,11 @@ class Layout(NamedTuple):
 def layout(platform: Platform, era: str) -> Layout:
     """Return the layout of `platform` in the era ``"6.1"`` or ``"6.12"``."""
     suppress = SUPPRESS_VE if era == "6.12" else ZERO
+    l1tf = U64(0x1F) << U64(platform.l1tf - 5) if platform.l1tf else ZERO
     if platform.paging == EPT:
         present = suppress if platform.exec_only else suppress | ONE
         type_root = ZERO if platform.ad_bits else TYPE_DISABLED
         accessed = ONE << U64(8) if platform.ad_bits else ZERO
-        l1tf = U64(0x1F) << U64(platform.gpa_bits - 5) if platform.l1tf else ZERO
         return Layout(
             present=present, user=ONE, readable=ONE, x=ONE << U64(2), nx=ZERO,
             accessed=accessed, dirty=ONE << U64(9) if platform.ad_bits else ZERO, dirty_shift=U64(9),
@@ -85,7 +86,7 @@ def layout(platform: Platform, era: str) -> Layout:
         accessed=accessed, dirty=ONE << U64(6), dirty_shift=U64(6),
         host_writable=ONE << U64(9), mmu_writable=ONE << U64(10), memtype=ZERO, type_root=ZERO,
         link=MMU_PRESENT | U64(0b111) | accessed, nonpresent=suppress, frozen=suppress | FROZEN_LOW,
-        mmio=bit51 | U64(7), l1tf=ZERO, mmio_mask=bit51 | ONE, mmio_test=bit51 | ONE,
+        mmio=bit51 | l1tf | U64(7), l1tf=l1tf, mmio_mask=bit51 | ONE, mmio_test=bit51 | ONE,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ U64s = npt.NDArray[np.uint64]
 I64s = npt.NDArray[np.int64]
 
 READ, WRITE, EXEC = 0, 1, 2  # kinds of guest access
+PAE_ROOT = 2  # Tables.shadow of a vCPU's PAE root
 
 
 class Tables(NamedTuple):
@@ -24,7 +25,7 @@ class Tables(NamedTuple):
     role: npt.NDArray[np.uint32]
     parent: npt.NDArray[np.int32]  # row that links to this one, -1 for a root
     nx_disallowed: npt.NDArray[np.uint8]  # 1: linked by an exec fault under the NX mitigation, 2: and a huge page would fit
-    shadow: npt.NDArray[np.uint8]  # 1: the row belongs to the shadow MMU, whose leaves stand in rmaps
+    shadow: npt.NDArray[np.uint8]  # 1: the row belongs to the shadow MMU, whose leaves stand in rmaps; PAE_ROOT
     hash: npt.NDArray[np.int32]  # shadow pages by gfn and role: first row + 1 of each bucket
     hash_next: npt.NDArray[np.int32]  # next row + 1 of the bucket
     free: npt.NDArray[np.int32]  # stack of freed rows
@@ -121,7 +122,7 @@ class Mode(NamedTuple):
     recover: np.int64
     clear_arms_huge: np.int64  # initially-set: CLEAR finds huge leaves that may be writable
     shadow: np.int64  # direct roots belong to the shadow MMU (tdp_mmu=N)
-    nx_mark_all: np.int64
+    nx_marks: np.int64  # 0 none, 1 where a huge page would fit, 2 every table that an exec fault links
     nx_any_table: np.int64
     collapse_pages: np.int64
     collapse_precise: np.int64

@@ -13,8 +13,13 @@ class KvmError(OSError):
     def __init__(self, message: str) -> None:
         super().__init__(self.code, message)
 
+    @property
+    def errno_name(self) -> str:
+        """The errno as KVM's sources spell it: ``EINVAL``, ``EOPNOTSUPP``, ..."""
+        return "EOPNOTSUPP" if self.code == _errno.EOPNOTSUPP else _errno.errorcode[self.code]
+
     def __str__(self) -> str:
-        return f"{_errno.errorcode[self.code]}: {self.strerror}"
+        return f"{self.errno_name}: {self.strerror}"
 
 
 class SlotIdError(KvmError):
@@ -115,6 +120,12 @@ class PrefaultHoleError(PrefaultError):
     """KVM_PRE_FAULT_MEMORY on a gpa without a memslot."""
 
     code = _errno.ENOENT
+
+
+class PrefaultUnsupportedError(PrefaultError):
+    """KVM_PRE_FAULT_MEMORY under shadow paging."""
+
+    code = _errno.EOPNOTSUPP
 
 
 class PrefaultHostError(PrefaultError):

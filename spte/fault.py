@@ -76,6 +76,14 @@ def nx_holds(t, m, spte, level):
 
 
 @kernel
+def nx_mark_of(m, level, fits):
+    """Return how a table that an exec fault links at `level` counts: 2 if a huge leaf would fit there, 1 if not, 0 not at all."""
+    if level <= fits:
+        return 2 if m.nx_marks else 0
+    return 1 if m.nx_marks == 2 else 0
+
+
+@kernel
 def fault_page(s, h, m, k, gfn, kind):
     """Ask the host for the page of `gfn` in slot `k` (-1: none); returns ``(exit reason, pfn, host_writable, largest level)``."""
     pfn, host_writable, fits = ZERO, False, np.int64(1)
@@ -154,7 +162,7 @@ def map_gfn(t, s, h, v, m, k, gfn, kind, prefetch):
             goal -= 1
         if level == goal:
             break
-        nx_mark = (2 if level <= fits else m.nx_mark_all) if no_huge else 0
+        nx_mark = nx_mark_of(m, level, fits) if no_huge else 0
         row = _next_table(t, v, m, row, i, nx_mark)
         if row < 0:
             return cx.EXIT_NOMEM

@@ -24,7 +24,7 @@ import numpy as np
 
 from spte import bits as bt
 from spte._jit import kernel
-from spte.context import BASE, BEGAN_SET, BITMAP, FLAGS, LOG_DIRTY_PAGES, PAGES_4K, PML_INDEX, READONLY, ROWS, UNARMED
+from spte.context import BASE, BEGAN_SET, BITMAP, FLAGS, LOG_DIRTY_PAGES, PAE_ROOT, PAGES_4K, PML_INDEX, READONLY, ROWS, UNARMED
 from spte.entries import log_shift
 from spte.errors import InvariantError
 from spte.slots import find_slot
@@ -79,7 +79,7 @@ def _scan(t, s, m, count):
     """Scan every table; returns ``(invariant or 0, row, index)`` and fills the leaves of each level into `count`."""
     for row in range(t.meta[ROWS]):
         level = np.int64(t.level[row])
-        if level == 0:
+        if level == 0 or t.shadow[row] == PAE_ROOT:
             continue
         for i in range(512):
             spte = t.sptes[row, i]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, Layout
-from spte.context import Tables
+from spte.context import PAE_ROOT, Tables
 
 _TOP_BIT = 1 << 63  # of an entry that is not present: suppress-#VE of EPT, or the non-present value of NPT
 
@@ -40,7 +40,7 @@ def _visible(level: int, gfn: int, count: int, hide: tuple[int, int] | None) -> 
 def _walk(t: Tables, row: int, hide: tuple[int, int] | None) -> Iterator[_Run]:
     """Yield what hangs below `row`, depth-first in ascending address, a table before what it holds."""
     level, base = int(t.level[row]), int(t.gfn[row])
-    if hide is None or not hide[0] <= base < hide[1]:
+    if t.shadow[row] != PAE_ROOT and (hide is None or not hide[0] <= base < hide[1]):
         yield _Run("table", level, base, 1, row)
     shift = 9 * (level - 1)
     entries = t.sptes[row]

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from spte.errors import OutOfTablesError
 
 _SMALL = 4 << 20  # bytes that stay on small pages, so that a small VM costs little
+PAGE, RETURN_BYTES = mmap.PAGESIZE, 1 << 20
 _NORESERVE = 0x4000 if hasattr(mmap, "MAP_ANONYMOUS") else 0  # Linux MAP_NORESERVE; absent from the mmap module before 3.13
 
 
@@ -49,6 +50,22 @@ def reserve(dtype: npt.DTypeLike, *shape: int, huge: bool = False) -> npt.NDArra
     raise OutOfTablesError(f"the host refuses to reserve memory for {shape} of {np.dtype(dtype)}; free some")
 
 
+def _zero(array: npt.NDArray[Any], start: int, end: int) -> None:
+    """Zero ``array[start:end]`` of a reserved array; whole pages go back to the host instead of being written."""
+    item = array.dtype.itemsize
+    first, last = -(-start * item // PAGE) * PAGE, end * item // PAGE * PAGE
+    if last - first < RETURN_BYTES:
+        array[start:end] = 0
+        return
+    array[start : first // item] = 0
+    array[last // item : end] = 0
+    base: Any = array
+    while not isinstance(base, memoryview):
+        base = base.base
+    mapping: Any = base.obj
+    mapping.madvise(mmap.MADV_DONTNEED, first, last - first)  # private anonymous memory reads as zero afterwards
+
+
 class Pool:
     """Ranges of one reserved array, handed out zeroed, first fit, and taken back.
 
@@ -80,7 +97,7 @@ class Pool:
         """Take the range back, zero it and join it with its free neighbours."""
         if count == 0:
             return
-        self.array[offset : offset + count] = 0
+        _zero(self.array, offset, offset + count)
         self._free.append((offset, count))
         self._free.sort()
         joined: list[tuple[int, int]] = []

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from spte.errors import PlatformError
 
-EPT, NPT = "ept", "npt"
+EPT, NPT, SHADOW = "ept", "npt", "shadow"
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Platform:
     name : str
         Preset name.
     paging : str
-        ``"ept"`` or ``"npt"``.
+        ``"ept"``, ``"npt"``, or ``"shadow"``: neither, KVM shadows the guest's page tables.
     ad_bits : bool
         The CPU sets accessed and dirty bits in SPTEs (always with NPT).
     pml : bool
@@ -29,8 +29,8 @@ class Platform:
         Largest leaf: 3 = 1 GiB, 2 = 2 MiB.
     exec_only : bool
         EPT entries may be executable and not readable; then R is not part of every present entry.
-    l1tf : bool
-        The CPU has the L1TF bug: MMIO SPTEs carry the top five physical address bits set.
+    l1tf : int
+        Physical address width, bits, of a CPU with the L1TF bug, whose MMIO SPTEs carry the top five address bits set; 0: no bug.
     tdp_mmu : bool
         Direct roots belong to the TDP MMU; else (``tdp_mmu=N``) to the shadow MMU, which finds leaves by rmap.
     """
@@ -42,20 +42,28 @@ class Platform:
     gpa_bits: int
     max_level: int = 3
     exec_only: bool = True
-    l1tf: bool = False
+    l1tf: int = 0
     tdp_mmu: bool = True
 
     def __post_init__(self) -> None:
-        if self.paging not in (EPT, NPT):
-            raise PlatformError(f"paging={self.paging!r} is not known; take {EPT!r} or {NPT!r}")
+        if self.paging not in (EPT, NPT, SHADOW):
+            raise PlatformError(f"paging={self.paging!r} is not known; take {EPT!r}, {NPT!r} or {SHADOW!r}")
+        if self.paging == SHADOW and (self.pml or self.tdp_mmu):
+            raise PlatformError("shadow paging has neither PML nor the TDP MMU; pass pml=False, tdp_mmu=False")
         if self.pml and not self.ad_bits:
             raise PlatformError("pml=True needs ad_bits=True: PML logs the setting of a dirty bit")
-        if self.paging == NPT and not self.ad_bits:
-            raise PlatformError("ad_bits=False is not possible with NPT; take paging='ept'")
-        if not 32 <= self.gpa_bits <= 48:
-            raise PlatformError(f"gpa_bits={self.gpa_bits} is outside 32..48, the reach of four-level tables")
+        if self.paging != EPT and not self.ad_bits:
+            raise PlatformError("ad_bits=False is not possible with NPT or shadow paging; take paging='ept'")
+        most = 52 if self.paging == SHADOW else 48  # four-level tables reach 48 bits
+        if not 32 <= self.gpa_bits <= most:
+            raise PlatformError(f"gpa_bits={self.gpa_bits} is outside 32..{most}")
         if self.max_level not in (1, 2, 3):
             raise PlatformError(f"max_level={self.max_level} is not 1 (4 KiB), 2 (2 MiB) or 3 (1 GiB)")
+
+    @property
+    def reach_bits(self) -> int:
+        """Guest-physical width that a guest can address: 32 with shadow paging, where its own paging is off."""
+        return 32 if self.paging == SHADOW else self.gpa_bits
 
     @property
     def cpu_dirty_log_size(self) -> int:
@@ -64,22 +72,28 @@ class Platform:
 
 
 # gpa_bits: 46 on Intel servers of the series' time, 48 on AMD; four-level tables end at 48.
-_DIRECT = {
+_PRESETS = {
     "ept-pml": Platform("ept-pml", EPT, ad_bits=True, pml=True, gpa_bits=46),
     "ept-nopml": Platform("ept-nopml", EPT, ad_bits=True, pml=False, gpa_bits=46),
     "ept-noad": Platform("ept-noad", EPT, ad_bits=False, pml=False, gpa_bits=46),
     "npt": Platform("npt", NPT, ad_bits=True, pml=False, gpa_bits=48),
     "npt-pml": Platform("npt-pml", NPT, ad_bits=True, pml=True, gpa_bits=48),
 }
-_DIRECT |= {name + "-rmap": replace(p, name=name + "-rmap", tdp_mmu=False) for name, p in _DIRECT.items()}
-NAMES = tuple(_DIRECT)
-_NOT_YET = ("shadow",)
+NAMES = tuple(_PRESETS)
+# Not offered by name before shadow paging of 64-bit guests and nested guests are modelled too; as values they work as recorded.
+SHADOW_PAGING = Platform("shadow", SHADOW, ad_bits=True, pml=False, gpa_bits=52, tdp_mmu=False)
+_NOT_YET = ("shadow", *(name + "-rmap" for name in NAMES))
+
+
+def without_tdp_mmu(platform: Platform) -> Platform:
+    """Return `platform` with ``tdp_mmu=N``: direct roots of the shadow MMU."""
+    return replace(platform, name=platform.name + "-rmap", tdp_mmu=False)
 
 
 def named(name: str) -> Platform:
     """Return the preset `name`; PlatformError (EINVAL) lists the known ones."""
-    if name in _DIRECT:
-        return _DIRECT[name]
+    if name in _PRESETS:
+        return _PRESETS[name]
     if name in _NOT_YET:
-        raise PlatformError(f"platform {name!r} needs shadow paging, which is not modelled yet; take one of {', '.join(NAMES)}")
+        raise PlatformError(f"platform {name!r} needs the shadow MMU, which is not complete yet; take one of {', '.join(NAMES)}")
     raise PlatformError(f"platform {name!r} is not known; take one of {', '.join(NAMES)}")

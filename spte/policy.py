@@ -32,7 +32,8 @@ class Policy:
     eager_page_split: bool = _decision(True, "split huge leaves when logging starts, or at CLEAR with initially-set", "a3fe5dbda0a4, 5.18")
     nx_huge_pages: bool = _decision(False, "no huge leaf is executable; an exec fault splits it", "b8e8c8303ff2, 5.4")
     nx_marks: str = _decision(
-        "linked", "tables an exec fault links that count as held down: all, or where a huge page would fit", "recordings b8_nx_huge_pages",
+        "linked", "tables an exec fault links that count as held down: all, or with EPT and NPT those in a huge page's place",
+        "recordings b8_nx_huge_pages",
         ("possible", "linked"),
     )  # fmt: skip
     nx_any_table: bool = _decision(

@@ -75,12 +75,30 @@ def plan(
         else:
             return NOTHING, old, None
     if change in (CREATE, MOVE):
-        other = slots.overlapping(new.as_id, new.base_gfn, new.end_gfn, slot)
-        if other is not None:
-            raise SlotOverlapError(
-                f"slot={slot:#x} gfns {new.base_gfn:#x}..{new.end_gfn - 1:#x} overlap slot {other.slot:#x} "
-                f"({other.base_gfn:#x}..{other.end_gfn - 1:#x}); move or delete that first"
-            )
-        if new.end_gfn > 1 << (gpa_bits - 12):
-            raise SlotRangeError(f"slot={slot:#x} ends at gpa {new.end_gfn * PAGE:#x}, beyond {gpa_bits} bits of guest-physical width")
+        _check_place(slots, gpa_bits, new)
     return change, old, new
+
+
+def _check_place(slots: Memslots, gpa_bits: int, new: Memslot) -> None:
+    other = slots.overlapping(new.as_id, new.base_gfn, new.end_gfn, new.slot)
+    if other is not None:
+        raise SlotOverlapError(
+            f"slot={new.slot:#x} gfns {new.base_gfn:#x}..{new.end_gfn - 1:#x} overlap slot {other.slot:#x} "
+            f"({other.base_gfn:#x}..{other.end_gfn - 1:#x}); move or delete that first"
+        )
+    if new.end_gfn > 1 << (gpa_bits - 12):
+        raise SlotRangeError(f"slot={new.slot:#x} ends at gpa {new.end_gfn * PAGE:#x}, beyond {gpa_bits} bits of guest-physical width")
+
+
+def plan_internal(slots: Memslots, gpa_bits: int, number: int, gpa: int, backing: Backing) -> list[Memslot]:
+    """Check and return internal memslot `number` over all of `backing` in every address space; nothing is changed."""
+    if gpa % PAGE:
+        raise SlotAlignmentError(f"gpa={gpa:#x} is not a multiple of {PAGE}; round down")
+    plans = []
+    for as_id in range(ADDRESS_SPACES):
+        new = Memslot(as_id << 16 | number, gpa // PAGE, backing.size // PAGE, 0, backing.hva, backing)
+        if slots.find(new.slot) is not None:
+            raise SlotChangeError(f"slot={new.slot:#x} exists already; an internal slot is made once")
+        _check_place(slots, gpa_bits, new)
+        plans.append(new)
+    return plans

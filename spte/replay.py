@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from spte.bits import ROLE_INVALID
-from spte.context import ROOT
+from spte.context import PAE_ROOT, ROOT
 from spte.payload import CODE_SLOT, HIDDEN, TABLE_SLOT
+from spte.platform import EPT
 from spte.recording import Recording
 from spte.recording_ops import OPS, short, unknown_args, with_defaults
 from spte.replay_guest import UnsupportedOp
@@ -107,6 +108,8 @@ class Replay:
         reasons = {name: counters[key] - self._counters.get(key, 0) for name, key in EXIT_REASONS.items()}
         reasons["IO_INSTRUCTION"] = counters["io_exits"] - self._counters.get("io_exits", 0)
         self._counters = counters
+        if self.machine.platform.paging != EPT:
+            reasons = {"IO_INSTRUCTION": reasons["IO_INSTRUCTION"]}
         reasons = {name: count for name, count in reasons.items() if count}
         if reasons and self.machine.intel and self._traced and not new:
             out["exit_reasons"] = reasons
@@ -119,7 +122,7 @@ class Replay:
         entry: dict[str, Any] = {"vcpu": vcpu, "root_level": level, "role": f"{role & ~ROLE_INVALID:x}"}
         if root in roots[:vcpu]:
             return {**entry, "root": f"same as vcpu {roots.index(root)}"}
-        entry["root_invalid"] = int(role & ROLE_INVALID != 0)
+        entry["root_invalid"] = -1 if vm.mmu.tables.shadow[root] == PAE_ROOT else int(role & ROLE_INVALID != 0)
         entry["leafs"] = vm.leafs(vcpu, hide=HIDDEN)
         entry["tables"] = vm.tables(vcpu, hide=HIDDEN)
         other = vm.other(vcpu, hide=HIDDEN)

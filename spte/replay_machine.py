@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,15 +13,20 @@ from spte.context import READONLY
 from spte.errors import KvmError
 from spte.payload import CODE, CODE_PAGES, CODE_SLOT, COMMANDS, PML4, READ, TABLE_PAGES, TABLE_SLOT, WRITE, Payload
 from spte.recording_ops import UINT64, RecordingError, short
-from spte.replay_guest import Guest, Memory
+from spte.replay_guest import Guest, Memory, UnsupportedOp
 from spte.vcpu import VirtualCpu
 from spte.vm import VM
 
-PLATFORMS = {"tdp": "npt", "intel-pml": "ept-pml", "intel-nopml": "ept-nopml", "intel-noad": "ept-noad",
-             "legacy": "npt-rmap", "intel-pml-legacy": "ept-pml-rmap", "intel-nopml-legacy": "ept-nopml-rmap"}  # fmt: skip
-SHADOW_CONFIGS = ("shadow", "intel-shadow")
+PLATFORMS = {
+    "tdp": platforms.named("npt"), "intel-pml": platforms.named("ept-pml"), "intel-nopml": platforms.named("ept-nopml"),
+    "intel-noad": platforms.named("ept-noad"), "shadow": platforms.SHADOW_PAGING, "intel-shadow": platforms.SHADOW_PAGING,
+    "legacy": platforms.without_tdp_mmu(platforms.named("npt")),
+    "intel-pml-legacy": platforms.without_tdp_mmu(platforms.named("ept-pml")),
+    "intel-nopml-legacy": platforms.without_tdp_mmu(platforms.named("ept-nopml")),
+}  # fmt: skip
 VERSIONS = ("6.1", "6.12")
-RECORDED_GPA_BITS = 40  # physical address width of both recorded CPUs
+RECORDED_PHYSICAL_BITS = 40  # physical address width of both recorded CPUs
+TSS = 0xFFFBD  # gfn where the recorder puts the TSS
 PARAMS = ("eager_page_split", "nx_huge_pages")
 
 
@@ -37,7 +41,7 @@ def success(prefix: str = "", ret: int | None = None) -> Result:
 
 def failure(error: KvmError, prefix: str = "") -> Result:
     """Return ``ret`` and ``errno`` of an ioctl that failed."""
-    return {f"{prefix}ret": -1, f"{prefix}errno": errno.errorcode[error.code]}
+    return {f"{prefix}ret": -1, f"{prefix}errno": error.errno_name}
 
 
 def ioctl(call: Callable[[], int | None], prefix: str = "") -> Result:
@@ -77,7 +81,8 @@ class Machine:
 
     def __init__(self, header: Mapping[str, Any], *, events: bool = False) -> None:
         self._events = events
-        self.platform = _platform(header["config"])
+        self.config: str = header["config"]
+        self.platform = _platform(self.config)
         self.policy = _policy(header["kernel"])
         self.params = {name: header["params"].get(name, "N") == "Y" for name in PARAMS}
         self.backings: dict[str, Backing] = {}
@@ -92,7 +97,7 @@ class Machine:
     @property
     def intel(self) -> bool:
         """Whether the recording is of an Intel machine."""
-        return self.platform.paging == platforms.EPT
+        return self.config.startswith("intel")
 
     @property
     def has_vm(self) -> bool:
@@ -137,6 +142,8 @@ class Machine:
         self._vm.trace_events(self._events)
         self._vm.trace_hw(self.intel)
         self.regions, self.clock_pages, self.fetch_index = {}, {}, {}
+        if self.config == "intel-shadow":  # real mode needs a TSS in guest memory there
+            self._vm.set_tss_addr(TSS << 12)
 
     def counters(self) -> dict[str, int]:
         """Return the VM's own counts, and the exits of string IO."""
@@ -152,6 +159,8 @@ class Machine:
         """Give the VM the payload's slots, host memory and guest program."""
         self._code = Backing("4k", CODE_PAGES << 12, populate=True)
         self.set_region(CODE_SLOT, Region(CODE << 12, CODE_PAGES << 12, self._code))
+        if mode == "long" and self.platform.paging == platforms.SHADOW:
+            raise UnsupportedOp("shadow paging of a 64-bit guest")
         if mode == "long":
             self._tables = Backing("4k", TABLE_PAGES << 12, populate=True)
             self.set_region(TABLE_SLOT, Region(PML4 << 12, TABLE_PAGES << 12, self._tables))
@@ -195,12 +204,12 @@ class Machine:
 
 def _platform(config: str) -> platforms.Platform:
     known = ", ".join(PLATFORMS)
-    if config in SHADOW_CONFIGS:
-        raise RecordingError(f"config {config!r} needs shadow paging, which is not modelled yet; take one of {known}")
     if config not in PLATFORMS:
         raise RecordingError(f"config {short(config)} is not known; known are {known}")
-    preset = platforms.named(PLATFORMS[config])
-    return dataclasses.replace(preset, gpa_bits=RECORDED_GPA_BITS, l1tf=preset.paging == platforms.EPT)
+    preset = PLATFORMS[config]
+    l1tf = RECORDED_PHYSICAL_BITS if config.startswith("intel") else 0
+    gpa_bits = preset.gpa_bits if preset.paging == platforms.SHADOW else RECORDED_PHYSICAL_BITS
+    return dataclasses.replace(preset, gpa_bits=gpa_bits, l1tf=l1tf)
 
 
 def _policy(kernel: str) -> policies.Policy:

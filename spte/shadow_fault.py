@@ -8,7 +8,7 @@ from spte import context as cx
 from spte._jit import kernel
 from spte.bits import MMU_PRESENT, PFN_MASK, ROLE_AD_DISABLED, ROLE_GUEST_MODE, SHIFT_PAGE, U64, ZERO
 from spte.entries import child_gfn, link, make_leaf
-from spte.fault import fault_page, mmio_spte, nx_holds
+from spte.fault import fault_page, mmio_spte, nx_holds, nx_mark_of
 from spte.host import writable_now
 from spte.rmap import rmap_add, rmap_remove
 from spte.slots import find_slot, mark_dirty, note
@@ -155,16 +155,16 @@ def shadow_map_gfn(t, s, h, v, m, k, gfn, kind, prefetch):
     if reason != cx.DONE:
         return reason
     no_huge = m.nx and kind == cx.EXEC
-    goal = np.int64(1) if no_huge else fits
     row = v.reg[cx.ROOT]
     level = np.int64(t.level[row])
+    goal = np.int64(1) if no_huge else min(fits, level - 1)  # a PAE root has no leaves
     i = index_of(gfn, level)
     while True:
         if level == goal and nx_holds(t, m, t.sptes[row, i], level):
             goal -= 1
         if level == goal:
             break
-        nx_mark = (2 if level <= fits else m.nx_mark_all) if no_huge else 0
+        nx_mark = nx_mark_of(m, level, fits) if no_huge else 0
         row = _next_page(t, s, m, row, i, nx_mark)
         if row < 0:
             return cx.EXIT_NOMEM

@@ -34,15 +34,18 @@ class ShadowMmu(TdpMmu):
             free_row(self.tables, np.int64(root))
             self.flush()
 
+    def _held(self) -> I64s:
+        """Return the rows that vCPUs hold as roots."""
+        return np.unique(np.array([vcpu.arrays.reg[ROOT] for vcpu in self.vcpus], np.int64))
+
     def roots(self, as_id: int) -> I64s:
         """Return no roots: leaves are found by rmap."""
         return NO_ROOTS
 
     def zap_all(self) -> None:
         """Drop every SPTE with a flush, if any page was valid; roots that vCPUs hold stay, invalid, until those enter again."""
-        held = np.unique(np.array([vcpu.arrays.reg[ROOT] for vcpu in self.vcpus], np.int64))
         with self.traced():
-            valid = zap_all_shadow(self.tables, self.mode, held)
+            valid = zap_all_shadow(self.tables, self.mode, self._held())
         self.memslots.clear_rmaps()
         self._root = -1
         if valid:

@@ -16,7 +16,7 @@ from spte.events import EventLog
 from spte.kernels.age import age_range
 from spte.kernels.zap import zap_range, zap_root
 from spte.memslot import Memslot
-from spte.platform import Platform
+from spte.platform import SHADOW, Platform
 from spte.policy import COLLAPSE_PAGES, Policy
 from spte.tables import alloc_row, free_row, new_tables
 
@@ -30,6 +30,7 @@ def mode_of(platform: Platform, policy: Policy, manual: int) -> Mode:
     """Return what kernels need to know of platform, policy and manual protect."""
     i = np.int64
     lay = layout(platform, policy.era)
+    nx_marks = 2 if policy.nx_marks == "linked" else 0 if platform.paging == SHADOW else 1
     if policy.software_ad and not platform.ad_bits:
         lay = lay._replace(accessed=SOFT_ACCESSED, dirty=SOFT_DIRTY)
     return Mode(
@@ -39,7 +40,7 @@ def mode_of(platform: Platform, policy: Policy, manual: int) -> Mode:
         oldest_first=i(policy.pml_order == "oldest-first"), dirty_on_remake=i(policy.dirty_on_remake),
         flush_each=i(policy.collapse_flush == "each"), recover=i(policy.collapse == "recover"),
         clear_arms_huge=i(manual == 3 and policy.initially_set_enable == "nothing"), shadow=i(not platform.tdp_mmu),
-        nx_mark_all=i(policy.nx_marks == "linked"), nx_any_table=i(policy.nx_any_table),
+        nx_marks=i(nx_marks), nx_any_table=i(policy.nx_any_table),
         collapse_pages=i(COLLAPSE_PAGES.index(policy.collapse_pages)), collapse_precise=i(policy.collapse_precise),
         level_clamped=i(policy.mapping_level_clamped),
     )  # fmt: skip

@@ -10,11 +10,12 @@ import numpy.typing as npt
 
 from spte import context as cx
 from spte.context import LOG_COLUMNS, I64s, Vcpu, zeros
-from spte.errors import OutOfTablesError, PrefaultError, PrefaultHoleError, PrefaultHostError, SlotRangeError
+from spte.errors import OutOfTablesError, PrefaultError, PrefaultHoleError, PrefaultHostError, PrefaultUnsupportedError, SlotRangeError
 from spte.host import the_host
 from spte.kernels.access import run as run_guest
 from spte.kernels.prefault import prefault
 from spte.notifier import host_write
+from spte.platform import SHADOW
 
 if TYPE_CHECKING:
     from spte.vm import VM
@@ -134,13 +135,15 @@ class VirtualCpu:
         Raises
         ------
         PrefaultError
-            EINVAL: malformed, or a policy without prefault; ENOENT: the first page is in no memslot (its MMIO SPTE is made first, as KVM
-            does); EFAULT: the host does not give it.
+            EINVAL: malformed, or a policy without prefault; EOPNOTSUPP: shadow paging; ENOENT: the first page is in no memslot (its MMIO
+            SPTE is made first, as KVM does); EFAULT: the host does not give it.
         """
         vm = self._vm
         inside = 0 <= gpa < gpa + size <= 1 << vm.platform.gpa_bits
         if not vm.policy.prefault or flags or gpa % 4096 or size % 4096 or not inside:
             raise PrefaultError(f"gpa={gpa:#x}, size={size:#x}, flags={flags}: take page multiples, flags 0, a policy with prefault")
+        if vm.platform.paging == SHADOW:
+            raise PrefaultUnsupportedError("shadow paging has no prefault; take a platform with EPT or NPT")
         vm.enter(self)
         at, end = gpa >> 12, (gpa + size) >> 12
         while at < end:
@@ -192,9 +195,9 @@ class VirtualCpu:
         if array.ndim != 1 or array.dtype.kind not in "iu":
             raise TypeError(f"gfns has dtype {array.dtype} and shape {array.shape}; pass a one-dimensional array of integers")
         low, high = int(array.min()), int(array.max())
-        if low < 0 or high >> (self._vm.platform.gpa_bits - 12):
+        if low < 0 or high >> (self._vm.platform.reach_bits - 12):
             bad = low if low < 0 else high
-            raise SlotRangeError(f"gfn {bad:#x} is outside the guest-physical width of {self._vm.platform.gpa_bits} bits")
+            raise SlotRangeError(f"gfn {bad:#x} is outside the {self._vm.platform.reach_bits} bits that the guest can address")
         array = np.ascontiguousarray(array, np.int64)
         return array if array.flags.writeable else array.copy()
 

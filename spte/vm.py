@@ -13,13 +13,15 @@ from spte.context import CPU_DIRTY_LOGGING_REQUESTS, U64s
 from spte.errors import CapabilityError, ClosedError, DirtyLoggingLeak, MmuPagesError
 from spte.memslot import Memslots
 from spte.observe import Observable
-from spte.platform import Platform, named
+from spte.platform import SHADOW, Platform, named
 from spte.policy import Policy
 from spte.shadow_mmu import ShadowMmu
+from spte.shadow_paging import ShadowPaging
 from spte.tdp_mmu import TdpMmu, mode_of
 from spte.vcpu import VirtualCpu
 
 MAX_VCPUS = 1024  # KVM_MAX_VCPUS of x86
+TSS_SLOT, TSS_PAGES = 32764, 3  # the first of KVM's internal slots
 MIN_MMU_PAGES = 64  # KVM_MIN_ALLOC_MMU_PAGES
 MMIO_GENERATIONS = 1 << 19
 
@@ -59,7 +61,11 @@ class VM(Observable):
         self.manual = manual
         self.memslots = Memslots(rmaps=not self.platform.tdp_mmu)
         mode = mode_of(self.platform, self.policy, manual)
-        self.mmu = TdpMmu(self.platform, mode) if self.platform.tdp_mmu else ShadowMmu(self.platform, mode, self.memslots)
+        if self.platform.tdp_mmu:
+            self.mmu = TdpMmu(self.platform, mode)
+        else:
+            shadow = ShadowPaging if self.platform.paging == SHADOW else ShadowMmu
+            self.mmu = shadow(self.platform, mode, self.memslots)
         self.nr_memslots_dirty_logging = 0
         self._closed = False
         self.vcpus = tuple(VirtualCpu(self, i, ring_bytes // 16) for i in range(vcpus))
@@ -232,7 +238,8 @@ class VM(Observable):
 
     def check_extension(self, cap: str | int) -> int:
         """Return what KVM_CHECK_EXTENSION says of capability `cap`, a name or a number: 0 = unknown."""
-        return check_extension(cap) if self.policy.prefault or cap != PREFAULT else 0
+        prefault = self.policy.prefault and self.platform.paging != SHADOW
+        return check_extension(cap) if prefault or cap != PREFAULT else 0
 
     def set_param(self, name: str, value: bool) -> None:
         """Set module parameter `name` (``eager_page_split`` or ``nx_huge_pages``) to `value`; nx_huge_pages zaps everything."""
@@ -258,6 +265,13 @@ class VM(Observable):
         """Write page `gfn` as KVM itself does (string I/O, clocks) while `vcpu` runs: dirty in the log of its slot, no SPTE, no fault."""
         self._alive()
         notifier.kernel_write(self, gfn, vcpu)
+
+    def set_tss_addr(self, gpa: int) -> None:
+        """Give KVM three pages at `gpa` (bytes) for a TSS, as internal memslots: KVM_SET_TSS_ADDR; KvmError if they are not free."""
+        self._alive()
+        for slot in region.plan_internal(self.memslots, self.platform.gpa_bits, TSS_SLOT, gpa, Backing("4k", TSS_PAGES * 4096)):
+            self.memslots.insert(slot)
+            self._advance_generation(slot.as_id, 2)
 
     def set_nr_mmu_pages(self, n: int) -> None:
         """Limit the shadow pages to `n`: KVM_SET_NR_MMU_PAGES. Tables of the TDP MMU do not count.

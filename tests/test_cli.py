@@ -221,7 +221,7 @@ def test_options_of_a_trace_reach_the_workload(capsys, trace):
         ([__file__], "not a whole .npz file"),
         (["--platform", "vmx"], "'vmx' is not known; take one of ept-pml"),
         (["--platform", "shadow"], "shadow"),
-        (["--platform", "shadow"], "shadow"),
+        (["--platform", "npt-rmap"], "npt-rmap"),
         (["--policy", "7"], "'7' is not known; take one of"),
         (["--policy", "6.12,eager=N"], "'eager=N'"),
         (["--policy", "6.12,eager_page_split=maybe"], "eager_page_split='maybe'; take one of"),

@@ -45,7 +45,7 @@ def zap_collapsible_rmaps(t, s, h, m, k, max_row_level):
     done = 0
     for row in range(t.meta[ROWS]):
         level = np.int64(t.level[row])
-        if not t.shadow[row] or level == 0 or level > max_row_level:
+        if t.shadow[row] != 1 or level == 0 or level > max_row_level:
             continue
         first = t.gfn[row]
         whole = m.collapse_precise != 0
@@ -91,7 +91,7 @@ def zap_all_shadow(t, m, held):
     """
     valid = 0
     for row in range(t.meta[ROWS]):
-        if not t.shadow[row] or t.level[row] == 0:
+        if t.shadow[row] != 1 or t.level[row] == 0:
             continue
         level = np.int64(t.level[row])
         leaves = 0
