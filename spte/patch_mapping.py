@@ -13,7 +13,7 @@ from spte.host import the_host
 from spte.memslot import Memslot
 from spte.patch_states import STATES, around
 from spte.patch_trial import Play, Scenario, Slot, Trial
-from spte.platform import named
+from spte.platform import named, without_tdp_mmu
 from spte.slots import max_mapping_level
 
 MIB = 256  # pages
@@ -167,7 +167,7 @@ def _collapse(name: str, claim: str, play: Play, patch: int, *zapped: int, **mor
 def _on_rmaps(scenario: Scenario, **expected: tuple[int, ...]) -> Scenario:
     """Return `scenario` on the rmap MMU, where other numbers are specified."""
     platform = named(scenario.platform) if isinstance(scenario.platform, str) else scenario.platform
-    rmap = dataclasses.replace(platform, name=f"{platform.name}-rmap", tdp_mmu=False)
+    rmap = without_tdp_mmu(platform)
     return dataclasses.replace(scenario, name=f"{scenario.name} rmap", claim="the same", platform=rmap, expected=expected)
 
 

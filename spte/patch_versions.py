@@ -10,9 +10,11 @@ import numpy as np
 from spte.context import LOG_DIRTY_PAGES, READONLY
 from spte.patch_mapping import HUGE, INITIALLY_SET, MIB, logging_begins
 from spte.patch_trial import Play, Scenario, Trial, Value
+from spte.platform import Platform, named, without_tdp_mmu
 from spte.policy import Policy
 from spte.trace import Trace
 
+PML_RMAP, NOPML_RMAP = without_tdp_mmu(named("ept-pml")), without_tdp_mmu(named("ept-nopml"))
 VERSIONS = tuple(Policy.named(name) for name in ("5.11", "series", "6.12", "6.13"))
 _MIXED = 5 * MIB  # of THP: 2 huge pages and 256 small ones, as the last 1 MiB can not be huge
 
@@ -39,7 +41,7 @@ def _other_changes(t: Trial) -> None:
 
 
 def _row(
-    name: str, claim: str, platform: str, play: Play, manual: int = 0, *, written: tuple[int, ...], zapped: tuple[int, ...] = (0,) * 4,
+    name: str, claim: str, platform: str | Platform, play: Play, manual: int = 0, *, written: tuple[int, ...], zapped: tuple[int, ...] = (0,) * 4,
     flushes: tuple[int, ...], requests: tuple[int, ...] = (0,) * 4,
 ) -> Scenario:  # fmt: skip
     expected: Mapping[str, tuple[Value | None, ...]] = {
@@ -57,7 +59,7 @@ MATRIX = [
         written=(260, 260, _SPLIT + 1280, _SPLIT + 1280), flushes=(2, 2, 1, 1), requests=_ONE,
     ),
     _row(
-        "enable, PML, rmap", "D of the 256 small leaves, W of 2 huge; nothing is split", "ept-pml-rmap", _BEGINS,
+        "enable, PML, rmap", "D of the 256 small leaves, W of 2 huge; nothing is split", PML_RMAP, _BEGINS,
         written=(258, 258, 258, 258), flushes=(2, 2, 1, 1), requests=_ONE,
     ),
     _row(
@@ -73,7 +75,7 @@ MATRIX = [
         INITIALLY_SET, written=(258, 2, 0, 0), flushes=(1, 1, 0, 0),
     ),
     _row(
-        "enable, no PML, initially-set, rmap", "W of 2 huge in 5.11 too", "ept-nopml-rmap", _BEGINS, INITIALLY_SET,
+        "enable, no PML, initially-set, rmap", "W of 2 huge in 5.11 too", NOPML_RMAP, _BEGINS, INITIALLY_SET,
         written=(2, 2, 0, 0), flushes=(1, 1, 0, 0),
     ),
     _row(
@@ -81,7 +83,7 @@ MATRIX = [
         "ept-pml", _logging_ends, written=(513 + 256 + 4, 512, 2, 2), zapped=(513, 512, 1024, 0), flushes=(2, 1, 2, 1), requests=_ONE,
     ),
     _row(
-        "disable, PML, rmap", "512 small leaves zapped; 5.11 sets D of the other 256", "ept-pml-rmap", _logging_ends,
+        "disable, PML, rmap", "512 small leaves zapped; 5.11 sets D of the other 256", PML_RMAP, _logging_ends,
         written=(512 + 256, 512, 512, 512), zapped=(512,) * 4, flushes=(2, 1, 1, 1), requests=_ONE,
     ),
     _row(
