@@ -41,8 +41,8 @@ def _other_changes(t: Trial) -> None:
 
 
 def _row(
-    name: str, claim: str, platform: str | Platform, play: Play, manual: int = 0, *, written: tuple[int, ...], zapped: tuple[int, ...] = (0,) * 4,
-    flushes: tuple[int, ...], requests: tuple[int, ...] = (0,) * 4,
+    name: str, claim: str, platform: str | Platform, play: Play, manual: int = 0, *, written: tuple[int, ...],
+    zapped: tuple[int, ...] = (0,) * 4, flushes: tuple[int, ...], requests: tuple[int, ...] = (0,) * 4,
 ) -> Scenario:  # fmt: skip
     expected: Mapping[str, tuple[Value | None, ...]] = {
         "sptes_written": written, "zapped": zapped, "flushes": flushes, "pml_requests": requests,

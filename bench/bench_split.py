@@ -1,0 +1,7 @@
+"""Eager split of 2 MiB leaves."""
+
+from spte import ratios
+
+
+def test_eager_split(compare, huge_guest):
+    compare(ratios.split(huge_guest))

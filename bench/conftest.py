@@ -1,0 +1,64 @@
+"""Guests and the comparison of a kernel with its limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from spte import ratios
+from spte.limits import Case, Guest, limit_seconds, ratio_of
+
+ROUNDS = 5
+UNITS = {"M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+HUGE_PAGE = 2 << 20
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--guest", default="256M", help="guest memory, a multiple of 2 MiB: 256M, 4G, 1T")
+
+
+def guest_pages(text: str) -> int:
+    """Return the 4 KiB pages of a size such as 256M."""
+    number, unit = text[:-1], UNITS.get(text[-1:].upper())
+    if unit is None or not number.isdigit() or int(number) == 0 or int(number) * unit % HUGE_PAGE:
+        raise pytest.UsageError(f"--guest {text}: give a multiple of 2 MiB as a number and M, G or T, such as 256M")
+    return int(number) * unit >> 12
+
+
+@pytest.fixture(scope="session")
+def pages(request: pytest.FixtureRequest) -> int:
+    return guest_pages(request.config.getoption("--guest"))
+
+
+@pytest.fixture(scope="module")
+def guest(pages: int, request: pytest.FixtureRequest) -> Iterator[Guest]:
+    """A guest of 4 KiB leaves that logs."""
+    small = ratios.small_guest(pages, getattr(request, "param", "ept-pml"))
+    with small.vm:
+        yield small
+
+
+@pytest.fixture(scope="module")
+def huge_guest(pages: int) -> Iterator[Guest]:
+    """A guest of 2 MiB leaves that does not log."""
+    huge = ratios.huge_guest(pages)
+    with huge.vm:
+        yield huge
+
+
+@pytest.fixture
+def compare(benchmark: object) -> Callable[[Case], None]:
+    """Measure a case: the kernel by pytest-benchmark with its refill in setup, the limit beside it; least times count."""
+
+    def run(case: Case) -> None:
+        limit_s = limit_seconds(case, 1 if benchmark.disabled else ROUNDS)
+        benchmark.pedantic(case.work, setup=case.setup, rounds=ROUNDS, warmup_rounds=1)
+        if benchmark.stats is not None:
+            ratio = ratio_of(case, benchmark.stats.stats.min, limit_s)
+            benchmark.extra_info.update(
+                name=ratio.name, unit=ratio.unit, units=case.units, ns_per_unit=ratio.ns, limit=ratio.limit,
+                limit_ns_per_unit=ratio.limit_ns, ratio=ratio.ratio, at_most=ratio.at_most, met=ratio.met,
+            )  # fmt: skip
+
+    return run

@@ -1,0 +1,56 @@
+"""The benchmark report says what the figures say."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench import report
+from spte.limits import Case, measure, ratio_of
+
+
+def case(units: int, limit_units: int = 0, at_most: float | None = 2.0) -> Case:
+    return Case("a kernel", "SPTE", units, lambda: None, "a loop", lambda: None, at_most, limit_units=limit_units)
+
+
+def test_a_ratio_is_time_a_unit_over_time_a_unit():
+    ratio = ratio_of(case(units=10, limit_units=5), kernel_s=3e-6, limit_s=1e-6)
+    assert (ratio.ns, ratio.limit_ns, ratio.ratio) == pytest.approx((300.0, 200.0, 1.5))
+    assert ratio.met
+    assert ratio_of(case(10), 3e-6, 1e-6).met is False
+    assert ratio_of(case(10, at_most=None), 3e-6, 1e-6).met is None
+
+
+def test_each_measured_round_refills_first():
+    calls: list[str] = []
+    order = Case(
+        "k", "u", 1, lambda: calls.append("work"), "l", lambda: calls.append("limit"), None,
+        lambda: calls.append("setup"), lambda: calls.append("limit setup"),
+    )  # fmt: skip
+    measure(order, rounds=2)
+    assert calls == ["setup", "work", "limit setup", "limit"] * 3
+
+
+def test_the_report_prints_every_figure_and_whether_it_is_met(tmp_path, capsys):
+    info = {
+        "name": "harvest", "unit": "page", "units": 8, "ns_per_unit": 1.25, "limit": "a loop", "limit_ns_per_unit": 1.0, "ratio": 1.25,
+        "at_most": 1.0, "met": False,
+    }  # fmt: skip
+    start = {"name": "import", "unit": "process", "units": 1, "ns_per_unit": 5e7}
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"benchmarks": [{"extra_info": info}, {"extra_info": start}, {"extra_info": {}}]}))
+    assert report.main([str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "| harvest | 1.25 | page | a loop | 1 | 1.25x | 1x | missed |"
+    assert lines[3].startswith("| import | 5e+07 | process |")
+    assert len(lines) == 4
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"benchmarks": [{"extra_info": {"name": 1}}]}'])
+def test_what_is_no_benchmark_run_gets_one_line_and_exit_2(tmp_path, capsys, text):
+    path = tmp_path / "run.json"
+    path.write_text(text)
+    assert report.main([str(path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert report.main([]) == 2
