@@ -1,4 +1,4 @@
-"""Turn the JSON of a benchmark run into a markdown table: ``python -m bench.report FILE``."""
+"""Turn the JSON of a benchmark run into a markdown table and, if asked, a chart: ``python -m bench.report FILE [CHART.png]``."""
 
 from __future__ import annotations
 
@@ -24,17 +24,41 @@ def table(benchmarks: list[dict[str, Any]]) -> str:
     """Return the markdown table of the benchmarks that carry figures."""
     rows = [HEAD, tuple(":--" if i in (0, 3) else "--:" for i in range(len(HEAD)))]
     rows += [row(b["extra_info"]) for b in benchmarks if b["extra_info"]]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in rows)
+
+
+def draw(benchmarks: list[dict[str, Any]], path: Path) -> None:
+    """Draw each ratio beside its bar, on a logarithmic axis on which 1 is the limit."""
+    from matplotlib.figure import Figure
+
+    infos = [b["extra_info"] for b in benchmarks if "ratio" in b["extra_info"]][::-1]
+    figure = Figure(figsize=(8, 0.32 * len(infos) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    colors = {True: "tab:green", False: "tab:red", None: "tab:gray"}
+    axes.barh(range(len(infos)), [i["ratio"] for i in infos], color=[colors[i["met"]] for i in infos], height=0.7)
+    for y, info in enumerate(infos):
+        if info["at_most"] is not None:
+            axes.plot([info["at_most"]] * 2, [y - 0.4, y + 0.4], color="black")
+    axes.set_xscale("log")
+    axes.axvline(1, color="black", linestyle=":")
+    axes.set_yticks(range(len(infos)), [i["name"] for i in infos])
+    axes.set_xlabel("time over the limit's; black stroke: at most")
+    figure.savefig(path)
 
 
 def main(argv: list[str]) -> int:
-    """Print the table; exit code 2 with one line if the file is not a benchmark run."""
-    if len(argv) != 1:
-        print("usage: python -m bench.report FILE, made by pytest bench --benchmark-json=FILE", file=sys.stderr)
+    """Print the table; exit code 2 with one line if the file is not a benchmark run, 4 without matplotlib."""
+    if len(argv) not in (1, 2) or not all(name.endswith((".png", ".svg")) for name in argv[1:]):
+        print("usage: python -m bench.report FILE [CHART.png], FILE made by pytest bench --benchmark-json=FILE", file=sys.stderr)
         return 2
     try:
         benchmarks = json.loads(Path(argv[0]).read_text())["benchmarks"]
         print(table(benchmarks))
+        for chart in argv[1:]:
+            draw(benchmarks, Path(chart))
+    except ModuleNotFoundError as error:
+        print(f"the chart needs {error.name}; pip install 'kvm-spte[cli]'", file=sys.stderr)
+        return 4
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"{argv[0]}: not the JSON of a benchmark run ({error}); make one with --benchmark-json", file=sys.stderr)
         return 2

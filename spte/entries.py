@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from spte import bits as bt
-from spte._jit import kernel
+from spte._jit import helper, kernel
 from spte.context import NX_SPLITS, SPLITS_1G, SPLITS_2M, SPTES_WRITTEN, ZAPPED
 from spte.tables import alloc_row, child_of, count_leaf, free_row, is_leaf, is_link, take_row
 
 _ROLE_LEVEL = bt.U64(0xF)
 
 
-@kernel
+@helper
 def make_leaf(m, level, pfn, old, prefetch, host_writable, guest_mode, exec_ok):
     """Build a leaf; W and D as host and old value give them. Marking dirty is the caller's."""
     lay = m.lay
@@ -35,26 +35,26 @@ def make_leaf(m, level, pfn, old, prefetch, host_writable, guest_mode, exec_ok):
     return spte
 
 
-@kernel
+@helper
 def is_access_tracked(spte):
     """Tell whether R and X of an entry without A/D bits are parked."""
     return (spte & bt.TYPE_MASK) == bt.TYPE_DISABLED and (spte & bt.EPT_RWX) == bt.ZERO
 
 
-@kernel
+@helper
 def track_access(spte, lay):
     """Return an entry without hardware A/D bits with R and X parked, so that its next use faults; W is lost."""
     return (spte | ((spte & bt.EPT_RX) << bt.TRACK_SHIFT)) & ~(bt.EPT_RWX | lay.accessed)
 
 
-@kernel
+@helper
 def restore_access_tracked(spte, lay):
     """Return `spte` with the parked R and X back in place; W waits for a write fault."""
     saved = (spte >> bt.TRACK_SHIFT) & bt.EPT_RX
     return (spte & ~bt.EPT_RWX & ~(bt.EPT_RX << bt.TRACK_SHIFT)) | saved | lay.accessed
 
 
-@kernel
+@helper
 def set_executable(spte, lay, on):
     """Return a leaf made executable or not, in its parked bits if it is access-tracked."""
     x = lay.x << bt.TRACK_SHIFT if is_access_tracked(spte) else lay.x
@@ -68,25 +68,25 @@ def link(t, m, row, i, child):
     t.parent[child] = row
 
 
-@kernel
+@helper
 def child_gfn(t, row, i):
     """Return the first gfn of entry `i` of `row`."""
     return t.gfn[row] + (np.int64(i) << (9 * (np.int64(t.level[row]) - 1)))
 
 
-@kernel
+@helper
 def _child_role(t, row):
     return (bt.U64(t.role[row]) & ~_ROLE_LEVEL) | bt.U64(np.int64(t.level[row]) - 1)
 
 
-@kernel
+@helper
 def new_child(t, m, row, i):
     """Take an empty table for entry `i` of `row`, not linked yet; returns its row, -1 if the arena is full."""
     level = np.int64(t.level[row]) - 1
     return alloc_row(t, level, child_gfn(t, row, i), _child_role(t, row), row, m.lay.nonpresent)
 
 
-@kernel
+@helper
 def split_entry(t, m, row, i):
     """Replace a huge leaf by a table of 512 leaves that inherit its bits; returns the table, -1 if the arena is full.
 
@@ -113,7 +113,7 @@ def split_entry(t, m, row, i):
     return child
 
 
-@kernel
+@helper
 def split_below(t, m, row, i, start, end):
     """Split the huge leaf at entry `i` of `row` down to 4 KiB where it meets gfns ``[start, end)``; returns leaves split."""
     child = split_entry(t, m, row, i)
@@ -130,7 +130,7 @@ def split_below(t, m, row, i, start, end):
     return done
 
 
-@kernel
+@helper
 def drop_nx_mark(t, row):
     """Forget that the NX mitigation holds table `row` down, if it does."""
     if t.nx_disallowed[row] == 2:
@@ -138,7 +138,7 @@ def drop_nx_mark(t, row):
     t.nx_disallowed[row] = 0
 
 
-@kernel
+@helper
 def _free_one(t, row):
     """Free one table, its leaves counted out; returns them."""
     level = np.int64(t.level[row])
@@ -152,7 +152,7 @@ def _free_one(t, row):
     return leaves
 
 
-@kernel
+@helper
 def free_table(t, row):
     """Free table `row` with all below it and count its leaves out; returns the leaves dropped. The caller has unlinked it."""
     dropped = 0
@@ -175,7 +175,7 @@ def free_table(t, row):
     return dropped + _free_one(t, row)
 
 
-@kernel
+@helper
 def drop_entry(t, m, row, i):
     """Make entry `i` of `row` non-present with all below it; returns the leaves dropped."""
     spte = t.sptes[row, i]
@@ -194,7 +194,7 @@ def drop_entry(t, m, row, i):
     return dropped
 
 
-@kernel
+@helper
 def log_shift(t, m, row):
     """Return the place of the bit that dirty logging clears in the leaves of `row`: D, or W where D does not serve."""
     if m.dirty_log_size == 0 or np.int64(t.role[row]) & (bt.ROLE_AD_DISABLED | bt.ROLE_GUEST_MODE):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte import context as cx
-from spte._jit import kernel
+from spte._jit import helper
 from spte.bits import MMU_PRESENT, ONE, ROLE_GUEST_MODE, SHIFT_PAGE, U64, WRITABLE, ZERO
 from spte.entries import drop_entry, free_table, is_access_tracked, link, make_leaf, new_child, restore_access_tracked, split_entry
 from spte.host import HOST_COW, HOST_EFAULT, HOST_OK, ZERO_PFN, host_fault
@@ -18,7 +18,7 @@ from spte.tables import child_of, count_leaf, index_of, is_leaf, is_link, walk
 MMIO_GEN_LOW, MMIO_GEN_HIGH = U64(0xFF), U64(0x7FF)
 
 
-@kernel
+@helper
 def mmio_spte(m, s, gfn):
     """Build the MMIO SPTE of `gfn` with the slots' generation."""
     gpa = U64(gfn) << SHIFT_PAGE
@@ -27,7 +27,7 @@ def mmio_spte(m, s, gfn):
     return spte | ((gen & MMIO_GEN_LOW) << U64(3)) | (((gen >> U64(8)) & MMIO_GEN_HIGH) << U64(52))
 
 
-@kernel
+@helper
 def _install(t, v, m, row, i, gfn, level, new):
     """Put leaf `new` at an entry that may hold anything; keeps the counts of leaves right."""
     old = t.sptes[row, i]
@@ -44,7 +44,7 @@ def _install(t, v, m, row, i, gfn, level, new):
         note(v, cx.EV_SET, gfn, level, new, 0, 0)
 
 
-@kernel
+@helper
 def _next_table(t, v, m, row, i, nx_mark):
     """Return the table below entry `i` of `row`, made by split, zap or link as the entry asks; -1 if the arena is full."""
     old = t.sptes[row, i]
@@ -69,13 +69,13 @@ def _next_table(t, v, m, row, i, nx_mark):
     return child
 
 
-@kernel
+@helper
 def nx_holds(t, m, spte, level):
     """Tell whether an entry links to a table that the NX mitigation keeps from becoming a huge leaf."""
     return m.nx and level > 1 and is_link(spte) and (m.nx_any_table or t.nx_disallowed[child_of(spte)] != 0)
 
 
-@kernel
+@helper
 def nx_mark_of(m, level, fits):
     """Return how a table that an exec fault links at `level` counts: 2 if a huge leaf would fit there, 1 if not, 0 not at all."""
     if level <= fits:
@@ -83,7 +83,7 @@ def nx_mark_of(m, level, fits):
     return 1 if m.nx_marks == 2 else 0
 
 
-@kernel
+@helper
 def fault_page(s, h, m, k, gfn, kind):
     """Ask the host for the page of `gfn` in slot `k` (-1: none); returns ``(exit reason, pfn, host_writable, largest level)``."""
     pfn, host_writable, fits = ZERO, False, np.int64(1)
@@ -103,7 +103,7 @@ def fault_page(s, h, m, k, gfn, kind):
     return cx.DONE, pfn, host_writable, fits
 
 
-@kernel
+@helper
 def allowed(m, spte, kind):
     """Tell whether hardware lets an access of `kind` through a present leaf."""
     if kind == cx.WRITE:
@@ -113,7 +113,7 @@ def allowed(m, spte, kind):
     return (spte & m.lay.readable) != ZERO
 
 
-@kernel
+@helper
 def fast_fault(t, s, v, m, k, gfn, kind, prefetch):
     """Mend a write-protected or access-tracked leaf without mmu_lock; True if the access may go on."""
     row, i, level = walk(t, v.reg[cx.ROOT], gfn)
@@ -144,7 +144,7 @@ def fast_fault(t, s, v, m, k, gfn, kind, prefetch):
     return fixed
 
 
-@kernel
+@helper
 def map_gfn(t, s, h, v, m, k, gfn, kind, prefetch):
     """Take the slow path: host page, goal level, walk, leaf. Returns an exit reason, DONE if the leaf is there."""
     reason, pfn, host_writable, fits = fault_page(s, h, m, k, gfn, kind)

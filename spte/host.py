@@ -19,7 +19,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte import memory
-from spte._jit import kernel
+from spte._jit import helper, kernel
 from spte.context import Host, zeros
 
 UNMAPPED, SMALL, THP, HUGETLB_2M, HUGETLB_1G, SHM = 0, 1, 2, 3, 4, 5  # kinds of memory of a block
@@ -97,7 +97,7 @@ def set_page(h, block, row, i, state):
         drop_mixed(h, block, OWN)
 
 
-@kernel
+@helper
 def host_level(h, hpage):
     """Return the level at which the host maps `hpage`: 3, 2, or 1 (also when absent)."""
     if h.block[hpage >> 9] < HUGE:
@@ -105,7 +105,7 @@ def host_level(h, hpage):
     return np.int64(3 if h.kind[hpage >> 9] == HUGETLB_1G else 2)
 
 
-@kernel
+@helper
 def writable_now(h, hpage):
     """Tell whether the host maps `hpage` writable already."""
     state = h.block[hpage >> 9]
@@ -114,7 +114,7 @@ def writable_now(h, hpage):
     return state == OWN or state == HUGE
 
 
-@kernel
+@helper
 def fault_in_huge(h, block, kind, state):
     """Map an empty block huge, in `state`; 1 GiB pages come whole."""
     if kind == HUGETLB_1G:

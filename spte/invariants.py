@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spte import bits as bt
-from spte._jit import kernel
+from spte._jit import helper, kernel
 from spte.context import BASE, BEGAN_SET, BITMAP, FLAGS, LOG_DIRTY_PAGES, PAE_ROOT, PAGES_4K, PML_INDEX, READONLY, ROWS, UNARMED
 from spte.entries import log_shift
 from spte.errors import InvariantError
@@ -37,7 +37,7 @@ S1, S3, S4, S5, S7, S9, S10, L1, L2, L3 = range(1, 11)
 NAMES = ("", "S1", "S3", "S4", "S5", "S7", "S9", "S10", "L1", "L2", "L3")
 
 
-@kernel
+@helper
 def _leaf_breaks(t, s, m, row, spte, gfn, level):
     """Return the invariant that a present leaf breaks, 0 if none."""
     host = (spte & m.lay.host_writable) != bt.ZERO

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from spte import context as cx
-from spte._jit import kernel, kernel_apart, prefetch
+from spte._jit import helper, kernel_apart, prefetch
 from spte.bits import ONE, SHIFT_PAGE, U64
 from spte.slots import find_slot, mark_dirty
 
 WORD_SHIFT, WORD_MASK = U64(6), U64(63)
 
 
-@kernel
+@helper
 def _mark_in_bitmaps(t, s, v, first):
     """Mark the entries from `first` on where their order does not show; a slot is looked up when a gfn leaves the one before."""
     marks = 0
@@ -35,7 +35,7 @@ def _mark_in_bitmaps(t, s, v, first):
     t.meta[cx.DIRTY_MARKS] += marks
 
 
-@kernel
+@helper
 def drain(t, s, v, m):
     """Mark every logged gfn dirty and empty the buffer; entries of slots that do not log are dropped."""
     if v.reg[cx.PML_INDEX] != 511:

@@ -13,7 +13,7 @@ Counts are exact and depend on nothing but the arguments. Seconds are how long t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spte.backing import Backing
+from spte.bare_loops import scatter_bits
 from spte.context import LOG_DIRTY_PAGES, WRITE
 from spte.phases import Epoch, Phase, Row
 from spte.policy import Policy, parse
@@ -77,14 +78,15 @@ def profile(
     pairs = [(platform, policy) for policy in chosen for platform in platforms]
     for platform, policy in pairs:
         _Run(workload, platform, policy).vm.close()
-    warmup()
-    steps = workload.nepochs + 2
+    steps = ["guest access", "logging"] + ["rings"] * bool(workload.ring_bytes)
+    warmup(steps=steps + ["old policies"] * any(policy.collapse == "zap-leaf" for policy in chosen))
+    per_run = workload.nepochs + 2
     rows = []
     for i, (platform, policy) in enumerate(pairs):
 
-        def step(done: int, first: int = i * steps, what: str = f"{platform} {policy.name}") -> None:
+        def step(done: int, first: int = i * per_run, what: str = f"{platform} {policy.name}") -> None:
             if progress is not None:
-                progress(first + done, len(pairs) * steps, what)
+                progress(first + done, len(pairs) * per_run, what)
 
         with (run := _Run(workload, platform, policy)).vm:
             rows.append(run.row(step))
@@ -104,8 +106,9 @@ class _Run:
         self.fetched = [0] * workload.vcpus
         self.phases: list[Phase] = []
         self.accesses = 0
-        self.written = np.zeros(workload.npages, np.uint8)
-        self.collected = np.zeros(workload.npages if workload.ring_bytes else 0, np.uint8)
+        words = -(-self.per_slot // 64)
+        self.written = np.zeros((workload.slots, words), np.uint64)
+        self.collected = np.zeros((workload.slots if workload.ring_bytes else 0, words), np.uint64)
 
     def row(self, step: Callable[[int], None]) -> Row:
         work, leafs, epochs = self.workload, {}, []
@@ -139,14 +142,21 @@ class _Run:
         self.collected.fill(0)
         for access in self.workload.epoch(index):
             self.accesses += len(access.gfns)
-            self.written[access.gfns if access.kinds is None else access.gfns[access.kinds == WRITE]] = 1
+            self._mark_written(access.gfns if access.kinds is None else access.gfns[access.kinds == WRITE])
             self._guest(access, dirty, (get, clear))
         if self.workload.ring_bytes:
             self._harvest_rings(get, clear)
-            logs = [_words(self.collected[i : i + self.per_slot]) for i in self._starts()]
+            logs = list(self.collected)
         else:
             logs = [self._harvest_slot(slot, get, clear) for slot in range(self.workload.slots)]
         return _compare(self.written, logs, self.per_slot)
+
+    def _mark_written(self, gfns: npt.NDArray[np.uint64]) -> None:
+        bits = gfns.view(np.int64)
+        if self.workload.slots > 1:
+            slot, offset = np.divmod(bits, self.per_slot)
+            bits = slot * (64 * self.written.shape[1]) + offset
+        scatter_bits(self.written.reshape(-1), np.ascontiguousarray(bits))
 
     def _harvest_slot(self, slot: int, get: Phase, clear: Phase) -> npt.NDArray[np.uint64]:
         with self._account(get):
@@ -168,8 +178,8 @@ class _Run:
         order = (self.fetched[index] + np.arange(len(ring))) % len(ring)
         dirty = ring["flags"][order] == RING_DIRTY
         entries = order[: len(ring) if dirty.all() else int(dirty.argmin())]
-        pages = ring["slot"][entries].astype(np.uint64) * np.uint64(self.per_slot) + ring["offset"][entries]
-        self.collected[pages] = 1
+        bits = ring["slot"][entries].astype(np.int64) * (64 * self.collected.shape[1]) + ring["offset"][entries].astype(np.int64)
+        scatter_bits(self.collected.reshape(-1), bits)
         ring["flags"][entries] = RING_HARVESTED
         self.fetched[index] = (self.fetched[index] + len(entries)) % len(ring)
 
@@ -189,9 +199,6 @@ class _Run:
     def _set_slot(self, slot: int, flags: int) -> None:
         size = self.per_slot * PAGE_SIZE
         self.vm.set_memory_region(slot, slot * size, size, self.backings[slot], flags=flags)
-
-    def _starts(self) -> Iterable[int]:
-        return range(0, self.workload.npages, self.per_slot)
 
     def _phase(self, kind: str, iteration: int = 0) -> Phase:
         phase = Phase(kind, iteration, dict.fromkeys(self._counts(), 0))
@@ -216,19 +223,12 @@ class _Run:
             phase.counts[name] += value - before[name]
 
 
-def _words(flags: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
-    """Return flags (0 or 1 a page) as a bitmap in KVM's layout."""
-    packed = np.zeros(-(-len(flags) // 64), np.uint64)
-    packed.view(np.uint8)[: -(-len(flags) // 8)] = np.packbits(flags, bitorder="little")
-    return packed
-
-
-def _compare(written: npt.NDArray[np.uint8], logs: Sequence[npt.NDArray[np.uint64]], per_slot: int) -> Epoch:
-    """Compare the pages written with each slot's log."""
+def _compare(written: npt.NDArray[np.uint64], logs: Sequence[npt.NDArray[np.uint64]], per_slot: int) -> Epoch:
+    """Compare the bitmap of the pages written, a row a slot, with each slot's log."""
     total: dict[str, Any] = {"written": 0, "reported": 0, "over_reported": 0, "lost": 0}
     first_lost = None
     for slot, log in enumerate(logs):
-        expected = _words(written[slot * per_slot : (slot + 1) * per_slot])
+        expected = written[slot]
         missing = expected & ~log
         for name, words in (
             ("written", expected),

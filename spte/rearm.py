@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._jit import ctz, kernel, popcount
+from spte._jit import ctz, helper, popcount
 from spte.bits import ONE, PRESENT_SHIFT, U64, WRITABLE, ZERO
 from spte.context import RMAP1
 from spte.entries import log_shift, split_below
@@ -15,7 +15,7 @@ SWEPT = 4  # set bits of a word from which sweeping its 64 entries is quicker th
 LAST_WINDOW = U64(512 - 64)
 
 
-@kernel
+@helper
 def rearm_entries(sptes, row, first, mask, shift):
     """Clear bit `shift` in the present leaves ``sptes[row, first + b]`` for each bit b of `mask`; returns SPTEs changed."""
     changed = ZERO
@@ -37,7 +37,7 @@ def rearm_entries(sptes, row, first, mask, shift):
     return np.int64(changed)
 
 
-@kernel
+@helper
 def write_protect_huge(t, m, root, gfn):
     """Take W and MMU_WRITABLE from a huge leaf that covers `gfn`; returns SPTEs changed (0 or 1)."""
     row, i, level = walk(t, root, gfn)
@@ -48,7 +48,7 @@ def write_protect_huge(t, m, root, gfn):
     return 1
 
 
-@kernel
+@helper
 def split_range(t, m, root, start, end):
     """Split the huge leaves that meet gfns ``[start, end)`` to 4 KiB; best effort. Returns leaves split; no flush needed."""
     done = 0
@@ -61,7 +61,7 @@ def split_range(t, m, root, start, end):
     return done
 
 
-@kernel
+@helper
 def _ends(gfn, mask):
     """Return the first and the last gfn of `mask`."""
     end = gfn + 63
@@ -70,7 +70,7 @@ def _ends(gfn, mask):
     return gfn + ctz(mask), end
 
 
-@kernel
+@helper
 def _rearm_huge(t, m, root, gfn, mask):
     """With initially-set, huge leaves may be writable still: split them, or write-protect those of the mask's ends."""
     start, end = _ends(gfn, mask)
@@ -82,7 +82,7 @@ def _rearm_huge(t, m, root, gfn, mask):
     return changed
 
 
-@kernel
+@helper
 def rearm_mask(t, m, root, gfn, mask, row):
     """Make the next write to each ``gfn + b``, b a bit of `mask` (not 0), visible again under `root`.
 
@@ -108,7 +108,7 @@ def rearm_mask(t, m, root, gfn, mask, row):
     return changed, row
 
 
-@kernel
+@helper
 def _protect_huge_rmaps(t, s, m, k, gfn):
     """Take W and MMU_WRITABLE from every huge leaf of the shadow MMU that covers `gfn`; returns SPTEs changed."""
     changed = 0
@@ -125,7 +125,7 @@ def _protect_huge_rmaps(t, s, m, k, gfn):
     return changed
 
 
-@kernel
+@helper
 def rearm_rmaps(t, s, m, k, gfn, mask):
     """Make the next write to each ``gfn + b`` visible again in every SPTE that maps it under the shadow MMU; returns SPTEs changed."""
     changed = 0
@@ -150,7 +150,7 @@ def rearm_rmaps(t, s, m, k, gfn, mask):
     return changed
 
 
-@kernel
+@helper
 def rearm(t, s, m, roots, k, gfn, mask, row):
     """Re-arm the 64 gfns from `gfn` of slot `k` under every root, then in every rmap; returns as `rearm_mask`."""
     changed = 0

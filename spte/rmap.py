@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._jit import kernel
+from spte._jit import helper
 from spte.context import BASE, NODE_FREE, NODE_HIGH, RMAP1
 
 
-@kernel
+@helper
 def head_of(s, k, gfn, level):
     """Return the place of the head of `gfn` at `level` in slot `k`, -1 if the slot has no rmaps."""
     first = s.table[k, RMAP1 + level - 1]
@@ -21,7 +21,7 @@ def head_of(s, k, gfn, level):
     return first + (gfn >> shift) - (s.table[k, BASE] >> shift)
 
 
-@kernel
+@helper
 def _new_node(s, ref, following):
     node = s.node_meta[NODE_FREE]
     if node != 0:
@@ -34,7 +34,7 @@ def _new_node(s, ref, following):
     return -node - 1
 
 
-@kernel
+@helper
 def rmap_add(s, k, gfn, level, ref):
     """Note that SPTE `ref` maps `gfn` at `level`."""
     at = head_of(s, k, gfn, level)
@@ -47,19 +47,19 @@ def rmap_add(s, k, gfn, level, ref):
     s.rmaps[at] = _new_node(s, ref, head)
 
 
-@kernel
+@helper
 def ref_of(s, head):
     """Return the SPTE that a head names first."""
     return head - 1 if head > 0 else s.nodes[-head - 1, 0]
 
 
-@kernel
+@helper
 def next_of(s, head):
     """Return the head of the rest of the chain, 0 at its end."""
     return np.int64(0) if head > 0 else s.nodes[-head - 1, 1]
 
 
-@kernel
+@helper
 def rmap_remove(s, k, gfn, level, ref):
     """Forget that SPTE `ref` maps `gfn` at `level`."""
     at = head_of(s, k, gfn, level)

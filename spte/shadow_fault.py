@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte import context as cx
-from spte._jit import kernel
+from spte._jit import helper, kernel
 from spte.bits import MMU_PRESENT, PFN_MASK, ROLE_AD_DISABLED, ROLE_GUEST_MODE, SHIFT_PAGE, U64, ZERO
 from spte.entries import child_gfn, link, make_leaf
 from spte.fault import fault_page, mmio_spte, nx_holds, nx_mark_of
@@ -18,7 +18,7 @@ ROLE_LEVEL = 0xF
 PREFETCH = 8  # SPTEs of the aligned group that a fault fills
 
 
-@kernel
+@helper
 def _bucket(t, gfn, role):
     return (gfn ^ (gfn >> 9) ^ (role << 3)) & (t.hash.shape[0] - 1)
 
@@ -40,7 +40,7 @@ def get_page(t, m, gfn, level, role):
     return row
 
 
-@kernel
+@helper
 def drop_leaf(t, s, m, row, i):
     """Make a present leaf of the shadow MMU non-present and take it from its rmap."""
     level = np.int64(t.level[row])
@@ -52,7 +52,7 @@ def drop_leaf(t, s, m, row, i):
     t.meta[cx.SPTES_WRITTEN] += 1
 
 
-@kernel
+@helper
 def _next_page(t, s, m, row, i, nx_mark):
     """Return the page below entry `i` of `row`, found or made and linked; a huge leaf there is dropped with a flush."""
     old = t.sptes[row, i]
@@ -73,7 +73,7 @@ def _next_page(t, s, m, row, i, nx_mark):
     return child
 
 
-@kernel
+@helper
 def set_leaf(t, s, v, m, k, row, i, gfn, pfn, host_writable, prefetch):
     """Put the leaf of `gfn` at entry `i` of `row`; returns whether the entry changed."""
     level = np.int64(t.level[row])
@@ -111,7 +111,7 @@ def set_leaf(t, s, v, m, k, row, i, gfn, pfn, host_writable, prefetch):
     return True
 
 
-@kernel
+@helper
 def _prefetch_run(t, s, h, v, m, row, first, end):
     """Fill the empty entries ``[first, end)`` of `row` while the host has a writable page at once; False ends all prefetch."""
     gfn = child_gfn(t, row, first)
@@ -130,7 +130,7 @@ def _prefetch_run(t, s, h, v, m, row, first, end):
     return True
 
 
-@kernel
+@helper
 def _prefetch_neighbours(t, s, h, v, m, row, at):
     """Map the other pages of the aligned group of 8 before they are asked for; leaves not accessed yet."""
     if np.int64(t.role[row]) & ROLE_AD_DISABLED or t.level[row] > 1:
@@ -148,7 +148,7 @@ def _prefetch_neighbours(t, s, h, v, m, row, at):
         _prefetch_run(t, s, h, v, m, row, first, base + PREFETCH)
 
 
-@kernel
+@helper
 def shadow_map_gfn(t, s, h, v, m, k, gfn, kind, prefetch):
     """Take the shadow MMU's slow path for a direct root. Returns an exit reason, DONE if the leaf is there."""
     reason, pfn, host_writable, fits = fault_page(s, h, m, k, gfn, kind)

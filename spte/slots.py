@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte import context as cx
-from spte._jit import kernel
+from spte._jit import helper, kernel
 from spte.bits import ONE, U64
 from spte.context import LOG_COLUMNS
 from spte.host import HUGE, HUGETLB_1G, HUGETLB_2M, THP, host_level
@@ -40,7 +40,7 @@ def find_slot(s, gfn):
     return np.int64(-1)
 
 
-@kernel
+@helper
 def allowed_level(s, k, gfn, max_level):
     """Return the largest level <= `max_level` whose lpage counter of slot `k` at `gfn` is 0."""
     base = s.table[k, cx.BASE]
@@ -60,7 +60,7 @@ def max_mapping_level(s, h, k, gfn, max_level):
     return min(level, host_level(h, s.table[k, cx.HPAGE] + gfn - s.table[k, cx.BASE]))
 
 
-@kernel
+@helper
 def _page_may_collapse(h, hpage, pages):
     """Decide by the page alone, as before patch 5; `pages` says which count."""
     kind = h.kind[hpage >> 9]
@@ -73,7 +73,7 @@ def _page_may_collapse(h, hpage, pages):
     return kind == THP or kind == HUGETLB_2M or kind == HUGETLB_1G
 
 
-@kernel
+@helper
 def may_collapse(s, h, m, k, gfn, level, pages):
     """Tell whether disabling drops a leaf of `level` at `gfn` of slot `k`; before patch 5 only `pages` and the page matter."""
     hpage = s.table[k, cx.HPAGE] + gfn - s.table[k, cx.BASE]
@@ -86,7 +86,7 @@ def may_collapse(s, h, m, k, gfn, level, pages):
     return level < (min(allowed, host) if m.level_clamped else host)
 
 
-@kernel
+@helper
 def note(v, kind, a, b, c, d, e):
     """Append an event to the vCPU's log, if one is kept."""
     n = v.reg[cx.LOGGED]
@@ -100,7 +100,7 @@ def note(v, kind, a, b, c, d, e):
         v.reg[cx.LOGGED] = n + 1
 
 
-@kernel
+@helper
 def ring_push(v, slot, offset):
     """Push an entry on the vCPU's dirty ring; asks for an exit from the soft limit on."""
     dirty = v.reg[cx.RING_DIRTY]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._jit import kernel
+from spte._jit import helper
 
 AS_SHIFT = 24  # role bits 31:24 name the address space
 
 
-@kernel
+@helper
 def place(t, row, as_id, start, end):
     """Return the half-open index range of `row` whose leaves lie in gfns ``[start, end)``; empty if none may."""
     level = np.int64(t.level[row])

@@ -198,7 +198,7 @@ class VirtualCpu:
         if low < 0 or high >> (self._vm.platform.reach_bits - 12):
             bad = low if low < 0 else high
             raise SlotRangeError(f"gfn {bad:#x} is outside the {self._vm.platform.reach_bits} bits that the guest can address")
-        array = np.ascontiguousarray(array, np.int64)
+        array = np.ascontiguousarray(array.view(np.int64) if array.dtype == np.uint64 else array, np.int64)
         return array if array.flags.writeable else array.copy()
 
     def _copy_page(self, gfn: int) -> bool:

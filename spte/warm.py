@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -15,21 +15,20 @@ from spte.vm import VM
 _SLOT = USER_MEM_SLOTS - 1
 
 
-def warmup(progress: Callable[[str], None] | None = None) -> None:
+def warmup(progress: Callable[[str], None] | None = None, *, steps: Iterable[str] | None = None) -> None:
     """Compile every kernel; quick if the cache has them.
 
     Parameters
     ----------
     progress : callable, optional
         Called with the name of each step before it begins.
+    steps : iterable of str, optional
+        Names from `STEPS`; only these are compiled. Default: all.
     """
-    steps = {
-        "guest access": _access, "logging": _logging, "old policies": _old, "shadow MMU": _shadow, "rings": _rings, "plain arrays": _plain,
-    }  # fmt: skip
-    for name, step in steps.items():
+    for name in STEPS if steps is None else steps:
         if progress is not None:
             progress(name)
-        step()
+        STEPS[name]()
 
 
 def _access() -> None:
@@ -38,9 +37,15 @@ def _access() -> None:
         vm.set_memory_region(_SLOT, 0, 4 << 20, backing)
         vm.vcpus[0].read(np.arange(8))
         vm.vcpus[0].write(np.arange(4))
+
+
+def _memory() -> None:
+    with VM("ept-pml") as vm:
+        backing = Backing("4k", 4 << 20)
+        vm.set_memory_region(_SLOT, 0, 4 << 20, backing)
+        vm.vcpus[0].write(np.arange(4))
         vm.vcpus[0].prefault(8 << 12, 4096)
         mm.madvise(backing, 0, 4, mm.PAGEOUT, ages=True)
-        vm.stats()
         vm.check()
 
 
@@ -95,3 +100,9 @@ def _plain() -> None:
     kernels.pml_flush(leaves, 511, bitmap)
     kernels.split(leaves, table)
     kernels.collapse(leaves, table)
+
+
+STEPS: dict[str, Callable[[], None]] = {
+    "guest access": _access, "logging": _logging, "host memory": _memory, "old policies": _old, "shadow MMU": _shadow, "rings": _rings,
+    "plain arrays": _plain,
+}  # fmt: skip

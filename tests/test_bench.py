@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from bench import report
+from spte import _jit
 from spte.limits import Case, measure, ratio_of
 
 
@@ -45,6 +49,9 @@ def test_the_report_prints_every_figure_and_whether_it_is_met(tmp_path, capsys):
     assert lines[2] == "| harvest | 1.25 | page | a loop | 1 | 1.25x | 1x | missed |"
     assert lines[3].startswith("| import | 5e+07 | process |")
     assert len(lines) == 4
+    chart = tmp_path / "chart.png"
+    assert report.main([str(path), str(chart)]) == 0
+    assert chart.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"benchmarks": [{"extra_info": {"name": 1}}]}'])
@@ -54,3 +61,20 @@ def test_what_is_no_benchmark_run_gets_one_line_and_exit_2(tmp_path, capsys, tex
     assert report.main([str(path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert report.main([]) == 2
+    assert report.main([str(path), "chart.txt"]) == 2
+
+
+@pytest.mark.skipif(_jit.PLAIN, reason="takes minutes in plain Python")
+def test_every_benchmark_runs_once_as_a_test():
+    """On the smallest guest: collection, fixtures, refills and the C baselines, where a compiler is found."""
+    pytest.importorskip("pytest_benchmark")
+    root = Path(__file__).parent.parent
+    argv = ["bench", "-q", "--guest", "2M", "--benchmark-disable", "-p", "no:cacheprovider", "--ignore", "bench/bench_cold_start.py"]
+    done = subprocess.run([sys.executable, "-m", "pytest", *argv], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_operation_has_its_benchmark():
+    files = {path.stem for path in (Path(report.__file__).parent).glob("bench_*.py")}
+    operations = {"write_protect", "clear_dirty", "harvest", "pml", "split", "collapse", "fault", "guest_access", "cold_start"}
+    assert {f"bench_{name}" for name in operations} <= files

@@ -366,3 +366,33 @@ def test_the_import_example_of_the_readme_runs_and_has_at_most_12_lines():
 def test_verbs_are_the_modules_of_the_command_line():
     for verb in VERBS:
         assert cli.get_command(None, verb).name == verb
+
+
+# -- profile --limits -----------------------------------------------------------------------------------------------------
+
+
+def test_limits_print_every_ratio_in_each_style(capsys, monkeypatch):
+    from spte.cli import limits
+    from spte.limits import Ratio
+
+    ratios = [Ratio("writes", "write", 3.0, "a[gfn] |= D", 2.0, 1.25), Ratio("threads", "SPTE", 1.0, "one thread", 2.0, None)]
+    monkeypatch.setattr(limits, "measure_all", lambda pages, progress: iter(ratios))
+    _, out, _ = spte(capsys, "profile", "--limits", "--memory", "64M")
+    assert re.search(r"writes +3 +write +a\[gfn\] \|= D +2 +1\.5x +1\.25x +missed", out)
+    _, out, _ = spte(capsys, "profile", "--limits", "--markdown")
+    assert "| threads | 1 | SPTE | one thread | 2 | 0.5x |  |  |" in out
+    _, out, _ = spte(capsys, "profile", "--limits", "--json")
+    report = json.loads(out)
+    assert [(r["ratio"], r["met"]) for r in report["ratios"]] == [(1.5, False), (0.5, None)]
+
+
+@pytest.mark.parametrize("argv", [("--vcpus", 2), ("--memory", "5M"), ("--memory", "62M"), ("--memory", "900T"), ("--platform", "npt")])
+def test_limits_refuse_what_they_can_not_use(capsys, argv):
+    assert str(argv[0]) in refused(capsys, "profile", "--limits", *argv)
+
+
+@pytest.mark.long
+def test_limits_measure_each_kernel(capsys):
+    code, out, _ = spte(capsys, "profile", "--limits", "--memory", "64M", "--json")
+    assert code == 0
+    assert all(r["ns"] > 0 < r["limit_ns"] for r in json.loads(out)["ratios"])

@@ -180,7 +180,7 @@ def test_the_cache_is_hit_and_an_edit_of_another_source_file_is_seen(copy, tmp_p
 def kernel_sources():
     """Modules with kernels, and the modules that these take constants or helpers from."""
     package = ROOT / "spte"
-    users = [p for p in sorted(package.rglob("*.py")) if "@kernel" in p.read_text()]
+    users = [p for p in sorted(package.rglob("*.py")) if re.search("@(kernel|helper)", p.read_text())]
     used = {m for p in users for m in re.findall(r"^from spte\.(\w+) import|^from spte import (\w+)", p.read_text(), re.M)}
     names = {p.relative_to(package).as_posix() for p in users} | {f"{a or b}.py" for a, b in used}
     python_only = {"backing.py", "errors.py", "memory.py", "platform.py"}  # nothing of theirs is compiled in

@@ -43,6 +43,7 @@ by the harvest of its epoch; if one is not, the exit code is 1.
   spte profile --memory 1T --platform ept-pml
   spte profile --vcpus 4 --ring 64K --json > report.json
   spte profile --workload perf-test -v 4 -b 1G -s anonymous_hugetlb_1gb -w 50 -i 3
+  spte profile --limits --memory 1T
 
 Larger guests: page p of the guest is written in an epoch if the trace wrote page p modulo its own size, so the written
 share of memory stays the trace's. --scale N takes N times the trace's memory, --memory SIZE just that size; the copy
@@ -93,6 +94,7 @@ PERF_OPTIONS = {"vcpus": "-v", "bytes_per_vcpu": "-b", "source": "-s", "overlap"
 @click.option("-g", "no_manual_protect", is_flag=True, help="perf-test: no manual protect; GET clears.")
 @click.option("-e", "run_while_disabling", is_flag=True, help="perf-test: vCPUs run on while logging is disabled.")
 @click.option("-i", "iterations", type=int, help="perf-test: iterations. Default 2.")
+@click.option("--limits", is_flag=True, help="Instead: each kernel beside what this machine can do. --memory: 64G.")
 @click.option("--json", "style", flag_value="json", help="Print JSON; `schema` names its version.")
 @click.option("--markdown", "style", flag_value="markdown", help="Print Markdown tables.")
 @click.option("--output", type=target(), metavar="FILE", help="Print there instead of stdout.")
@@ -108,9 +110,15 @@ def profile(
     style: str | None,
     output: Path | None,
     plot: Path | None,
+    limits: bool,
     **options: Any,
 ) -> int:
     """Check every option, run, print, and return the exit code."""
+    if limits:
+        from spte.cli.limits import refuse_others, show
+
+        refuse_others(click.get_current_context())
+        return show(memory, style, output)
     platforms = tuple(dict.fromkeys(platforms)) or DIRECT
     policies = tuple(dict.fromkeys(policies)) or ("6.12",)
     for platform in platforms:

@@ -18,20 +18,20 @@ from __future__ import annotations
 import numpy as np
 
 from spte import context as cx
-from spte._jit import kernel, kernel_apart, prefetch
+from spte._jit import helper, kernel, kernel_apart, prefetch
 from spte.bits import MMU_PRESENT, SHIFT_PAGE, TYPE_DISABLED, TYPE_MASK, U64, WRITABLE, ZERO
 from spte.fault import allowed, fast_fault, map_gfn, mmio_spte
 from spte.first_touch import first_touches
 from spte.pml import drain
 from spte.shadow_fault import shadow_map_gfn
 from spte.slots import U32_MASK, find_slot, note
-from spte.tables import is_leaf, walk
+from spte.tables import INDEX_MASK, child_of, index_of, is_leaf, is_link, walk, walk_to
 
 DONE, PML_FULL, VIOLATION = 0, 1, 2  # outcomes of an access in hardware
 LOG_ROOM = 2048  # events that one access may add: a drain of 512 marks and pushes, and its faults
 
 
-@kernel
+@helper
 def _hardware(t, v, m, gfn, kind, row, i, level):
     """Let hardware alone do an access whose walk ended at entry `i` of `row`; returns whether it did, else why it exits."""
     spte = t.sptes[row, i]
@@ -54,30 +54,43 @@ def _hardware(t, v, m, gfn, kind, row, i, level):
     return DONE
 
 
+@helper
+def _unpack(walked):
+    """Return row, index and level of an entry of `v.walked`."""
+    return walked >> U64(12), (walked >> U64(3)) & INDEX_MASK, walked & U64(7)
+
+
 @kernel_apart
 def _run_ahead(t, v, m, gfns, kinds, at):
     """Let hardware do the next accesses, at most WALKS_AHEAD, up to the first that exits; returns that one's place in the batch.
 
-    All are walked first and their entries asked for, so that one waits for memory while others go on: a random write takes 9 ns
-    instead of 54.
+    All are walked first, to level 2 and then on, and each entry is asked for before one waits for it: a random write in a guest
+    of 1 TiB takes 9 ns instead of 54; 15 where the walk goes all the way at once.
     """
     count = min(v.walked.shape[0], gfns.shape[0] - at)
     for j in range(U64(count)):
-        row, i, level = walk(t, v.reg[cx.ROOT], gfns[U64(at) + j])
+        row, i, level = walk_to(t, v.reg[cx.ROOT], gfns[U64(at) + j], 2)
         place = row * 512 + i
         prefetch(t.sptes, place)
         v.walked[j] = U64((place << 3) | level)
+    for j in range(U64(count)):
+        row, i, level = _unpack(v.walked[j])
+        spte = t.sptes[row, i]
+        if level == U64(2) and is_link(spte):
+            place = child_of(spte) * 512 + index_of(gfns[U64(at) + j], 1)
+            prefetch(t.sptes, place)
+            v.walked[j] = U64((place << 3) | 1)
     kind = np.int64(kinds[0])
     for j in range(U64(count)):
         if kinds.shape[0] > 1:
             kind = np.int64(kinds[U64(at) + j])
-        row, i, level = v.walked[j] >> U64(12), (v.walked[j] >> U64(3)) & U64(511), v.walked[j] & U64(7)
+        row, i, level = _unpack(v.walked[j])
         if _hardware(t, v, m, gfns[U64(at) + j], kind, row, i, np.int64(level)) != DONE:
             return at + np.int64(j)
     return at + count
 
 
-@kernel
+@helper
 def soft_full(v):
     """Tell before a guest entry whether the ring still stands at its soft limit; if not, take the request back."""
     if v.reg[cx.RING_FULL_REQUEST] == 0:
@@ -88,7 +101,7 @@ def soft_full(v):
     return False
 
 
-@kernel
+@helper
 def _fault(t, s, h, v, m, gfn, kind, spte, level):
     """Handle a violation or misconfiguration; returns an exit reason, cx.DONE to enter again."""
     present = is_leaf(spte, level) and (spte & (m.lay.readable | WRITABLE | m.lay.x)) != ZERO
@@ -119,7 +132,7 @@ def _fault(t, s, h, v, m, gfn, kind, spte, level):
     return map_gfn(t, s, h, v, m, k, gfn, kind, False)
 
 
-@kernel
+@helper
 def _may_run_on(v, m, gfns, kinds, at):
     """Tell whether faults from access `at` on may be alike: the next gfn follows, nothing looks at single ones."""
     plain = m.shadow == 0 and kinds.shape[0] == 1 and kinds[0] != cx.EXEC and v.log.shape[0] == 0

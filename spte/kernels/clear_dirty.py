@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._jit import kernel
+from spte._jit import helper, kernel
 from spte.bits import LARGE_SHIFT, ONE, PRESENT_SHIFT, TYPE_MASK, U64, W_SHIFT, ZERO
 from spte.context import ROWS, U64s
 from spte.entries import log_shift
@@ -16,7 +16,7 @@ from spte.platform import Platform
 from spte.sweep import place
 
 
-@kernel
+@helper
 def clear_entries(sptes, row, lo, hi, shift, huge):
     """Clear bit `shift` in the present leaves ``sptes[row, lo:hi]``; `huge`: only entries with LARGE are leaves."""
     changed = ZERO

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._jit import kernel
+from spte._jit import helper, kernel
 from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, SHIFT_PAGE, U64, ZERO
 from spte.context import BASE, COLLAPSED, FLUSHES, NPAGES, SPTES_WRITTEN, U64s
 from spte.entries import drop_entry, free_table, set_executable
@@ -13,7 +13,7 @@ from spte.slots import max_mapping_level
 from spte.tables import child_of, count_leaf, index_of, is_leaf, is_link, table_at
 
 
-@kernel
+@helper
 def _first_leaf(t, row):
     """Return the first present leaf below table `row`, 0 if there is none."""
     level = np.int64(t.level[row])
@@ -29,14 +29,14 @@ def _first_leaf(t, row):
     return ZERO
 
 
-@kernel
+@helper
 def _huge_from(m, small, level):
     """Return `small` as a leaf of `level`: its bits, the address rounded down, not executable under the NX mitigation."""
     huge = (small | LARGE) & ~((U64(1) << (SHIFT_PAGE + U64(9 * (level - 1)))) - (U64(1) << SHIFT_PAGE))
     return set_executable(huge, m.lay, False) if m.nx else huge
 
 
-@kernel
+@helper
 def _collapse_entry(t, m, row, i):
     """Drop the table linked at entry `i` of `row`, or put a huge leaf in its place; returns whether the entry changed."""
     level = np.int64(t.level[row])

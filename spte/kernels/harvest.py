@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._jit import ctz, kernel, kernel_apart, popcount, prefetch
+from spte._jit import ctz, helper, kernel, kernel_apart, popcount, prefetch
 from spte.bits import INDEX_BITS, ONE, PRESENT_SHIFT, TYPE_MASK, U64, W_SHIFT, ZERO
 from spte.context import BASE, BITMAP, HARVEST_WORDS, RMAP1, U64s
 from spte.entries import log_shift
@@ -87,7 +87,7 @@ def _rearm_sparse(t, m, root, base, masks, first, end):
     return np.int64(changed)
 
 
-@kernel
+@helper
 def _rearm(t, s, m, roots, k, base, masks, first, end):
     """Re-arm ``masks[first:end]`` of slot `k`; returns ``(words not 0, SPTEs changed)``."""
     found = pages = ZERO
