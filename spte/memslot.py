@@ -112,10 +112,6 @@ class Memslots:
                 return self._by_id[int(table[at, cx.SLOT])]
         return None
 
-    def total_pages(self) -> int:
-        """Return the pages of all slots."""
-        return sum(slot.npages for slot in self)
-
     def insert(self, slot: Memslot) -> None:
         """Add `slot`: counters of levels 2 and 3 set as its alignment asks."""
         offsets = []
