@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from spte.recording_seq import parse_seq
+
 INT64 = 1 << 63
 UINT64 = 1 << 64
 PAGE_LIMIT = 1 << 40  # 4 KiB pages that a 52-bit address reaches
@@ -12,6 +14,7 @@ GUEST_PAGES = 1 << 20  # the payload is 32-bit code or an identity map of 4 GiB
 ACCESS_LIMIT = 1 << 24  # accesses of one op; keeps a forged count from filling the memory
 BACKING_LIMIT = 1 << 42  # bytes, 4 TiB
 VCPU_LIMIT = 64
+ROOT_LIMIT = 16  # tables that L1 keeps for L2, of 5 pages and more each, in the 192 pages that its table slot leaves
 
 
 class RecordingError(ValueError):
@@ -51,6 +54,7 @@ _ADDRESS = _int(0, -INT64, UINT64)
 _FLAG = _int(0, 0, 2)
 _PAGES = _runs(PAGE_LIMIT, BACKING_LIMIT >> 12, required=True)
 _GUEST = {"vcpu": _VCPU, "gfns": _runs(GUEST_PAGES, ACCESS_LIMIT, required=True), "off": _int(0, 0, 4096)}
+_L2_PAGES = _runs(GUEST_PAGES, ACCESS_LIMIT, required=True)
 _REGION = {
     "slot": _SLOT, "gpa": _ADDRESS, "size": _int(None, -INT64, UINT64), "backing": _text(required=False),
     "off": _ADDRESS, "flags": _int(0, 0, 1 << 32), "hva": _ADDRESS,
@@ -59,11 +63,16 @@ _REGION = {
 GUEST_OPS = (
     "guest_read", "guest_write", "guest_rmw", "guest_cmpxchg_fail", "guest_read_write", "guest_exec", "guest_insb",
 )  # fmt: skip
+L2_OPS = ("l2_read", "l2_write", "l2_rmw", "l2_cmpxchg_fail", "l2_read_write", "l2_exec", "l2_insb")
+L1_OPS = ("enter_l2", "leave_l2", "guest_seq", "l1_ept_write", "l1_invept", "l1_pml")
+RUN_OPS = frozenset({*GUEST_OPS, *L2_OPS, *L1_OPS, "resume"})  # those in which a vCPU runs
 
 OPS: dict[str, dict[str, Arg]] = {
     "new_vm": {
         "vcpus": _int(1, 1, VCPU_LIMIT), "mode": _word("flat", "flat", "long"), "guest_page": _word("2m", "4k", "2m"),
         "guest_ad": _int(1, 0, 2), "manual": _int(None), "ring_bytes": _int(0, 0, 1 << 32),
+        "nested": _word(None, "auto"), "l2_ept": _int(1, 0, 2), "l2_ad": _int(1, 0, 2), "l2_pml": _FLAG,
+        "roots": _int(1, 1, ROOT_LIMIT + 1),
     },
     "backing": {
         "name": _text(), "kind": _word(None, "4k", "thp", "hugetlb2m", "hugetlb1g", "shm", required=True),
@@ -77,6 +86,18 @@ OPS: dict[str, dict[str, Arg]] = {
     "delete_slot": {"slot": _SLOT},
     **dict.fromkeys(GUEST_OPS, _GUEST),
     "resume": {"vcpu": _VCPU},
+    "l2_map": {
+        "gfns": _L2_PAGES, "l1": _int(None, 0, PAGE_LIMIT), "level": _int(1, 1, 3), "perm": _int(7, 0, 8), "ad": _int(3, 0, 4),
+        "same": _FLAG, "root": _int(0, 0, ROOT_LIMIT),
+    },
+    "l2_tables": {"gfns": _L2_PAGES},
+    **dict.fromkeys(L2_OPS, _GUEST),
+    "enter_l2": {"vcpu": _VCPU},
+    "leave_l2": {"vcpu": _VCPU},
+    "guest_seq": {"vcpu": _VCPU, "seq": Arg("seq", None, ACCESS_LIMIT, GUEST_PAGES, required=True)},
+    "l1_ept_write": {"vcpu": _VCPU, "gfns": _L2_PAGES, "to": _int(None, 0, 8), "remap": _int(None, 0, PAGE_LIMIT)},
+    "l1_invept": {"vcpu": _VCPU},
+    "l1_pml": {"vcpu": _VCPU},
     "get_dirty_log": {"slot": _SLOT, "badptr": _FLAG},
     "clear_dirty_log": {
         "slot": _SLOT, "first": _ADDRESS, "num": _int(None, -INT64, UINT64),
@@ -123,6 +144,19 @@ def _fault_in_runs(value: object, arg: Arg) -> str | None:
     return f"names {total} pages, more than {arg.low}" if total > arg.low else None
 
 
+def _fault_in_seq(text: str, arg: Arg) -> str | None:
+    try:
+        steps = parse_seq(text)
+    except ValueError as error:
+        return str(error)
+    for step in steps:
+        if step.kind == "switch" and step.value >= ROOT_LIMIT:
+            return f"switches to root {step.value}, outside 0..{ROOT_LIMIT - 1}"
+        if step.kind == "remap" and step.value >= PAGE_LIMIT:
+            return f"remaps to gfn {step.value:#x}, outside 0..{PAGE_LIMIT - 1:#x}"
+    return _fault_in_runs([list(run) for step in steps for run in step.runs], arg)
+
+
 def _fault(value: object, arg: Arg) -> str | None:
     """Return what is wrong with `value`, None if nothing is."""
     if arg.kind == "int":
@@ -136,6 +170,8 @@ def _fault(value: object, arg: Arg) -> str | None:
         return None
     if not isinstance(value, str):
         return "is not a string"
+    if arg.kind == "seq":
+        return _fault_in_seq(value, arg)
     if arg.kind == "word" and value not in arg.words:
         return f"is not one of {', '.join(arg.words)}"
     return None
@@ -160,6 +196,8 @@ def check_args(op: str, args: Mapping[str, Any], where: str) -> None:
         fault = _fault(args[name], arg)
         if fault:
             raise RecordingError(f"{where}: argument {name!r} of {op}, {short(args[name])}, {fault}")
+    if op == "l1_ept_write" and ("to" in args) == ("remap" in args):
+        raise RecordingError(f"{where}: l1_ept_write needs one of the arguments 'to' and 'remap'")
 
 
 def unknown_args(op: str, args: Mapping[str, Any]) -> list[str]:

@@ -22,7 +22,7 @@ FLOORS = {
     "kernels": 3,
     "backing": 4, "mm": 4, "notifier": 4, "memslot": 4, "region": 4, "caps": 4, "stats": 4, "events": 4, "observe": 4, "listing": 4,
     "invariants": 4, "tdp_mmu": 4, "shadow_mmu": 4, "shadow_paging": 4, "dirty_log": 4, "vcpu": 4, "vm": 4, "warm": 4,
-    "trace": 5, "recording": 5, "recording_ops": 5, "recording_shapes": 5,
+    "trace": 5, "recording": 5, "recording_ops": 5, "recording_seq": 5, "recording_shapes": 5,
     "workload": 6, "phases": 6, "perf_test": 6, "profile": 6, "limits": 6, "bare_loops": 6, "ratios": 6,
     "patch_states": 6, "patch_trial": 6, "patch_mapping": 6, "patch_logging": 6, "patch_versions": 6, "patches": 6,
     "payload": 6, "replay_guest": 6, "replay_host": 6, "replay_machine": 6, "replay_ops": 6, "replay": 6, "compare": 6, "check": 6,

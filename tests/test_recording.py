@@ -15,10 +15,12 @@ import pytest
 
 from spte import recording as rec
 from spte.recording_ops import OPS, RecordingError, unknown_args, with_defaults
+from spte.recording_seq import Step, parse_seq
 
 GOLDEN = Path(__file__).parent / "golden"
 HEADER = {"format": rec.FORMAT, "kernel": "6.12.1", "config": "tdp", "params": {}, "scenario": "x"}
 NEW_VM = {"i": 0, "op": "new_vm", "args": {}}
+L2_ROOT = {"vcpu": 0, "mmu": "guest_mmu", "which": "cur"}
 
 
 def lines(*records: object) -> bytes:
@@ -48,7 +50,16 @@ def test_every_copy_is_a_recording_whose_arguments_are_all_known(archive: Path) 
         for record in recording.records:
             assert record["op"] in OPS
             assert not unknown_args(record["op"], record["args"])
-    assert len(names) == (57 if "amd" in archive.name else 78)
+    assert len(names) == copies(archive.name)
+
+
+def copies(archive: str) -> int:
+    """How many recordings there are of a machine."""
+    if "nested" not in archive:
+        return 57 if "amd" in archive else 78
+    if "shadow" in archive:
+        return 10
+    return 34 if "pml" in archive else 31
 
 
 @pytest.mark.parametrize(
@@ -83,6 +94,31 @@ def test_every_copy_is_a_recording_whose_arguments_are_all_known(archive: Path) 
         (lines(HEADER, {**NEW_VM, "mmu": [{"vcpu": 0, "leafs": [[0, 0, 1, "e67"]]}]}), "leafs holds"),
         (lines(HEADER, {**NEW_VM, "mmu": {"vcpu": 0}}), "mmu is"),
         (lines(HEADER, {**NEW_VM, "hw": [["pml", 1]]}), "hw holds"),
+        (lines(HEADER, {"i": 0, "op": "new_vm", "args": {"nested": "vmx"}}), "is not one of auto"),
+        (lines(HEADER, {"i": 0, "op": "new_vm", "args": {"nested": "auto", "roots": 0}}), "'roots' of new_vm, 0, is outside"),
+        (lines(HEADER, {"i": 0, "op": "l2_map", "args": {}}), "l2_map needs the argument 'gfns'"),
+        (lines(HEADER, {"i": 0, "op": "l2_map", "args": {"gfns": [[0, 1]], "level": 3}}), "'level' of l2_map, 3, is outside 1..2"),
+        (lines(HEADER, {"i": 0, "op": "l2_map", "args": {"gfns": [[0, 1]], "ad": 4}}), "is outside 0..3"),
+        (lines(HEADER, {"i": 0, "op": "l2_write", "args": {"gfns": [[1 << 20, 1]]}}), "outside"),
+        (lines(HEADER, {"i": 0, "op": "enter_l2", "args": {"vcpu": -1}}), "'vcpu' of enter_l2, -1, is outside"),
+        (lines(HEADER, {"i": 0, "op": "l1_ept_write", "args": {"gfns": [[0, 1]]}}), "one of the arguments 'to' and 'remap'"),
+        (lines(HEADER, {"i": 0, "op": "l1_ept_write", "args": {"gfns": [[0, 1]], "to": 5, "remap": 1}}), "one of the arguments"),
+        (lines(HEADER, {"i": 0, "op": "l1_ept_write", "args": {"gfns": [[0, 1]], "to": 8}}), "is outside 0..7"),
+        (lines(HEADER, {"i": 0, "op": "guest_seq", "args": {}}), "guest_seq needs the argument 'seq'"),
+        (lines(HEADER, {"i": 0, "op": "guest_seq", "args": {"seq": 5}}), "is not a string"),
+        (lines(HEADER, {**NEW_VM, "l1_exits": [[18, "0"]]}), "l1_exits holds [18, '0'], not 3 values"),
+        (lines(HEADER, {**NEW_VM, "l1_exits": [["18", "0", "0"]]}), "l1_exits holds"),
+        (lines(HEADER, {**NEW_VM, "l1_exits": {}}), "l1_exits is {}, not a list"),
+        (lines(HEADER, {**NEW_VM, "log": ["1"]}), "log is ['1'], not a list of numbers"),
+        (lines(HEADER, {**NEW_VM, "nested": [1]}), "nested is [1], not a dict"),
+        (lines(HEADER, {**NEW_VM, "nested": {"in_l2": ["1"]}}), "nested.in_l2 is ['1']"),
+        (lines(HEADER, {"i": 0, "op": "l2_tables", "args": {"gfns": []}, "entries": [[1, 2]]}), "entries holds [1, 2], not 4"),
+        (lines(HEADER, {"i": 0, "op": "collect_ring", "args": {}, "entries": [[1, 2, 1, "7"]]}), "entries holds"),
+        (lines(HEADER, {**NEW_VM, "mmu": [{"vcpu": 0, "mmu": "root_mmu"}]}), "a root of 'root_mmu' None"),
+        (lines(HEADER, {**NEW_VM, "mmu": [{"vcpu": 0, "mmu": "root_mmu", "which": "prev3"}]}), "a root of 'root_mmu' 'prev3'"),
+        (lines(HEADER, {**NEW_VM, "mmu": [{**L2_ROOT, "pgd": ["0"]}]}), "mmu holds the pgd ['0'], not a string"),
+        (lines(HEADER, {**NEW_VM, "mmu": [{**L2_ROOT, "leafs": [[1, 0, 1, "b77"]]}]}), "leafs holds"),
+        (lines(HEADER, {**NEW_VM, "mmu": [{**L2_ROOT, "mmu": "root_mmu", "leafs": [[1, 0, 1, "b77", 0]]}]}), "leafs holds"),
         (b'{"format": ' + b"[" * 100_000 + b"\n", "line 1 is not JSON"),
         (b'{"format": ' + b"9" * 5_000 + b"}\n", "line 1 is not JSON"),
         (b'{"format": NaN}\n', "line 1 is not JSON"),
@@ -96,6 +132,44 @@ def test_what_is_not_a_recording_is_refused_with_one_line(data: bytes, message: 
     assert text.startswith("some.jsonl: ")
     assert "\n" not in text
     assert len(text) < 300
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "", "E", "e:1", "q:1-2", "w", "w:", "w:5-", "w:-5", "w:5-4", "w:0x", "w:1,,2", "w:1, 2", "w: 1", "w:" + "9" * 5000, "S", "S:x",
+        "P:1-2", "P:1-2=", "P:1-2=8", "P:1-2=7x", "P:1,2=7", "P:3-2=7", "R:1-2", "R:1-2=z", "o",
+    ],
+)  # fmt: skip
+def test_a_step_outside_the_grammar_is_refused_with_one_line_that_holds_it(step: str) -> None:
+    record = {"i": 0, "op": "guest_seq", "args": {"seq": f"e/w:0x1000-0x1003/{step}/l"}}
+    with pytest.raises(RecordingError, match="holds the step") as caught:
+        rec.parse("some.jsonl", lines(HEADER, record))
+    text = str(caught.value)
+    assert f"holds the step {step[:20]!r}"[:-1] in text
+    assert "\n" not in text
+    assert len(text) < 300
+
+
+@pytest.mark.parametrize(
+    ("seq", "message"),
+    [
+        ("w:0x100000", "outside 0..1048576"), ("/".join(["w:0-0xfffff"] * 17), "more than"), ("S:16", "switches to root 16"),
+        ("R:1=0x10000000000", "remaps to gfn 0x10000000000"),
+    ],
+)  # fmt: skip
+def test_a_step_out_of_bounds_is_refused(seq: str, message: str) -> None:
+    with pytest.raises(RecordingError, match=message):
+        rec.parse("some.jsonl", lines(HEADER, {"i": 0, "op": "guest_seq", "args": {"seq": seq}}))
+
+
+def test_a_sequence_gives_its_steps_in_order() -> None:
+    assert parse_seq("e/w:0x10-0x1F,7/r:16/m:1/c:1/b:1-2/x:3/o:4/i/S:1/P:0x10-17=5/P:1=7d/P:1=0a/R:2-3=0x40/l") == [
+        Step("enter"), Step("write", ((16, 16), (7, 1))), Step("read", ((16, 1),)), Step("rmw", ((1, 1),)),
+        Step("cmpxchg_fail", ((1, 1),)), Step("read_write", ((1, 2),)), Step("exec", ((3, 1),)), Step("insb", ((4, 1),)),
+        Step("invept"), Step("switch", value=1), Step("protect", ((16, 2),), 5), Step("protect", ((1, 1),), 7, "d"),
+        Step("protect", ((1, 1),), 0, "a"), Step("remap", ((2, 2),), 64), Step("leave"),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.xz", "x.tar.xz", "x.tar.gz", "x.tar"])
@@ -139,6 +213,10 @@ def test_defaults_are_those_of_the_format() -> None:
     assert with_defaults("madvise", {"backing": "A", "pages": []})["advice"] == 4
     assert with_defaults("new_vm", {}) == {
         "vcpus": 1, "mode": "flat", "guest_page": "2m", "guest_ad": 1, "manual": None, "ring_bytes": 0,
+        "nested": None, "l2_ept": 1, "l2_ad": 1, "l2_pml": 0, "roots": 1,
+    }  # fmt: skip
+    assert with_defaults("l2_map", {"gfns": [[1, 2]]}) == {
+        "gfns": [[1, 2]], "l1": None, "level": 1, "perm": 7, "ad": 3, "same": 0, "root": 0,
     }  # fmt: skip
 
 
