@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from spte.compare import Difference, InForce, differences, fields_of
+from spte.compare import InForce, differences, fields_of
+from spte.difference import Difference
 from spte.recording import Recording
-from spte.recording_ops import GUEST_OPS
+from spte.recording_ops import RUN_OPS
 from spte.replay import Replay
 from spte.replay_guest import UnsupportedOp
 
@@ -95,7 +96,7 @@ def check(recording: Recording) -> Report:
             if op == "set":
                 traced = record["args"].get("trace", 1) == 1
             model.apply(got)
-            reasons = traced and run.machine.intel and (op in GUEST_OPS or op == "resume")
+            reasons = traced and run.machine.intel and op in RUN_OPS
             first: Difference | None = next(differences(record, got, force, model, reasons=reasons), None)
             if first is not None:
                 key, expected, actual, gfn, level = first

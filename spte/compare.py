@@ -8,45 +8,42 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+
+from spte.compare_mmu import Root, Roots, root_differences, unknown_mmu_keys
+from spte.difference import Difference, Json, first_in_runs
+from spte.recording_ops import VCPU_LIMIT
 
 INPUT = frozenset({"i", "op", "args", "hva_mod_1g", "hva_mod_2m", "thp_kb", "now"})
 DIRECT = frozenset({
     "ret", "errno", "manual_ret", "manual_errno", "ring_ret", "ring_errno",
-    "dirty", "bytes", "entries", "n", "left_gpa", "left_size",
+    "dirty", "bytes", "entries", "n", "left_gpa", "left_size", "pml_index", "log",
+    *(f"init_ret{vcpu}" for vcpu in range(VCPU_LIMIT)),
 })  # fmt: skip
-IN_FORCE = frozenset({"slots", "kbitmap", "mmu", "stats"})
+IN_FORCE = frozenset({"slots", "kbitmap", "mmu", "stats", "nested"})
 EACH_OP = frozenset({"exits", "exit_reasons", "hw"})
 NOT_COMPARED = frozenset({"events", "vals", "mem"})
-KNOWN = INPUT | DIRECT | IN_FORCE | EACH_OP | NOT_COMPARED
+KNOWN = INPUT | DIRECT | IN_FORCE | EACH_OP | NOT_COMPARED | {"l1_exits"}
 
 VM_STATS = frozenset({"pages_4k", "pages_2m", "pages_1g", "remote_tlb_flush_requests", "nx_lpage_splits"})
 VCPU_STATS = frozenset({"pf_taken", "pf_fixed", "pf_fast", "pf_emulate", "pf_spurious", "pf_mmio_spte_created"})
 OTHER_STATS = frozenset({
-    "tlb_flush", "mmu_cache_miss", "mmu_shadow_zapped", "mmu_pte_write", "max_mmu_rmap_size", "remote_tlb_flush",
+    "tlb_flush", "mmu_cache_miss", "mmu_shadow_zapped", "mmu_pte_write", "max_mmu_rmap_size", "remote_tlb_flush", "mmu_unsync",
 })  # fmt: skip
 
 SLOT_KEYS = ("base_gfn", "npages", "flags", "disallow_l2", "disallow_l3", "kbitmap")
-MMU_KEYS = ("root_level", "role", "root", "root_invalid", "leafs", "tables", "other", "pfn_mismatch")
+NESTED_KEYS = ("in_l2", "rmaps", "logging_slots", "pml01", "pml02", "deferred")
 EXIT_KEYS = frozenset({"exit", "error", "more", "gpa", "len", "write", "in", "port", "size", "count"})
 EXIT_REASONS = frozenset({"EPT_VIOLATION", "EPT_MISCONFIG", "PML_FULL", "IO_INSTRUCTION"})
 CPU_REASONS = frozenset({"HLT", "EXCEPTION_NMI"})
+# Not compared: L1's VMX instructions are its program, and what they do shows in `nested`, `l1_exits` and `mmu`; SVM's
+# npf is pf_taken once more, and its io is in `exits`.
+VMX_REASONS = frozenset({"VMLAUNCH", "VMRESUME", "VMCALL", "VMREAD", "VMWRITE", "VMPTRLD", "VMCLEAR", "INVEPT"})
+SVM_REASONS = frozenset({"vmrun", "hypercall", "npf", "io", "hlt", "PF"})
+KNOWN_REASONS = EXIT_REASONS | CPU_REASONS | VMX_REASONS | SVM_REASONS
 HW_COMPARED = frozenset({"pml", "pml_full"})
 HW_CPU = frozenset({
     "setA", "setD", "setA+setD", "setA+walk", "setD+walk", "setA+setD+walk", "ept_violation", "ept_misconfig",
 })  # fmt: skip
-
-Json = Any
-
-
-class Difference(NamedTuple):
-    """One value that differs. `gfn` and `level` are None where the value belongs to no place in the tables."""
-
-    key: str
-    expected: Json
-    got: Json
-    gfn: int | None = None
-    level: int | None = None
 
 
 @dataclass
@@ -60,13 +57,16 @@ class InForce:
     slots : dict
         ``(as, id) -> slot`` without those two keys.
     mmu : dict
-        ``vcpu -> entry``, complete.
+        ``(vcpu, mmu, which) -> entry``, complete; the last two are empty where a vCPU has one root.
+    nested : dict
+        ``name -> value`` of what KVM keeps for a guest that runs a guest.
     """
 
     stats: dict[tuple[str, str], int] = field(default_factory=dict)
     slots: dict[tuple[int, int], dict[str, Json]] = field(default_factory=dict)
-    mmu: dict[int, dict[str, Json]] = field(default_factory=dict)
-    _tables: dict[int, Json] = field(default_factory=dict)
+    mmu: dict[Root, dict[str, Json]] = field(default_factory=dict)
+    nested: dict[str, Json] = field(default_factory=dict)
+    _roots: Roots = field(default_factory=Roots)
 
     def apply(self, record: Mapping[str, Json]) -> list[str]:
         """Take over what `record` changes; returns the names of keys that no table of the format knows."""
@@ -75,7 +75,8 @@ class InForce:
             self.stats.clear()
             self.slots.clear()
             self.mmu.clear()
-            self._tables.clear()
+            self.nested.clear()
+            self._roots = Roots()
         unknown += self._apply_stats(record.get("stats", {}))
         if "slots" in record:
             self.slots = {(s["as"], s["id"]): {k: s.get(k) for k in SLOT_KEYS} for s in record["slots"]}
@@ -84,10 +85,12 @@ class InForce:
             number = int(key) if key.isdecimal() else -1
             self.slots.setdefault((number >> 16, number & 0xFFFF), {})["kbitmap"] = runs
         if "mmu" in record:
-            self.mmu = {m["vcpu"]: self._mmu_entry(m) for m in record["mmu"]}
-            unknown += [f"mmu.{k}" for m in record["mmu"] for k in m if k not in (*MMU_KEYS, "vcpu")]
+            self.mmu = self._roots.complete(record["mmu"])
+            unknown += [f"mmu.{k}" for m in record["mmu"] for k in unknown_mmu_keys(m)]
+        self.nested |= record.get("nested", {})
+        unknown += [f"nested.{k}" for k in record.get("nested", {}) if k not in NESTED_KEYS]
         unknown += [f"exits.{k}" for e in record.get("exits", ()) for k in e if k not in EXIT_KEYS]
-        unknown += [f"exit_reasons.{k}" for k in record.get("exit_reasons", {}) if k not in EXIT_REASONS | CPU_REASONS]
+        unknown += [f"exit_reasons.{k}" for k in record.get("exit_reasons", {}) if k not in KNOWN_REASONS]
         unknown += [f"hw.{h[0]}" for h in record.get("hw", ()) if h[0] not in HW_COMPARED | HW_CPU]
         return unknown
 
@@ -101,29 +104,15 @@ class InForce:
                 elif name not in OTHER_STATS and value:
                     yield f"stats.{who}.{name}"
 
-    def _mmu_entry(self, entry: Mapping[str, Json]) -> dict[str, Json]:
-        vcpu = entry["vcpu"]
-        if "root" in entry:
-            return {key: entry.get(key) for key in ("root_level", "role", "root")}
-        if "tables" in entry:
-            self._tables[vcpu] = entry["tables"]
-        return {
-            **{key: entry.get(key) for key in MMU_KEYS},
-            "tables": self._tables.get(vcpu),
-            "other": entry.get("other", []),
-            "pfn_mismatch": entry.get("pfn_mismatch", []),
-        }
-
-
-
 
 def fields_of(expected: Mapping[str, Json], force: InForce) -> int:
     """Return how many values a comparison of this op looks at."""
     direct = sum(key in DIRECT for key in expected)
     slots = len(force.slots) * len(SLOT_KEYS)
     mmu = sum(len(entry) for entry in force.mmu.values())
-    vcpus = len(force.mmu)
-    return direct + slots + mmu + len(VM_STATS) + vcpus * len(VCPU_STATS) + len(EACH_OP)
+    vcpus = len({root.vcpu for root in force.mmu})
+    nested = len(force.nested) + 1 if force.nested else 0
+    return direct + slots + mmu + nested + len(VM_STATS) + vcpus * len(VCPU_STATS) + len(EACH_OP)
 
 
 def differences(
@@ -142,9 +131,10 @@ def differences(
     """
     for key in sorted(DIRECT & (expected.keys() | got.keys())):
         if key not in expected or key not in got or expected[key] != got[key]:
-            yield _value(key, expected.get(key), got.get(key))
+            yield from _value(key, expected.get(key), got.get(key), expected.get("op"))
     halted = [{"exit": "hlt"}]
     yield from _items("exits", expected.get("exits", halted), got.get("exits", halted))
+    yield from _items("l1_exits", expected.get("l1_exits", []), got.get("l1_exits", []))
     yield from _items("hw", _hardware(expected), _hardware(got))
     if reasons:
         ours, theirs = got.get("exit_reasons", {}), expected.get("exit_reasons", {})
@@ -156,13 +146,21 @@ def differences(
         if a != b:
             yield Difference(f"stats.{who}.{name}", a, b)
     yield from _slots(force.slots, model.slots)
-    yield from _mmu(force.mmu, model.mmu)
+    for name in NESTED_KEYS:
+        if force.nested.get(name) != model.nested.get(name):
+            yield Difference(f"nested.{name}", force.nested.get(name), model.nested.get(name))
+    yield from root_differences(force.mmu, model.mmu)
 
 
-def _value(key: str, expected: Json, got: Json) -> Difference:
-    if key in ("dirty", "entries") and isinstance(expected, list) and isinstance(got, list):
-        return next(_items(key, expected, got))
-    return Difference(key, expected, got)
+def _value(key: str, expected: Json, got: Json, op: str | None) -> Iterator[Difference]:
+    if key not in ("dirty", "entries", "log") or not isinstance(expected, list) or not isinstance(got, list):
+        yield Difference(key, expected, got)
+    elif op == "l2_tables":
+        where = first_in_runs(expected, got)
+        if where is not None:
+            yield Difference(key, where.expected, where.got, where.gfn, where.level)
+    else:
+        yield from _items(key, expected, got)
 
 
 def _items(key: str, expected: Sequence[Json], got: Sequence[Json]) -> Iterator[Difference]:
@@ -221,65 +219,3 @@ def _consecutive(runs: Sequence[Json]) -> list[tuple[int, int, int, int]]:
         out.append((1, at, count, value))
         at += count
     return out
-
-
-def _mmu(expected: Mapping[int, Json], got: Mapping[int, Json]) -> Iterator[Difference]:
-    for vcpu in sorted(expected.keys() | got.keys()):
-        a, b = expected.get(vcpu), got.get(vcpu)
-        name = f"mmu[{vcpu}]"
-        if a is None or b is None:
-            yield Difference(name, a, b)
-            continue
-        for part in MMU_KEYS:
-            left, right = a.get(part), b.get(part)
-            if left == right:
-                continue
-            if part in ("leafs", "tables", "other") and isinstance(left, list) and isinstance(right, list):
-                rows = [[(r[0], r[1], 1, r[2]) for r in side] if part == "other" else side for side in (left, right)]
-                where = first_in_runs(rows[0], rows[1])
-                if where is not None:  # else the same SPTEs, merged in another way
-                    yield Difference(f"{name}.{part}", where.expected, where.got, where.gfn, where.level)
-            else:
-                yield Difference(f"{name}.{part}", left, right)
-
-
-class _Place(NamedTuple):
-    level: int
-    gfn: int
-    expected: Json
-    got: Json
-
-
-def first_in_runs(expected: Sequence[Sequence[Json]], got: Sequence[Sequence[Json]]) -> _Place | None:
-    """Return the first place at which two listings ``[level, gfn, count, value...]`` differ, None if none.
-
-    How a listing is merged into runs does not matter; its order does.
-    """
-    left, right = _heads(expected), _heads(got)
-    a, b = next(left, None), next(right, None)
-    while a is not None and b is not None:
-        if (a[0], a[1], a[3]) != (b[0], b[1], b[3]):
-            same_place = a[:2] == b[:2]
-            a_first = same_place or (a[1], -a[0]) < (b[1], -b[0])
-            b_first = same_place or not a_first
-            level, gfn = (a if a_first else b)[:2]
-            return _Place(level, gfn, _shown(a[3]) if a_first else None, _shown(b[3]) if b_first else None)
-        count = min(a[2], b[2])
-        step = count << 9 * (a[0] - 1)
-        a = (a[0], a[1] + step, a[2] - count, a[3]) if a[2] > count else next(left, None)
-        b = (b[0], b[1] + step, b[2] - count, b[3]) if b[2] > count else next(right, None)
-    if a is None and b is None:
-        return None
-    level, gfn, _, value = a or b  # type: ignore[misc]
-    return _Place(level, gfn, _shown(value) if a else None, _shown(value) if b else None)
-
-
-def _heads(runs: Sequence[Sequence[Json]]) -> Iterator[tuple[int, int, int, tuple[Json, ...]]]:
-    for run in runs:
-        level, gfn, count, *value = run
-        if count > 0:
-            yield level, gfn, count, tuple(value)
-
-
-def _shown(value: tuple[Json, ...]) -> Json:
-    return value[0] if len(value) == 1 else list(value)

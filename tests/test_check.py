@@ -11,7 +11,8 @@ import pytest
 
 from spte import recording as rec
 from spte.check import Report, check, totals
-from spte.compare import InForce, differences, first_in_runs
+from spte.compare import InForce, differences
+from spte.difference import first_in_runs
 
 GOLDEN = Path(__file__).parent / "golden"
 Records = list[dict[str, Any]]

@@ -25,7 +25,8 @@ FLOORS = {
     "trace": 5, "recording": 5, "recording_ops": 5, "recording_seq": 5, "recording_shapes": 5,
     "workload": 6, "phases": 6, "perf_test": 6, "profile": 6, "limits": 6, "bare_loops": 6, "ratios": 6,
     "patch_states": 6, "patch_trial": 6, "patch_mapping": 6, "patch_logging": 6, "patch_versions": 6, "patches": 6,
-    "payload": 6, "replay_guest": 6, "replay_host": 6, "replay_machine": 6, "replay_ops": 6, "replay": 6, "compare": 6, "check": 6,
+    "payload": 6, "replay_guest": 6, "replay_host": 6, "replay_machine": 6, "replay_ops": 6, "replay": 6, "check": 6,
+    "difference": 6, "compare_mmu": 6, "compare": 6,
     "cli": 7,
 }  # fmt: skip
 TOP = 8  # `spte` itself re-exports the public names and may import all but the command line
