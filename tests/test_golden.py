@@ -25,6 +25,7 @@ NOT_YET = {
     **dict.fromkeys(("i1_long_g2m_4k", "i1_long_g2m_thp", "i1_long_g4k_4k", "i1_long_g4k_thp", "i2_long_pt_logged"), LONG),
     **dict.fromkeys(("12-long-4kpt", "13-long-4kpt-noad", "24-thp-long-rounds"), LONG),
 }
+NESTED = "6.12-nested-*"  # archives of a guest that runs a guest: their ops have no replay yet
 TIMING = "6.1 yielded, and so flushed, in the middle of the walk over a 1 GiB slot"
 
 
@@ -36,7 +37,7 @@ def reason_of(config: str, scenario: str) -> str | None:
 
 def every_recording() -> list[object]:
     params: list[object] = []
-    for path in sorted(GOLDEN.glob("*.tar.xz")):
+    for path in sorted(set(GOLDEN.glob("*.tar.xz")) - set(GOLDEN.glob(NESTED))):
         with tarfile.open(path) as tar:
             names = tar.getnames()
         config = path.name.removesuffix(".tar.xz")
