@@ -5,9 +5,9 @@ from spte._version import __version__
 from spte.backing import Backing
 from spte.context import EXEC, READ, WRITE
 from spte.errors import DirtyLoggingLeak, InvariantError, KvmError
+from spte.exits import Exit
 from spte.platform import Platform
 from spte.policy import Policy
-from spte.vcpu import Exit
 from spte.vm import VM
 
 __all__ = [

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from spte import guest_memory, notifier
 from spte import host as hostmm
-from spte import notifier
+from spte.context import U64s
 from spte.errors import SlotAlignmentError, SlotRangeError
 from spte.memory import Pool
 
@@ -46,6 +47,7 @@ def _release_gone() -> None:
 
 def _release(first_block: int, blocks: int, unit: int, units: int) -> None:
     h = hostmm.the_host()
+    guest_memory.forget(first_block, blocks)
     for block in first_block + np.flatnonzero(h.block[first_block : first_block + blocks] == hostmm.MIXED):
         hostmm.drop_mixed(h, block, hostmm.EMPTY)
     h.block[first_block : first_block + blocks] = hostmm.EMPTY
@@ -124,6 +126,28 @@ class Backing:
         """Bytes that the host maps huge."""
         blocks = hostmm.the_host().block[self._first_block : self._end_block]
         return int((blocks >= hostmm.HUGE).sum()) * _BLOCK
+
+    def table(self, page: int) -> U64s:
+        """Return the contents of page `page` as 512 words, to be read and written: memory that guest page tables lie in.
+
+        Parameters
+        ----------
+        page : int
+            Number of the page in this memory.
+
+        Returns
+        -------
+        ndarray of uint64[512]
+            A view; what is stored is what KVM reads from then on. Other pages read as zero.
+
+        Raises
+        ------
+        SlotRangeError
+            EINVAL: the page lies outside this memory.
+        """
+        if not 0 <= page < self.size // PAGE:
+            raise SlotRangeError(f"page {page} is outside {self!r} of {self.size // PAGE} pages")
+        return guest_memory.contents(self.hpage + page)
 
     def write(self, first: int, count: int) -> None:
         """Store into `count` pages from page `first` on, from userspace: never in a dirty log; zero pages are copied."""

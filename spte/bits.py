@@ -33,11 +33,35 @@ FROZEN_LOW = U64(0x5A0)
 SOFT_ACCESSED, SOFT_DIRTY = ONE << U64(8), ONE << U64(9)  # EPT without A/D bits, where software keeps them
 
 # Role of a page table, 32 bits: level 3:0, direct 7, access 10:8, invalid 11, efer_nx 12, cr0_wp 13, ad_disabled 16, guest_mode 17.
-ROLE_DIRECT = 0x3780
+ROLE_LEVEL = 0xF
+ROLE_IS_DIRECT = 1 << 7
+ROLE_ACCESS_SHIFT = 8
+ROLE_ACCESS = 7 << ROLE_ACCESS_SHIFT
+ROLE_DIRECT = 0x3780  # of a direct root, without its level
 ROLE_PAGING_OFF = 0x1780  # direct, cr0_wp clear: what a guest without paging runs on under shadow paging
+ROLE_LONG, ROLE_NPT12, ROLE_EPT12 = 0x3700, 0x1700, 0x0700  # roots that shadow 64-bit guest tables, L1's NPT, L1's EPT
 ROLE_INVALID = 1 << 11
 ROLE_AD_DISABLED = 1 << 16
 ROLE_GUEST_MODE = 1 << 17
+
+
+ACC_EXEC, ACC_WRITE, ACC_USER, ACC_ALL = 1, 2, 4, 7  # what a guest table, or a page that shadows it, allows
+
+
+class GuestPaging(NamedTuple):
+    """Masks of the guest page-table entries that KVM shadows, all `np.uint64`: 64-bit tables, L1's NPT, or L1's EPT."""
+
+    present: np.uint64  # an entry with none of these bits is absent
+    user: np.uint64  # readable
+    x: np.uint64
+    nx: np.uint64
+    accessed: np.uint64  # 0: the tables have no A and D bits
+    dirty: np.uint64
+
+
+GUEST_LONG = GuestPaging(ONE, ONE << U64(2), ZERO, ONE << U64(63), ONE << U64(5), ONE << U64(6))  # NPT has the same format
+GUEST_EPT = GuestPaging(EPT_RWX, ONE, ONE << U64(2), ZERO, ONE << U64(8), ONE << U64(9))
+GUEST_EPT_NO_AD = GUEST_EPT._replace(accessed=ZERO, dirty=ZERO)
 
 
 class Layout(NamedTuple):

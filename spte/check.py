@@ -77,10 +77,6 @@ def check(recording: Recording) -> Report:
     RecordingError
         The recording can not be performed as written, or is of a machine that the model does not have.
     """
-    for record in recording.records:
-        if "nested" in record["args"]:  # before the replay is made: it does not know the configs of these recordings
-            what = "not modelled: a guest that runs a guest"
-            return Report(recording.name, 0, 0, Finding(record["i"], record["op"], "op", None, None, record["op"], what))
     run = Replay(recording.header)
     force, model = InForce(), InForce()
     fields = 0

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from spte.bits import Layout
+from spte.bits import GuestPaging, Layout
 
 U64s = npt.NDArray[np.uint64]
 I64s = npt.NDArray[np.int64]
@@ -26,8 +26,16 @@ class Tables(NamedTuple):
     parent: npt.NDArray[np.int32]  # row that links to this one, -1 for a root
     nx_disallowed: npt.NDArray[np.uint8]  # 1: linked by an exec fault under the NX mitigation, 2: and a huge page would fit
     shadow: npt.NDArray[np.uint8]  # 1: the row belongs to the shadow MMU, whose leaves stand in rmaps; PAE_ROOT
-    hash: npt.NDArray[np.int32]  # shadow pages by gfn and role: first row + 1 of each bucket
+    hash: npt.NDArray[np.int32]  # shadow pages by gfn: first row + 1 of each bucket
     hash_next: npt.NDArray[np.int32]  # next row + 1 of the bucket
+    shadowed: U64s  # [capacity, 512] gfn << 3 | access of each entry of a page that shadows a guest table
+    unsync: npt.NDArray[np.uint8]  # 1: the guest may write the table that the row shadows
+    flood: npt.NDArray[np.uint8]  # emulated writes to that table since it was last used
+    held: npt.NDArray[np.uint8]  # vCPUs that hold the shadow page as a root
+    parents: I64s  # heads of the entries that link to a shadow page, as `spte.rmap` has them
+    roots: I64s  # rows of the TDP MMU's valid roots
+    doomed: npt.NDArray[np.int32]  # scratch: pages to be zapped or synced
+    path: I64s  # scratch of a walk over the pages below a root
     free: npt.NDArray[np.int32]  # stack of freed rows
     meta: I64s  # ROWS, FREED, and the VM's counters below
     places: U64s  # scratch of a harvest: entries of `sptes`, flat, that are to be re-armed
@@ -37,7 +45,8 @@ class Tables(NamedTuple):
 ROWS, FREED, PAGES_4K, PAGES_2M, PAGES_1G, FLUSHES, NX_SPLITS = 0, 1, 2, 3, 4, 5, 6
 SPTES_WRITTEN, SPLITS_2M, SPLITS_1G, ZAPPED, COLLAPSED, DIRTY_MARKS = 7, 8, 9, 10, 11, 12
 CPU_DIRTY_LOGGING_REQUESTS, VCPU_KICKS = 13, 14
-META_COLUMNS = 15
+TDP_ROOTS, INDIRECT, UNSYNC = 15, 16, 17  # valid roots in `roots`; pages that shadow guest tables; those of them that are unsync
+META_COLUMNS = 18
 HARVEST_WORDS = 512  # words of a dirty bitmap looked at together: 32768 gfns
 
 
@@ -76,6 +85,9 @@ class Host(NamedTuple):
     own_pages: npt.NDArray[np.int32]  # pages of each row of `page` that are own and writable
     meta: I64s  # rows of `page` in use, rows freed
     free: npt.NDArray[np.int32]  # stack of freed rows of `page`
+    words_of: npt.NDArray[np.int32]  # row + 1 of `words_page` of a block some of whose pages have contents
+    words_page: npt.NDArray[np.int32]  # [rows, 512] row + 1 of `words`
+    words: U64s  # [rows, 512] contents of the pages that hold guest page tables
 
 
 class Vcpu(NamedTuple):
@@ -87,12 +99,19 @@ class Vcpu(NamedTuple):
     ring: U64s  # [entries, 2]: flags | slot << 32, offset
     log: U64s  # [n, LOG_COLUMNS]; n == 0: nothing is recorded
     walked: U64s  # where the walks of the next accesses ended: (row * 512 + index) << 3 | level
+    guest: I64s  # the last walk of guest page tables, columns below
 
 
 # Columns of Vcpu.reg.
 PML_ON, PML_INDEX, RING_SIZE, RING_DIRTY, RING_RESET, RING_SOFT, RING_FULL_REQUEST = 0, 1, 2, 3, 4, 5, 6
 ROOT, EXIT_REASON, COUNTED, LOGGED, EXIT_GFN = 7, 8, 9, 10, 11
-REG_COLUMNS = 12
+PGD, STORE, AHEAD, STAY = 12, 13, 14, 15  # gfn of the guest's root table if KVM shadows it, else -1; bytes into the page of a write ...
+L1_PML_GFN, L1_PML_INDEX = 16, 17  # L1's own PML buffer while L2 runs with it, else -1; its index
+PML_BARRED = 18  # L2 runs with PML off: a full buffer is an exit that must not happen
+REG_COLUMNS = 19
+# Columns of Vcpu.guest: level and gfn that the walk came to, access allowed there; table and access on the way by level.
+GW_LEVEL, GW_GFN, GW_ACCESS, GW_GPTE, GW_TABLE, GW_TABLE_ACCESS = 0, 1, 2, 3, 4, 10
+GW_COLUMNS = 16
 # Columns of Vcpu.stat.
 PF_TAKEN, PF_FIXED, PF_FAST, PF_EMULATE, PF_SPURIOUS, PF_MMIO_SPTE_CREATED = 0, 1, 2, 3, 4, 5
 EXITS, PML_ENTRIES, PML_FULLS, RING_FULLS, SLOW_FAULTS, VIOLATIONS, MISCONFIGS = 6, 7, 8, 9, 10, 11, 12
@@ -100,6 +119,9 @@ STAT_COLUMNS = 13
 WALKS_AHEAD = 256
 # Exit reasons of a stay in the guest.
 DONE, EXIT_RING_FULL, EXIT_MMIO, EXIT_HOST, EXIT_EFAULT, EXIT_NOMEM, EXIT_LOG = 0, 1, 2, 3, 4, 5, 6
+EXIT_GUEST_FAULT, EXIT_GUEST_PML_FULL = 7, 8  # the guest's own tables do not allow the access; L1's PML buffer is full
+EXIT_SHADOW, EMULATED, EXIT_ROOT = 9, 10, 11  # a fault for the shadow MMU; KVM did the access itself; the root was zapped
+EXIT_INTERNAL = 12  # KVM gives up
 # Events in Vcpu.log: kind and up to five values.
 LOG_COLUMNS = 6
 EV_FAULT, EV_FAST, EV_SET, EV_SPTE, EV_MARK, EV_PML, EV_PML_FULL, EV_PUSH, EV_RING_EXIT, EV_MMIO = 1, 2, 3, 4, 5, 6, 7, 8, 9, 10
@@ -127,6 +149,10 @@ class Mode(NamedTuple):
     collapse_pages: np.int64
     collapse_precise: np.int64
     level_clamped: np.int64
+    hw_ad: np.int64  # the running root's A and D bits are set by hardware
+    disabled_ad: np.int64  # A and D bits are kept in entries of type disabled too
+    tdp: np.int64  # the CPU has two-dimensional paging
+    gpte: GuestPaging  # the guest tables that KVM shadows
 
 
 def zeros(count: int, dtype: Any = np.int64) -> npt.NDArray[Any]:

@@ -13,7 +13,7 @@ from spte.kernels.clear_dirty import clear_dirty_slot
 from spte.kernels.collapse import collapse_slot
 from spte.kernels.harvest import clear_dirty_log, get_dirty_log
 from spte.kernels.ring_reset import reset_ring
-from spte.kernels.rmap import zap_collapsible_rmaps
+from spte.kernels.rmap import split_slot_rmaps, zap_collapsible_rmaps
 from spte.kernels.set_dirty import set_dirty_slot
 from spte.kernels.split import split_slot
 from spte.kernels.write_protect import write_protect_slot
@@ -37,6 +37,9 @@ def arm_slot(vm: VM, slot: Memslot) -> None:
     if slot.flags & READONLY or (all_set and policy.initially_set_enable == "nothing"):
         return
     if m.eager and not all_set:
+        if vm.memslots.has_rmaps(slot):
+            s, k = vm.memslots.place(slot)
+            split_slot_rmaps(t, s, m, k)
         with vm.mmu.traced():
             split_slot(t, m, vm.mmu.roots(slot.as_id), slot.base_gfn, slot.end_gfn)
     cleared = 0
@@ -61,15 +64,17 @@ def collapse(vm: VM, slot: Memslot) -> None:
     if slot.flags & READONLY:
         return
     s, k = vm.memslots.place(slot)
+    if vm.memslots.has_rmaps(slot):
+        # The walk took in the rmaps of level 2 later.
+        levels = np.int64(1 if vm.policy.collapse == "zap-leaf" else 2)
+        if zap_collapsible_rmaps(t, s, the_host(), m, k, levels):
+            vm.mmu.flush()
     with vm.mmu.traced():
-        if m.shadow:
-            # The walk took in the rmaps of level 2 later.
-            done = zap_collapsible_rmaps(t, s, the_host(), m, k, np.int64(1 if vm.policy.collapse == "zap-leaf" else 2))
-        elif vm.policy.collapse == "zap-leaf":
+        if vm.policy.collapse == "zap-leaf":
             done = zap_collapsible(t, s, the_host(), m, k)
         else:
             done = collapse_slot(t, s, the_host(), m, vm.mmu.roots(slot.as_id), k)
-    if done and (m.shadow or not m.flush_each):
+    if done and not m.flush_each:
         vm.mmu.flush()
     if vm.policy.disable_sets_dirty and m.dirty_log_size:
         with vm.mmu.traced():

@@ -13,22 +13,35 @@ _ROLE_LEVEL = bt.U64(0xF)
 
 
 @helper
-def make_leaf(m, level, pfn, old, prefetch, host_writable, guest_mode, exec_ok):
-    """Build a leaf; W and D as host and old value give them. Marking dirty is the caller's."""
+def type_of(m, role):
+    """Return the A/D type of the entries of a page with `role`."""
+    if m.lay.type_root != bt.ZERO or role & bt.ROLE_AD_DISABLED:
+        return bt.TYPE_DISABLED
+    if role & bt.ROLE_GUEST_MODE and m.dirty_log_size > 0:
+        return bt.TYPE_WRPROT
+    return bt.ZERO
+
+
+@helper
+def make_leaf(m, level, pfn, old, prefetch, host_writable, role, access, write):
+    """Build a leaf that allows what `access` and `write` say; D as the old value gives it. Marking dirty is the caller's."""
     lay = m.lay
-    kind = lay.type_root
-    if kind == bt.ZERO and guest_mode and m.dirty_log_size > 0:
-        kind = bt.TYPE_WRPROT
-    spte = bt.MMU_PRESENT | lay.present | kind | lay.user | lay.memtype | (pfn << bt.SHIFT_PAGE)
-    if not prefetch:
+    kind = type_of(m, role)
+    spte = bt.MMU_PRESENT | lay.present | kind | lay.memtype | (pfn << bt.SHIFT_PAGE)
+    has_ad = kind != bt.TYPE_DISABLED or m.disabled_ad
+    if not prefetch and has_ad:
         spte |= lay.accessed
-    spte |= lay.x if exec_ok else lay.nx
+    spte |= lay.x if access & bt.ACC_EXEC else lay.nx
+    if access & bt.ACC_USER:
+        spte |= lay.user
     if level > 1:
         spte |= bt.LARGE
     if host_writable:
-        spte |= lay.host_writable | lay.mmu_writable | bt.WRITABLE
+        spte |= lay.host_writable
+    if write:
+        spte |= lay.mmu_writable | bt.WRITABLE
         # Bit 1 of the raw old value, whatever that value is: up to 6.12 the builder then leaves D out.
-        if m.dirty_on_remake or (old & bt.WRITABLE) == bt.ZERO:
+        if has_ad and (m.dirty_on_remake or (old & bt.WRITABLE) == bt.ZERO):
             spte |= lay.dirty
     if prefetch and kind == bt.TYPE_DISABLED:
         spte = track_access(spte, lay)
@@ -45,6 +58,20 @@ def is_access_tracked(spte):
 def track_access(spte, lay):
     """Return an entry without hardware A/D bits with R and X parked, so that its next use faults; W is lost."""
     return (spte | ((spte & bt.EPT_RX) << bt.TRACK_SHIFT)) & ~(bt.EPT_RWX | lay.accessed)
+
+
+@helper
+def is_accessed(m, spte):
+    """Tell whether a leaf was used; where no A bit is kept, what is not parked counts as used."""
+    if (spte & bt.TYPE_MASK) == bt.TYPE_DISABLED and not m.disabled_ad:
+        return not is_access_tracked(spte)
+    return (spte & m.lay.accessed) != bt.ZERO
+
+
+@helper
+def make_old(m, spte):
+    """Return a leaf whose next use is visible: A clear, or R and X parked where hardware sets no A."""
+    return track_access(spte, m.lay) if (spte & bt.TYPE_MASK) == bt.TYPE_DISABLED else spte & ~m.lay.accessed
 
 
 @helper

@@ -112,6 +112,10 @@ class ClosedError(KvmError):
     code = _errno.EBADF
 
 
+class NestedError(KvmError):
+    """L2 entered or left where it can not be, or with tables that the platform does not take."""
+
+
 class PrefaultError(KvmError):
     """KVM_PRE_FAULT_MEMORY on a range that is malformed, or on a kernel that does not have it."""
 

@@ -9,13 +9,15 @@ import numpy as np
 
 from spte import context as cx
 from spte._jit import helper
-from spte.bits import MMU_PRESENT, ONE, ROLE_GUEST_MODE, SHIFT_PAGE, U64, WRITABLE, ZERO
+from spte.bits import ACC_ALL, ACC_EXEC, MMU_PRESENT, ONE, SHIFT_PAGE, U64, WRITABLE, ZERO
 from spte.entries import drop_entry, free_table, is_access_tracked, link, make_leaf, new_child, restore_access_tracked, split_entry
 from spte.host import HOST_COW, HOST_EFAULT, HOST_OK, ZERO_PFN, host_fault
+from spte.shadow_page import may_write
 from spte.slots import mark_dirty, max_mapping_level, note
 from spte.tables import child_of, count_leaf, index_of, is_leaf, is_link, walk
 
 MMIO_GEN_LOW, MMIO_GEN_HIGH = U64(0xFF), U64(0x7FF)
+MMIO_GENERATION = (MMIO_GEN_LOW << U64(3)) | (MMIO_GEN_HIGH << U64(52))
 
 
 @helper
@@ -25,6 +27,33 @@ def mmio_spte(m, s, gfn):
     gen = U64(s.meta[cx.GENERATION])
     spte = m.lay.mmio | gpa | ((gpa & m.lay.l1tf) << U64(5))
     return spte | ((gen & MMIO_GEN_LOW) << U64(3)) | (((gen >> U64(8)) & MMIO_GEN_HIGH) << U64(52))
+
+
+@helper
+def is_fresh_mmio(m, s, spte):
+    """Tell whether an MMIO SPTE has the slots' generation, so that nothing was put there since."""
+    return (spte & MMIO_GENERATION) == (mmio_spte(m, s, np.int64(0)) & MMIO_GENERATION)
+
+
+@helper
+def begin_fault(m, s, v, gfn, kind, spte, level):
+    """Count a violation or misconfiguration; returns ``(still MMIO, kind, entry is present, counted before)``."""
+    present = is_leaf(spte, level) and (spte & (m.lay.readable | WRITABLE | m.lay.x)) != ZERO
+    again = v.reg[cx.COUNTED]
+    v.reg[cx.COUNTED] = 0
+    if level == 1 and (spte & m.lay.mmio_mask) == m.lay.mmio_test and (spte & MMU_PRESENT) == ZERO:
+        v.stat[cx.MISCONFIGS] += 1
+        if is_fresh_mmio(m, s, spte):
+            return True, kind, present, again
+        if m.lay.x != ZERO:  # an EPT misconfiguration does not say what the access was: KVM takes it for a read
+            kind = np.int64(cx.READ)
+    else:
+        v.stat[cx.VIOLATIONS] += 1 - again
+    if not again:
+        v.stat[cx.PF_TAKEN] += 1
+        if v.log.shape[0] > 0:
+            note(v, cx.EV_FAULT, gfn, kind, present, 0, 0)
+    return False, kind, present, again
 
 
 @helper
@@ -146,7 +175,10 @@ def fast_fault(t, s, v, m, k, gfn, kind, prefetch):
 
 @helper
 def map_gfn(t, s, h, v, m, k, gfn, kind, prefetch):
-    """Take the slow path: host page, goal level, walk, leaf. Returns an exit reason, DONE if the leaf is there."""
+    """Take the slow path: host page, goal level, walk, leaf. Returns an exit reason, DONE if the leaf is there.
+
+    EMULATED asks the caller to do the write for the guest: the page holds a guest table that must not change unseen.
+    """
     reason, pfn, host_writable, fits = fault_page(s, h, m, k, gfn, kind)
     if reason != cx.DONE:
         return reason
@@ -180,13 +212,17 @@ def map_gfn(t, s, h, v, m, k, gfn, kind, prefetch):
             note(v, cx.EV_MMIO, gfn, 0, 0, 0, 0)
         return cx.EXIT_MMIO
     first = pfn & ~((ONE << U64(9 * (level - 1))) - ONE)
-    guest_mode = t.role[row] & ROLE_GUEST_MODE != 0
-    new = make_leaf(m, level, first, old, prefetch, host_writable, guest_mode, not (m.nx and level > 1))
-    if host_writable and s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES:
+    write = host_writable and ((old & WRITABLE) != ZERO or may_write(t, gfn, True, prefetch))
+    access = np.int64(ACC_ALL & ~ACC_EXEC if m.nx and level > 1 else ACC_ALL)
+    new = make_leaf(m, level, first, old, prefetch, host_writable, np.int64(t.role[row]), access, write)
+    if write and s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES:
         mark_dirty(t, s, v, k, gfn)
+    if new != old:
+        _install(t, v, m, row, i, gfn, level, new)
+    if kind == cx.WRITE and host_writable and not write:
+        return cx.EMULATED
     if new == old:
         v.stat[cx.PF_SPURIOUS] += not prefetch
         return cx.DONE
-    _install(t, v, m, row, i, gfn, level, new)
     v.stat[cx.PF_FIXED] += not prefetch
     return cx.DONE

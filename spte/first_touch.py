@@ -6,7 +6,7 @@ import numpy as np
 
 from spte import context as cx
 from spte._jit import kernel_apart
-from spte.bits import ROLE_GUEST_MODE, SHIFT_PAGE, U64, ZERO
+from spte.bits import ACC_ALL, SHIFT_PAGE, U64, ZERO
 from spte.entries import make_leaf
 from spte.host import MIXED, OWN, PAGE_NONE, PAGE_OWN, SHM, drop_mixed
 from spte.slots import find_slot
@@ -46,8 +46,7 @@ def first_touches(t, s, h, v, m, gfns, at, kind, row, i):
         h.own_pages[states] += np.int32(count)
         if h.own_pages[states] == 512:
             drop_mixed(h, block, OWN)
-    guest_mode = t.role[row] & ROLE_GUEST_MODE != 0
-    leaf = make_leaf(m, np.int64(1), U64(hpage), ZERO, False, True, guest_mode, True)
+    leaf = make_leaf(m, np.int64(1), U64(hpage), ZERO, False, True, np.int64(t.role[row]), np.int64(ACC_ALL), True)
     for j in range(U64(count)):
         t.sptes[U64(row), U64(i) + j] = leaf + (j << SHIFT_PAGE)
     count_leaf(t, np.int64(1), count)

@@ -33,6 +33,7 @@ BLOCKS = 1 << 26  # 2**47 bytes of user address space in 2 MiB blocks
 FIRST_BLOCK = 1 << 15  # below it, pfns name rows of the arena
 ZERO_PFN = np.uint64(FIRST_BLOCK << 9)
 MIXED_ROWS = 1 << 20
+WORDS_BLOCKS, WORDS_PAGES = 1 << 16, 1 << 20
 
 
 _host: Host | None = None
@@ -46,6 +47,7 @@ def the_host() -> Host:
         _host = Host(
             kind=res(np.uint8, BLOCKS), device=res(np.uint8, BLOCKS), block=res(np.uint8, BLOCKS), mixed=res(np.int32, BLOCKS),
             page=res(np.uint8, MIXED_ROWS, 512), own_pages=res(np.int32, MIXED_ROWS), meta=zeros(2), free=res(np.int32, MIXED_ROWS),
+            words_of=res(np.int32, BLOCKS), words_page=res(np.int32, WORDS_BLOCKS, 512), words=res(np.uint64, WORDS_PAGES, 512),
         )  # fmt: skip
     return _host
 

@@ -25,8 +25,10 @@ import numpy as np
 from spte import bits as bt
 from spte._jit import helper, kernel
 from spte.context import BASE, BEGAN_SET, BITMAP, FLAGS, LOG_DIRTY_PAGES, PAE_ROOT, PAGES_4K, PML_INDEX, READONLY, ROWS, UNARMED
-from spte.entries import log_shift
+from spte.entries import log_shift, type_of
 from spte.errors import InvariantError
+from spte.rmap import next_of, ref_of
+from spte.shadow_page import entry_gfn, is_direct
 from spte.slots import find_slot
 from spte.tables import child_of, is_leaf
 
@@ -49,10 +51,7 @@ def _leaf_breaks(t, s, m, row, spte, gfn, level):
     if level > 3 or (spte & bt.PFN_MASK & below) != bt.ZERO:
         return S3
     role = np.int64(t.role[row])
-    want = bt.TYPE_DISABLED if role & bt.ROLE_AD_DISABLED else bt.ZERO
-    if want == bt.ZERO and role & bt.ROLE_GUEST_MODE and m.dirty_log_size:
-        want = bt.TYPE_WRPROT
-    if (spte & bt.TYPE_MASK) != want:
+    if (spte & bt.TYPE_MASK) != type_of(m, role):
         return S7
     if m.nx and level > 1 and (spte & (m.lay.x | m.lay.nx)) == m.lay.x:
         return S10
@@ -74,6 +73,15 @@ def _leaf_breaks(t, s, m, row, spte, gfn, level):
     return 0
 
 
+@helper
+def linked(t, s, page, ref):
+    """Tell whether shadow page `page` knows that entry `ref` links to it."""
+    head = t.parents[page]
+    while head != 0 and ref_of(s, head) != ref:
+        head = next_of(s, head)
+    return head != 0
+
+
 @kernel
 def _scan(t, s, m, count):
     """Scan every table; returns ``(invariant or 0, row, index)`` and fills the leaves of each level into `count`."""
@@ -83,7 +91,7 @@ def _scan(t, s, m, count):
             continue
         for i in range(512):
             spte = t.sptes[row, i]
-            gfn = t.gfn[row] + (np.int64(i) << (9 * (level - 1)))
+            gfn = entry_gfn(t, row, np.int64(i))
             broken = 0
             if (spte & bt.MMU_PRESENT) == bt.ZERO:
                 mmio = (spte & m.lay.mmio_mask) == m.lay.mmio_test
@@ -94,8 +102,10 @@ def _scan(t, s, m, count):
                 broken = S3 if level == 1 and (spte & bt.LARGE) != bt.ZERO else _leaf_breaks(t, s, m, row, spte, gfn, level)
             else:
                 child = child_of(spte)
-                same = t.level[child] == level - 1 and t.gfn[child] == gfn and t.parent[child] == row
-                broken = 0 if same else S4
+                ours = linked(t, s, child, row * 512 + i) if t.shadow[row] else t.parent[child] == row
+                # A page that shadows a guest table has the gfn of that table, not of what is mapped below it.
+                same = t.gfn[child] == gfn or not is_direct(t, child) or not is_direct(t, row)
+                broken = 0 if ours and same and t.level[child] == level - 1 else S4
             if broken:
                 return broken, row, i
     return 0, 0, 0

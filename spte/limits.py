@@ -158,7 +158,7 @@ class Guest:
     def write(self, gfns: I64s) -> None:
         """Let the guest write: the kernel alone, as one stay."""
         vcpu = self.vm.vcpus[0]
-        self.vm.enter(vcpu)
+        vcpu.enter_guest()
         spaces, mode = self.vm.memslots.spaces, self.vm.mmu.mode
         done = run(self.tables, spaces[0], the_host(), vcpu.arrays, mode, gfns, _WRITE, 0)
         assert done == len(gfns), f"access {done} of {len(gfns)} stopped"

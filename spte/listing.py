@@ -10,6 +10,7 @@ import numpy as np
 
 from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, Layout
 from spte.context import PAE_ROOT, Tables
+from spte.sweep import GFN_SHIFT, is_scattered
 
 _TOP_BIT = 1 << 63  # of an entry that is not present: suppress-#VE of EPT, or the non-present value of NPT
 
@@ -19,9 +20,10 @@ class _Run(NamedTuple):
 
     what: str
     level: int
-    gfn: int
+    gfn: int  # of leaves and others the address in the tables, of a table its own
     entries: int
     value: int  # of a table its row, of leaves the bits apart from the frame, else the whole entry
+    mapped: int = 0  # of leaves the gfn of the first page, which is not the address where a guest's tables say so
 
 
 def _visible(level: int, gfn: int, count: int, hide: tuple[int, int] | None) -> Iterator[tuple[int, int]]:
@@ -37,51 +39,66 @@ def _visible(level: int, gfn: int, count: int, hide: tuple[int, int] | None) -> 
         yield gfn + (above << shift), count - above
 
 
-def _walk(t: Tables, row: int, hide: tuple[int, int] | None) -> Iterator[_Run]:
-    """Yield what hangs below `row`, depth-first in ascending address, a table before what it holds."""
-    level, base = int(t.level[row]), int(t.gfn[row])
-    if t.shadow[row] != PAE_ROOT and (hide is None or not hide[0] <= base < hide[1]):
-        yield _Run("table", level, base, 1, row)
+def _edges(t: Tables, row: int, flags: np.ndarray[Any, np.dtype[np.uint64]], shift: int) -> list[int]:
+    """Return where runs of entries begin that have the same bits and map gfns one after the other."""
+    changes = flags[1:] != flags[:-1]
+    if is_scattered(t, row):
+        gfns = t.shadowed[row] >> GFN_SHIFT
+        changes |= gfns[1:] != gfns[:-1] + np.uint64(1 << shift)
+    return [0, *(np.flatnonzero(changes) + 1).tolist(), len(flags)]
+
+
+def _walk(t: Tables, row: int, hide: tuple[int, int] | None, address: int = 0) -> Iterator[_Run]:
+    """Yield what hangs below `row`, which translates `address` on, depth-first and ascending, a table before what it holds."""
+    level = int(t.level[row])
+    if t.shadow[row] != PAE_ROOT and (hide is None or not hide[0] <= address < hide[1]):
+        yield _Run("table", level, int(t.gfn[row]), 1, row)
     shift = 9 * (level - 1)
     entries = t.sptes[row]
     flags = entries & ~PFN_MASK
-    edges = [0, *(np.flatnonzero(flags[1:] != flags[:-1]) + 1).tolist(), len(flags)]
-    for first, end in pairwise(edges):
+    for first, end in pairwise(_edges(t, row, flags, shift)):
         bits = int(flags[first])
         if bits & int(MMU_PRESENT) and (level == 1 or bits & int(LARGE)):
-            for gfn, count in _visible(level, base + (first << shift), end - first, hide):
-                yield _Run("leaf", level, gfn, count, bits)
+            mapped = int(t.shadowed[row, first] >> GFN_SHIFT) if is_scattered(t, row) else int(t.gfn[row]) + (first << shift)
+            for gfn, count in _visible(level, address + (first << shift), end - first, hide):
+                yield _Run("leaf", level, gfn, count, bits, mapped + gfn - address - (first << shift))
         elif bits & int(MMU_PRESENT):
-            for entry in entries[first:end]:
-                yield from _walk(t, int(entry & PFN_MASK) >> 12, hide)
+            for i, entry in enumerate(entries[first:end], first):
+                yield from _walk(t, int(entry & PFN_MASK) >> 12, hide, address + (i << shift))
         elif bits & ~_TOP_BIT:
             for i in range(first, end):
-                for gfn, _ in _visible(level, base + (i << shift), 1, hide):
+                for gfn, _ in _visible(level, address + (i << shift), 1, hide):
                     yield _Run("other", level, gfn, 1, int(entries[i]))
 
 
-def leafs(t: Tables, root: int, hide: tuple[int, int] | None = None) -> list[list[Any]]:
-    """Return ``[level, first_gfn, count, flags]`` runs of leaves that follow each other with equal bits but for the frame."""
+def leafs(t: Tables, root: int, hide: tuple[int, int] | None = None, *, mapped: bool = False) -> list[list[Any]]:
+    """Return ``[level, first_gfn, count, flags]`` runs of leaves that follow each other with equal bits but for the frame.
+
+    `mapped` adds the gfn that the first one maps, where the tables translate other addresses than gfns.
+    """
     runs: list[list[Any]] = []
-    for what, level, gfn, count, bits in _walk(t, root, hide):
-        if what != "leaf":
+    for run in _walk(t, root, hide):
+        if run.what != "leaf":
             continue
-        flags = f"{bits:x}"
+        level, flags = run.level, f"{run.value:x}"
         last = runs[-1] if runs else None
-        if last and last[0] == level and last[3] == flags and last[1] + (last[2] << (9 * (level - 1))) == gfn:
-            last[2] += count
-        else:
-            runs.append([level, gfn, count, flags])
+        if last and last[0] == level and last[3] == flags:
+            size = last[2] << (9 * (level - 1))
+            if last[1] + size == run.gfn and (not mapped or last[4] + size == run.mapped):
+                last[2] += run.entries
+                continue
+        runs.append([level, run.gfn, run.entries, flags, *([run.mapped] if mapped else [])])
     return runs
 
 
 def tables(t: Tables, root: int, hide: tuple[int, int] | None = None) -> list[list[Any]]:
     """Return ``[level, gfn, count, role, tdp, nx_disallowed, unsync]`` runs of page-table pages, parents before children."""
     runs: list[list[Any]] = []
-    for what, level, gfn, _, row in _walk(t, root, hide):
-        if what != "table":
+    for run in _walk(t, root, hide):
+        if run.what != "table":
             continue
-        key = [f"{int(t.role[row]):x}", 1 - int(t.shadow[row]), int(t.nx_disallowed[row] != 0), 0]
+        level, gfn, row = run.level, run.gfn, run.value
+        key = [f"{int(t.role[row]):x}", 1 - int(t.shadow[row]), int(t.nx_disallowed[row] != 0), int(t.unsync[row])]
         last = runs[-1] if runs else None
         if last and last[0] == level and last[3:] == key and last[1] + (last[2] << (9 * level)) == gfn:
             last[2] += 1

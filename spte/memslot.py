@@ -73,8 +73,8 @@ class Memslots:
 
     def __init__(self, *, rmaps: bool = False) -> None:
         self._rmaps = rmaps
-        self._heads = Pool(np.int64, 1 << 33 if rmaps else 1)
-        nodes, node_meta = memory.reserve(np.int64, 1 << 28 if rmaps else 1, 2), zeros(2)
+        self._heads = Pool(np.int64, 1 << 33)
+        nodes, node_meta = memory.reserve(np.int64, 1 << 28, 2), zeros(2)
         self._words = Pool(np.uint64, 1 << 30)
         self._disallow = Pool(np.int32, 1 << 27)
         pools = self._words.array, self._disallow.array, self._heads.array, nodes, node_meta
@@ -130,7 +130,7 @@ class Memslots:
             offsets.append(offset)
         slot.lpage = (offsets[0], offsets[1])
         if self._rmaps:
-            slot.rmaps = tuple(self._heads.take(slot.lpage_count(level)) for level in (1, 2, 3))
+            self._take_rmaps(slot)
         s = self.spaces[slot.as_id]
         n = int(s.meta[cx.COUNT])
         at = int(np.searchsorted(s.table[:n, cx.BASE], slot.base_gfn))
@@ -199,6 +199,22 @@ class Memslots:
         """Return the lpage counters of `slot` at `level` 2 or 3."""
         offset = slot.lpage[level - 2]
         return [int(x) for x in self._disallow.array[offset : offset + slot.lpage_count(level)]]
+
+    def _take_rmaps(self, slot: Memslot) -> None:
+        slot.rmaps = tuple(self._heads.take(slot.lpage_count(level)) for level in (1, 2, 3))
+
+    def allocate_rmaps(self) -> None:
+        """Give every slot, and those to come, rmaps."""
+        self._rmaps = True
+        for slot in self:
+            if not self.has_rmaps(slot):
+                self._take_rmaps(slot)
+                self.update(slot)
+
+    @staticmethod
+    def has_rmaps(slot: Memslot) -> bool:
+        """Tell whether `slot` has rmaps."""
+        return slot.rmaps[0] >= 0
 
     def clear_rmaps(self) -> None:
         """Forget every SPTE, after all were dropped."""

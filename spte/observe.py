@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from spte import listing
+from spte.bits import ROLE_GUEST_MODE, ROLE_INVALID, ROLE_IS_DIRECT
+from spte.context import ROOT
 from spte.invariants import check as check_invariants
 from spte.memslot import Memslots
+from spte.mmu import Mmu
 from spte.stats import counters, stats
-from spte.tdp_mmu import TdpMmu
 
 if TYPE_CHECKING:
     from spte.vcpu import VirtualCpu
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 class Observable:
     """The part of a VM that only looks."""
 
-    mmu: TdpMmu
+    mmu: Mmu
     memslots: Memslots
     vcpus: Sequence[VirtualCpu]
     nr_memslots_dirty_logging: int
@@ -32,15 +35,46 @@ class Observable:
 
     def leafs(self, vcpu: int = 0, *, hide: tuple[int, int] | None = None) -> list[list[Any]]:
         """Return the leaves of a vCPU's root as ``[level, first_gfn, count, flags]`` runs; `hide` leaves gfns ``[a, b)`` out."""
-        return self.mmu.leafs(vcpu, hide)
+        return listing.leafs(self.mmu.tables, root, hide) if (root := self._root_of(vcpu)) >= 0 else []
 
     def tables(self, vcpu: int = 0, *, hide: tuple[int, int] | None = None) -> list[list[Any]]:
         """Return its page-table pages as ``[level, gfn, count, role, tdp, nx_disallowed, unsync]`` runs."""
-        return self.mmu.table_runs(vcpu, hide)
+        return listing.tables(self.mmu.tables, root, hide) if (root := self._root_of(vcpu)) >= 0 else []
 
     def other(self, vcpu: int = 0, *, hide: tuple[int, int] | None = None) -> list[list[Any]]:
         """Return its MMIO and frozen entries as ``[level, gfn, hex]``."""
-        return self.mmu.other(vcpu, hide)
+        return listing.other(self.mmu.tables, root, self.mmu.mode.lay, hide) if (root := self._root_of(vcpu)) >= 0 else []
+
+    def _root_of(self, vcpu: int) -> int:
+        return int(self.vcpus[vcpu].arrays.reg[ROOT])
+
+    def roots(self, *, hide: tuple[int, int] | None = None) -> list[dict[str, Any]]:
+        """Return every root that a vCPU keeps, in the shape of the nested recordings: where it is kept, its role, what it maps.
+
+        Leaves of `guest_mmu` have L1's gfn as a fifth value. `hide` leaves gfns ``[a, b)`` out.
+        """
+        t, found = self.mmu.tables, []
+        seen: dict[int, str] = {}
+        for vcpu in self.vcpus:
+            for name, cache in (("root_mmu", vcpu.root_mmu), ("guest_mmu", vcpu.guest_mmu)):
+                for which, root in cache:
+                    role = int(t.role[root.row])
+                    entry = {"vcpu": vcpu.index, "mmu": name, "which": which, "active": int(cache is vcpu.active and which == "cur")}
+                    if which == "cur":
+                        entry |= {"root_level": int(t.level[root.row]), "role": f"{root.role:x}"}
+                    entry["pgd"] = f"{root.pgd:x}"
+                    if root.row in seen:
+                        found.append({**entry, "root": f"same as {seen[root.row]}"})
+                        continue
+                    seen[root.row] = f"{vcpu.index} {name} {which}"
+                    entry |= {
+                        "root_role": f"{role:x}", "direct": int(role & ROLE_IS_DIRECT != 0), "guest_mode": int(role & ROLE_GUEST_MODE != 0),
+                        "root_invalid": int(role & ROLE_INVALID != 0),
+                        "leafs": listing.leafs(t, root.row, hide, mapped=name == "guest_mmu"), "tables": listing.tables(t, root.row, hide),
+                    }  # fmt: skip
+                    other = listing.other(t, root.row, self.mmu.mode.lay, hide)
+                    found.append({**entry, "other": other} if other else entry)
+        return found
 
     def slots(self) -> list[dict[str, Any]]:
         """Return every memslot: numbers, lpage_info counters and dirty bitmap as runs."""

@@ -89,7 +89,7 @@ class Trial:
 
     def pml_on(self, vcpu: int = 0) -> int:
         """Let `vcpu` enter the guest; returns its PML control there."""
-        self.vm.enter(self.vm.vcpus[vcpu])
+        self.vm.vcpus[vcpu].enter_guest()
         return int(self.vm.vcpus[vcpu].arrays.reg[PML_ON])
 
     def faults(self) -> int:

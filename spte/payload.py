@@ -7,6 +7,7 @@ page; the program reads one, makes its accesses page by page, writes the result 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ CODE_SLOT, TABLE_SLOT = 30, 31
 CODE_PAGES, TABLE_PAGES = 16, 256
 PML4, PDPT, PD, PT = 0xD0000, 0xD0001, 0xD0002, 0xD0006
 PT_LIMIT = 0x4000  # with guest_page=4k, gfns below it are mapped through a PT
+GPTE_LINK, GPTE_A, GPTE_D, GPTE_LARGE = 7, 1 << 5, 1 << 6, 1 << 7  # P W U, accessed, dirty, PS
 HIDDEN = (0xC0000, 0xE0000)  # gfns that a recording leaves out of leafs and tables
 
 COMMAND_BYTES = 32
@@ -67,6 +69,29 @@ _INSTRUCTIONS = {
 }
 
 
+def identity_map(words: Callable[[int], npt.NDArray[np.uint64]], *, small_pages: bool, used: bool) -> None:
+    """Write the payload's page tables: 4 GiB, address = gpa, by 2 MiB pages or, `small_pages`, the first 64 MiB by 4 KiB pages.
+
+    Parameters
+    ----------
+    words : callable
+        Returns the 512 words of a gfn, to be filled.
+    small_pages : bool
+        ``guest_page=4k``.
+    used : bool
+        A is set everywhere and D in what maps a page.
+    """
+    link = GPTE_LINK | (GPTE_A if used else 0)
+    leaf = link | (GPTE_D if used else 0)
+    words(PML4)[0] = PDPT << 12 | link
+    for gib in range(4):
+        words(PDPT)[gib] = (PD + gib) << 12 | link
+        words(PD + gib)[:] = ((np.arange(512, dtype=np.uint64) + np.uint64(gib * 512)) << np.uint64(21)) | np.uint64(leaf | GPTE_LARGE)
+    for table in range(PT_LIMIT // 512 if small_pages else 0):
+        words(PD)[table] = (PT + table) << 12 | link
+        words(PT + table)[:] = ((np.arange(512, dtype=np.uint64) + np.uint64(table * 512)) << np.uint64(12)) | np.uint64(leaf)
+
+
 class Payload:
     """The accesses of guest ops under one vendor and guest mode.
 
@@ -78,23 +103,28 @@ class Payload:
         ``"flat"`` or ``"long"``.
     small_pages : bool
         ``guest_page=4k``: gfns below 0x4000 are mapped through a PT.
-    walk_kind : int
-        How the CPU accesses guest page tables: WRITE, or READ on EPT without A/D bits.
+    walk_kind : int or None
+        How the CPU accesses guest page tables: WRITE, or READ on EPT without A/D bits; None: KVM walks them.
+    code, stack : int
+        Pages where the program lies and where it pushes, gfns.
     """
 
-    def __init__(self, *, locked_reads_first: bool, mode: str, small_pages: bool, walk_kind: int) -> None:
+    def __init__(
+        self, *, locked_reads_first: bool, mode: str, small_pages: bool, walk_kind: int | None, code: int = CODE, stack: int = STACK
+    ) -> None:
         kinds = (READ, WRITE) if locked_reads_first else (WRITE,)
         increment, exchange = Instruction(READ_MODIFY_WRITE, kinds), Instruction(COMPARE_EXCHANGE, kinds)
         self._instructions = {
             **_INSTRUCTIONS, "guest_rmw": (increment, _LOAD), "guest_cmpxchg_fail": (_PUSH, exchange),
         }  # fmt: skip
-        self._long = mode == "long"
+        self._walks = mode == "long" and walk_kind is not None
         self._small_pages = small_pages
-        self._walk_kind = walk_kind
+        self._walk_kind = WRITE if walk_kind is None else walk_kind
+        self._code, self._stack = code, stack
 
     def _columns(self, pages: npt.NDArray[np.int64], kind: int) -> tuple[list[npt.NDArray[np.int64]], list[int]]:
         """Return gfns, one array a step, and kinds of one access to each of `pages`: the walk, then the page last."""
-        if not self._long:
+        if not self._walks:
             return [pages], [kind]
         pd = PD + (pages >> 18)
         walk = [np.full_like(pages, PML4), np.full_like(pages, PDPT), pd]
@@ -115,9 +145,9 @@ class Payload:
 
     def refetch(self) -> Accesses:
         """Return the fetch that a re-entry makes before the interrupted instruction; its `insn` is -1."""
-        return self.single(CODE, EXEC, -1, -1)
+        return self.single(self._code, EXEC, -1, -1)
 
-    def _pages(self, command: Command, entry: int) -> Accesses:
+    def pages(self, command: Command, entry: int) -> Accesses:
         """Return the accesses of all pages of `command`: the same instructions for each."""
         pages = np.arange(command.first, command.first + command.count, dtype=np.int64)
         columns: list[npt.NDArray[np.int64]] = []
@@ -128,7 +158,7 @@ class Payload:
             crosses = own and command.off + instruction.length > 4096
             for kind in instruction.kinds:
                 for target in (pages, pages + 1)[: 2 if crosses else 1]:
-                    gfns, kinds = self._columns(target if own else np.full_like(pages, STACK), kind)
+                    gfns, kinds = self._columns(target if own else np.full_like(pages, self._stack), kind)
                     columns += gfns
                     last = len(kinds) - 1
                     rows += [(k, n < last, number, instruction.verb, instruction.length) for n, k in enumerate(kinds)]
@@ -176,7 +206,7 @@ class Payload:
             pieces.append(self.single(page, READ, number, insn))
             if command is None:
                 break
-            body = self._pages(command, number)
+            body = self.pages(command, number)
             body["insn"] += insn + 1
             insn = int(body["insn"][-1]) + 1 if body.size else insn + 1
             pieces.append(body)

@@ -9,6 +9,7 @@ from spte.bits import ONE, PRESENT_SHIFT, U64, WRITABLE, ZERO
 from spte.context import RMAP1
 from spte.entries import log_shift, split_below
 from spte.rmap import head_of, next_of, ref_of
+from spte.shadow_split import split_rmaps
 from spte.tables import is_leaf, leaf_table, walk
 
 SWEPT = 4  # set bits of a word from which sweeping its 64 entries is quicker than counting zeros
@@ -131,6 +132,8 @@ def rearm_rmaps(t, s, m, k, gfn, mask):
     changed = 0
     if m.clear_arms_huge:
         start, end = _ends(gfn, mask)
+        if m.eager:
+            split_rmaps(t, s, m, k, start, end + 1)
         changed += _protect_huge_rmaps(t, s, m, k, start)
         if start >> 9 != end >> 9:
             changed += _protect_huge_rmaps(t, s, m, k, end)

@@ -13,6 +13,7 @@ from spte.recording import Recording
 from spte.recording_ops import OPS, short, unknown_args, with_defaults
 from spte.replay_guest import UnsupportedOp
 from spte.replay_machine import Machine
+from spte.replay_nested import NestedGuest
 from spte.replay_ops import HANDLERS
 from spte.stats import stat_files
 
@@ -46,6 +47,7 @@ class Replay:
         self._slots: Any = None
         self._mmu: Any = None
         self._counters: dict[str, int] = {}
+        self._nested: Any = None
 
     def step(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Perform the op of `record` from its inputs; returns the record of what the model did.
@@ -64,7 +66,7 @@ class Replay:
             raise UnsupportedOp(f"argument {short(name)} of {op} is not known")
         out: dict[str, Any] = {"i": record["i"], "op": op, "args": args}
         if op == "new_vm":
-            self._stats, self._slots, self._mmu, self._counters = {}, None, None, {}
+            self._stats, self._slots, self._mmu, self._counters, self._nested = {}, None, None, {}, None
         if op not in HANDLERS:
             raise UnsupportedOp(f"op {op} has no model yet")
         given = with_defaults(op, args)
@@ -88,9 +90,12 @@ class Replay:
         slots = [s for s in vm.slots() if s["id"] not in (CODE_SLOT, TABLE_SLOT) or s["flags"]]
         if slots != self._slots:
             out["slots"] = self._slots = slots
-        mmu = [self._mmu_entry(vcpu) for vcpu in range(len(vm.vcpus))]
+        nested = isinstance(self.machine.guest, NestedGuest)
+        mmu = vm.roots(hide=HIDDEN) if nested else [self._mmu_entry(vcpu) for vcpu in range(len(vm.vcpus))]
         if mmu != self._mmu:
             out["mmu"] = self._mmu = mmu
+        if nested and (state := self._nested_state()) != self._nested:
+            out["nested"] = self._nested = state
 
     def _observe_stats(self, out: dict[str, Any], *, new: bool) -> None:
         vm = self.machine.vm
@@ -113,6 +118,16 @@ class Replay:
         reasons = {name: count for name, count in reasons.items() if count}
         if reasons and self.machine.intel and self._traced and not new:
             out["exit_reasons"] = reasons
+
+    def _nested_state(self) -> dict[str, Any]:
+        vm = self.machine.vm
+        state = {"in_l2": [int(v.in_l2) for v in vm.vcpus], "rmaps": int(vm.mmu.shadow_root_allocated)}
+        if not self.machine.intel:
+            return state
+        return state | {
+            "logging_slots": vm.nr_memslots_dirty_logging, "pml01": [int(v.pml01) for v in vm.vcpus],
+            "pml02": [int(v.pml01 and vm.policy.pml_in_l2) for v in vm.vcpus], "deferred": [int(v.update_deferred) for v in vm.vcpus],
+        }  # fmt: skip
 
     def _mmu_entry(self, vcpu: int) -> dict[str, Any]:
         vm = self.machine.vm

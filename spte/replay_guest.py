@@ -102,7 +102,7 @@ class Guest:
                 if exit_.reason != "mmio":
                     self._interrupt(vcpu, program[np.searchsorted(program["insn"], insn, "left") :])
                     exits.append(RING_FULL if exit_.reason == "dirty_ring_full" else {"error": exit_.reason.upper()})
-                    return _elided(exits)
+                    return elided(exits)
                 if self._retries and program["verb"][at] == READ_MODIFY_WRITE and self._memory.readable(int(gfns[at])):
                     self._vcpus[vcpu].run(gfns[at : at + 1], kinds[at : at + 1])
                 exits += self._emulate(vcpu, program[at])
@@ -110,7 +110,7 @@ class Guest:
             if stop < len(program):
                 exits += self._string_io(vcpu, program[stop])
                 at = stop + 1
-        return _elided([*exits, HALT])
+        return elided([*exits, HALT])
 
     def _interrupt(self, vcpu: int, rest: Accesses) -> None:
         rest = rest[rest["insn"] >= 0]  # the fetch of the re-entry is made anew
@@ -156,7 +156,8 @@ class Guest:
         return [port, *self._pieces(vcpu, gpa, length, write=True)]
 
 
-def _elided(exits: Exits) -> Exits:
+def elided(exits: Exits) -> Exits:
+    """Return `exits` as a recording lists them: a long list without its middle."""
     half = SHOWN_EXITS // 2
     if len(exits) <= SHOWN_EXITS:
         return exits

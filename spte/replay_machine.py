@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 from spte import platform as platforms
 from spte import policy as policies
 from spte.backing import Backing
-from spte.context import READONLY
+from spte.context import READONLY, U64s
 from spte.errors import KvmError
-from spte.payload import CODE, CODE_PAGES, CODE_SLOT, COMMANDS, PML4, READ, TABLE_PAGES, TABLE_SLOT, WRITE, Payload
+from spte.payload import CODE, CODE_PAGES, CODE_SLOT, COMMANDS, PML4, READ, TABLE_PAGES, TABLE_SLOT, WRITE, Payload, identity_map
+from spte.payload_tables import L1Tables
 from spte.recording_ops import UINT64, RecordingError, short
-from spte.replay_guest import Guest, Memory, UnsupportedOp
+from spte.replay_guest import Guest, Memory
 from spte.vcpu import VirtualCpu
 from spte.vm import VM
 
@@ -24,6 +25,7 @@ PLATFORMS = {
     "intel-pml-legacy": platforms.without_tdp_mmu(platforms.named("ept-pml")),
     "intel-nopml-legacy": platforms.without_tdp_mmu(platforms.named("ept-nopml")),
 }  # fmt: skip
+PLATFORMS |= {f"amd-{name}": PLATFORMS[name] for name in ("tdp", "legacy", "shadow")}  # as the nested recordings spell them
 VERSIONS = ("6.1", "6.12")
 RECORDED_PHYSICAL_BITS = 40  # physical address width of both recorded CPUs
 TSS = 0xFFFBD  # gfn where the recorder puts the TSS
@@ -93,6 +95,7 @@ class Machine:
         self._guest: Guest | None = None
         self._code: Backing | None = None
         self._tables: Backing | None = None
+        self.l1_tables: L1Tables | None = None  # of a guest that runs a guest
 
     @property
     def intel(self) -> bool:
@@ -155,26 +158,56 @@ class Machine:
             self._vm.close()
         self._vm = self._guest = None
 
-    def load_payload(self, mode: str, *, small_pages: bool) -> None:
-        """Give the VM the payload's slots, host memory and guest program."""
-        self._code = Backing("4k", CODE_PAGES << 12, populate=True)
-        self.set_region(CODE_SLOT, Region(CODE << 12, CODE_PAGES << 12, self._code))
-        if mode == "long" and self.platform.paging == platforms.SHADOW:
-            raise UnsupportedOp("shadow paging of a 64-bit guest")
-        if mode == "long":
-            self._tables = Backing("4k", TABLE_PAGES << 12, populate=True)
-            self.set_region(TABLE_SLOT, Region(PML4 << 12, TABLE_PAGES << 12, self._tables))
-        payload = Payload(
-            locked_reads_first=not self.intel, mode=mode, small_pages=small_pages,
-            walk_kind=WRITE if self.platform.ad_bits else READ,
-        )  # fmt: skip
-        memory = Memory(lambda gfn: self.region_at(gfn) is not None, self._writable, self.kernel_write)
-        self._guest = Guest(self.vm.vcpus, payload, memory, retries=self.policy.locked_readonly_retry)
+    def load_tables(self, *, small_pages: bool, used: bool) -> None:
+        """Give the VM the slot with the payload's page tables, and each vCPU their root; `used`: A and D are set in them."""
+        self._tables = Backing("4k", TABLE_PAGES << 12, populate=True)
+        self.set_region(TABLE_SLOT, Region(PML4 << 12, TABLE_PAGES << 12, self._tables))
+        identity_map(self.table, small_pages=small_pages, used=used)
+        for vcpu in self.vm.vcpus:
+            vcpu.load_cr3(PML4 << 12)
 
-    def write_commands(self) -> None:
+    def table(self, gfn: int) -> U64s:
+        """Return the contents of a page of the payload's page-table slot."""
+        assert self._tables is not None
+        return self._tables.table(gfn - PML4)
+
+    def load_code(self, pages: int) -> None:
+        """Give the VM the slot with the payload's program."""
+        self._code = Backing("4k", pages << 12, populate=True)
+        self.set_region(CODE_SLOT, Region(CODE << 12, pages << 12, self._code))
+
+    def code_words(self, gfn: int) -> U64s:
+        """Return the contents of a page of the payload's program."""
+        assert self._code is not None
+        return self._code.table(gfn - CODE)
+
+    def take_guest(self, guest: Guest) -> None:
+        """Let `guest` run on the VM."""
+        self._guest = guest
+
+    @property
+    def memory(self) -> Memory:
+        """How KVM reaches the VM's memory when it emulates."""
+        return Memory(lambda gfn: self.region_at(gfn) is not None, self._writable, self.kernel_write)
+
+    def walk_kind(self, *, ad: bool) -> int | None:
+        """Return how the CPU accesses guest page tables on a root with A/D bits or without; None: KVM walks them."""
+        return None if self.platform.paging == platforms.SHADOW else WRITE if ad else READ
+
+    def load_payload(self, mode: str, *, small_pages: bool, used: bool) -> None:
+        """Give the VM the payload's slots, host memory and guest program; `used`: its page tables have A and D set."""
+        self.load_code(CODE_PAGES)
+        if mode == "long":
+            self.load_tables(small_pages=small_pages, used=used)
+        payload = Payload(
+            locked_reads_first=not self.intel, mode=mode, small_pages=small_pages, walk_kind=self.walk_kind(ad=self.platform.ad_bits)
+        )
+        self.take_guest(Guest(self.vm.vcpus, payload, self.memory, retries=self.policy.locked_readonly_retry))
+
+    def write_commands(self, gfn: int = COMMANDS) -> None:
         """Store to the command page from userspace, as before each guest op."""
         assert self._code is not None
-        self._code.write(COMMANDS - CODE, 1)
+        self._code.write(gfn - CODE, 1)
 
     def set_region(self, slot: int, region: Region) -> None:
         """KVM_SET_USER_MEMORY_REGION; `regions` follows if it succeeds."""

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 
 from spte import replay_host as host
+from spte import replay_nested_ops as nested
 from spte.errors import KvmError
 from spte.payload import CODE, COMMAND_LIMIT, Command
 from spte.recording import bitmap_of, bits_of, expand, runs_of
 from spte.recording_ops import GUEST_OPS, UINT64, RecordingError, is_int, short
 from spte.replay_guest import HALT, Exits, UnsupportedOp
 from spte.replay_machine import Args, Machine, Region, Result, failure, ioctl, make_backing, success
+from spte.replay_nested import NestedGuest
 
 CAP_MANUAL_DIRTY_LOG_PROTECT2 = 168
 MSR_WALL_CLOCK, MSR_KVMCLOCK, MSR_STEAL_TIME = 0x4B564D00, 0x4B564D01, 0x4B564D03
@@ -37,7 +39,9 @@ def _new_vm(machine: Machine, args: Args, record: Args) -> Result:
     if args["manual"] is not None:
         enable = lambda: machine.vm.enable_cap(CAP_MANUAL_DIRTY_LOG_PROTECT2, args["manual"])  # noqa: E731
         result |= ioctl(enable, "manual_")
-    machine.load_payload(args["mode"], small_pages=args["guest_page"] == "4k")
+    if args["nested"] is not None:
+        return result | nested.load(machine, args)
+    machine.load_payload(args["mode"], small_pages=args["guest_page"] == "4k", used=bool(args["guest_ad"]))
     for vcpu in range(vcpus):
         machine.guest.start(vcpu, [Command("guest_read", CODE, 1, 0)])
     return result
@@ -141,6 +145,8 @@ def _exits(exits: Exits) -> Result:
 
 
 def _guest(machine: Machine, args: Args, record: Args) -> Result:
+    if isinstance(machine.guest, NestedGuest):
+        return nested.access(machine, args, record)
     if len(args["gfns"]) > COMMAND_LIMIT:
         raise UnsupportedOp(f"{len(args['gfns'])} ranges, more than the command pages hold ({COMMAND_LIMIT})")
     events = _clock_writes(machine, args["vcpu"], record)
@@ -150,6 +156,8 @@ def _guest(machine: Machine, args: Args, record: Args) -> Result:
 
 
 def _resume(machine: Machine, args: Args, record: Args) -> Result:
+    if isinstance(machine.guest, NestedGuest):
+        return nested.result_of(machine, machine.guest.resume(args["vcpu"]))
     events = _clock_writes(machine, args["vcpu"], record)
     return {**_exits(machine.guest.resume(args["vcpu"])), **events}
 
@@ -211,6 +219,7 @@ HANDLERS: dict[str, Callable[[Machine, Args, Args], Result]] = {
     "clear_refs": host.clear_refs,
     "prefault": host.prefault,
     "set_nr_mmu_pages": host.set_nr_mmu_pages,
+    **nested.HANDLERS,
     "check_mem": _nothing,
     "sleep": _nothing,
     "note": _nothing,

@@ -1,4 +1,4 @@
-"""Reverse maps of the shadow MMU: for each gfn of a slot and level, the SPTEs that map it.
+"""Reverse maps of the shadow MMU: for each gfn of a slot and level, the SPTEs that map it; for each page, those that link to it.
 
 A head is 0 (none), ``ref + 1`` (one SPTE), or ``-node - 1`` (a chain of nodes ``[ref, next head]``). ``ref`` is row * 512 + index.
 """
@@ -35,16 +35,15 @@ def _new_node(s, ref, following):
 
 
 @helper
-def rmap_add(s, k, gfn, level, ref):
-    """Note that SPTE `ref` maps `gfn` at `level`."""
-    at = head_of(s, k, gfn, level)
-    head = s.rmaps[at]
+def chain_add(s, heads, at, ref):
+    """Add SPTE `ref` to the chain of ``heads[at]``."""
+    head = heads[at]
     if head == 0:
-        s.rmaps[at] = ref + 1
+        heads[at] = ref + 1
         return
     if head > 0:
         head = _new_node(s, head - 1, np.int64(0))
-    s.rmaps[at] = _new_node(s, ref, head)
+    heads[at] = _new_node(s, ref, head)
 
 
 @helper
@@ -60,10 +59,9 @@ def next_of(s, head):
 
 
 @helper
-def rmap_remove(s, k, gfn, level, ref):
-    """Forget that SPTE `ref` maps `gfn` at `level`."""
-    at = head_of(s, k, gfn, level)
-    head = s.rmaps[at]
+def chain_remove(s, heads, at, ref):
+    """Take SPTE `ref` from the chain of ``heads[at]``."""
+    head = heads[at]
     before = np.int64(0)
     while head != 0 and ref_of(s, head) != ref:
         before = head
@@ -72,9 +70,21 @@ def rmap_remove(s, k, gfn, level, ref):
         return
     rest = next_of(s, head)
     if before == 0:
-        s.rmaps[at] = rest
+        heads[at] = rest
     else:
         s.nodes[-before - 1, 1] = rest
     if head < 0:
         s.nodes[-head - 1, 1] = s.node_meta[NODE_FREE]
         s.node_meta[NODE_FREE] = -head - 1
+
+
+@helper
+def rmap_add(s, k, gfn, level, ref):
+    """Note that SPTE `ref` maps `gfn` at `level`."""
+    chain_add(s, s.rmaps, head_of(s, k, gfn, level), ref)
+
+
+@helper
+def rmap_remove(s, k, gfn, level, ref):
+    """Forget that SPTE `ref` maps `gfn` at `level`."""
+    chain_remove(s, s.rmaps, head_of(s, k, gfn, level), ref)

@@ -1,89 +1,73 @@
-"""The shadow MMU's slow path for direct roots: shadow pages found by gfn and role, leaves in rmaps, neighbours prefetched."""
+"""The shadow MMU's fault path: direct roots, and roots that shadow a guest's tables; leaves in rmaps, neighbours prefetched."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from spte import context as cx
-from spte._jit import helper, kernel
-from spte.bits import MMU_PRESENT, PFN_MASK, ROLE_AD_DISABLED, ROLE_GUEST_MODE, SHIFT_PAGE, U64, ZERO
-from spte.entries import child_gfn, link, make_leaf
-from spte.fault import fault_page, mmio_spte, nx_holds, nx_mark_of
+from spte._jit import helper
+from spte.bits import (
+    ACC_EXEC,
+    ACC_WRITE,
+    MMU_PRESENT,
+    PFN_MASK,
+    ROLE_ACCESS,
+    ROLE_ACCESS_SHIFT,
+    ROLE_AD_DISABLED,
+    ROLE_IS_DIRECT,
+    ROLE_LEVEL,
+    SHIFT_PAGE,
+    U64,
+    WRITABLE,
+    ZERO,
+)
+from spte.entries import make_leaf
+from spte.fault import begin_fault, fast_fault, fault_page, map_gfn, mmio_spte, nx_holds, nx_mark_of
+from spte.guest_walk import WALK_OK, WALK_PML_FULL, walk_guest
 from spte.host import writable_now
-from spte.rmap import rmap_add, rmap_remove
+from spte.rmap import rmap_add
+from spte.shadow_page import drop_leaf, entry_access, entry_gfn, is_direct, is_tracked, link_page, may_write, set_shadowed, unlink_page
+from spte.shadow_sync import clean_access, get_page, gpte_access, gpte_gfn, may_map_early, needs_flush, read_gpte, sync_children
+from spte.shadow_write import emulate_write
 from spte.slots import find_slot, mark_dirty, note
-from spte.tables import alloc_row, child_of, count_leaf, index_of, is_leaf, is_link
+from spte.tables import child_of, count_leaf, index_of, is_link
 
-ROLE_LEVEL = 0xF
 PREFETCH = 8  # SPTEs of the aligned group that a fault fills
 
 
 @helper
-def _bucket(t, gfn, role):
-    return (gfn ^ (gfn >> 9) ^ (role << 3)) & (t.hash.shape[0] - 1)
+def _next_page(t, s, h, v, m, row, i, gfn, direct, access):
+    """Return the page below entry `i` of `row`, found or made and linked, and whether it was not linked before; -1: arena full.
 
-
-@kernel
-def get_page(t, m, gfn, level, role):
-    """Return the shadow page of `gfn` with `role`, a new one if there is none; -1 if the arena is full."""
-    at = _bucket(t, gfn, role)
-    row = np.int64(t.hash[at]) - 1
-    while row >= 0:
-        if t.gfn[row] == gfn and np.int64(t.role[row]) == role:
-            return row
-        row = np.int64(t.hash_next[row]) - 1
-    row = alloc_row(t, level, gfn, U64(role), np.int64(-1), m.lay.nonpresent)
-    if row >= 0:
-        t.shadow[row] = 1
-        t.hash_next[row] = t.hash[at]
-        t.hash[at] = row + 1
-    return row
-
-
-@helper
-def drop_leaf(t, s, m, row, i):
-    """Make a present leaf of the shadow MMU non-present and take it from its rmap."""
-    level = np.int64(t.level[row])
-    gfn = child_gfn(t, row, i)
-    t.sptes[row, i] = m.lay.nonpresent
-    rmap_remove(s, find_slot(s, gfn), gfn, level, row * 512 + i)
-    count_leaf(t, level, -1)
-    t.meta[cx.ZAPPED] += 1
-    t.meta[cx.SPTES_WRITTEN] += 1
-
-
-@helper
-def _next_page(t, s, m, row, i, nx_mark):
-    """Return the page below entry `i` of `row`, found or made and linked; a huge leaf there is dropped with a flush."""
+    A huge leaf there is dropped with a flush. A page that shadows a guest table is in step with it before it is linked.
+    """
     old = t.sptes[row, i]
     if is_link(old):
-        return child_of(old)
+        return child_of(old), False
     level = np.int64(t.level[row]) - 1
-    child = get_page(t, m, child_gfn(t, row, i), level, (np.int64(t.role[row]) & ~ROLE_LEVEL) | level)
+    role = (np.int64(t.role[row]) & ~(ROLE_LEVEL | ROLE_IS_DIRECT | ROLE_ACCESS)) | level | (access << ROLE_ACCESS_SHIFT)
+    child = get_page(t, s, h, v, m, gfn, level, role | ROLE_IS_DIRECT if direct else role)
     if child < 0:
-        return child
-    if (old & MMU_PRESENT) != ZERO:
+        return child, False
+    if not direct and level > 1:
+        sync_children(t, s, h, v, m, child)
+    if (t.sptes[row, i] & MMU_PRESENT) != ZERO:
         drop_leaf(t, s, m, row, i)
         t.meta[cx.FLUSHES] += 1
-    link(t, m, row, i, child)
-    t.meta[cx.SPTES_WRITTEN] += 1
-    if nx_mark and t.nx_disallowed[child] == 0:
-        t.nx_disallowed[child] = nx_mark
-        t.meta[cx.NX_SPLITS] += nx_mark == 2
-    return child
+    link_page(t, s, m, row, i, child)
+    return child, True
 
 
 @helper
-def set_leaf(t, s, v, m, k, row, i, gfn, pfn, host_writable, prefetch):
-    """Put the leaf of `gfn` at entry `i` of `row`; returns whether the entry changed."""
+def set_leaf(t, s, v, m, k, row, i, gfn, pfn, host_writable, access, prefetch):
+    """Put the leaf of `gfn` at entry `i` of `row`; returns whether the entry changed, and whether W was refused."""
     level = np.int64(t.level[row])
     old = t.sptes[row, i]
     flush = False
     mapped = False
     if (old & MMU_PRESENT) != ZERO:
         if level > 1 and is_link(old):  # the page below stays in the hash, with what it maps
-            t.parent[child_of(old)] = -1
-            t.sptes[row, i] = m.lay.nonpresent
+            unlink_page(t, s, m, row, i)
             flush = True
         elif ((old & PFN_MASK) >> SHIFT_PAGE) != pfn:
             drop_leaf(t, s, m, row, i)
@@ -91,32 +75,33 @@ def set_leaf(t, s, v, m, k, row, i, gfn, pfn, host_writable, prefetch):
         else:
             mapped = True
     old = t.sptes[row, i]
-    guest_mode = t.role[row] & ROLE_GUEST_MODE != 0
-    new = make_leaf(m, level, pfn, old, prefetch, host_writable, guest_mode, not (m.nx and level > 1))
-    if host_writable and s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES:
+    wants = host_writable and access & ACC_WRITE != 0
+    write = wants and ((old & WRITABLE) != ZERO or may_write(t, gfn, True, prefetch))
+    allowed = access & ~ACC_EXEC if m.nx and level > 1 else access
+    new = make_leaf(m, level, pfn, old, prefetch, host_writable, np.int64(t.role[row]), allowed, write)
+    if write and s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES:
         mark_dirty(t, s, v, k, gfn)
+    set_shadowed(t, row, i, gfn, access)
     if new == old:
-        return False
-    lost = old & ~new & (m.lay.accessed | m.lay.dirty)
-    if mapped and lost != ZERO:
-        flush = True
+        return False, wants and not write
     t.sptes[row, i] = new
     t.meta[cx.SPTES_WRITTEN] += 1
-    t.meta[cx.FLUSHES] += flush
+    t.meta[cx.FLUSHES] += flush or (mapped and needs_flush(m, old, new))
     if not mapped:
         rmap_add(s, k, gfn, level, row * 512 + i)
         count_leaf(t, level, 1)
     if v.log.shape[0] > 0:
         note(v, cx.EV_SET, gfn, level, new, 0, 0)
-    return True
+    return True, wants and not write
 
 
 @helper
 def _prefetch_run(t, s, h, v, m, row, first, end):
     """Fill the empty entries ``[first, end)`` of `row` while the host has a writable page at once; False ends all prefetch."""
-    gfn = child_gfn(t, row, first)
+    gfn = entry_gfn(t, row, first)
     k = find_slot(s, gfn)
-    if k < 0 or s.table[k, cx.FLAGS] & (cx.LOG_DIRTY_PAGES | cx.READONLY):
+    access = entry_access(t, row, first)
+    if k < 0 or s.table[k, cx.FLAGS] & cx.READONLY or (access & ACC_WRITE and s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES):
         return False
     if gfn + (end - first) > s.table[k, cx.BASE] + s.table[k, cx.NPAGES]:
         return False
@@ -126,15 +111,13 @@ def _prefetch_run(t, s, h, v, m, row, first, end):
     for i in range(first, end):
         if not writable_now(h, hpage + i - first):
             break
-        set_leaf(t, s, v, m, k, row, i, gfn + i - first, U64(hpage + i - first), True, True)
+        set_leaf(t, s, v, m, k, row, i, gfn + i - first, U64(hpage + i - first), True, access, True)
     return True
 
 
 @helper
-def _prefetch_neighbours(t, s, h, v, m, row, at):
+def _prefetch_direct(t, s, h, v, m, row, at):
     """Map the other pages of the aligned group of 8 before they are asked for; leaves not accessed yet."""
-    if np.int64(t.role[row]) & ROLE_AD_DISABLED or t.level[row] > 1:
-        return
     base = at & ~(PREFETCH - 1)
     first = np.int64(-1)
     for i in range(base, base + PREFETCH):
@@ -149,39 +132,156 @@ def _prefetch_neighbours(t, s, h, v, m, row, at):
 
 
 @helper
-def shadow_map_gfn(t, s, h, v, m, k, gfn, kind, prefetch):
-    """Take the shadow MMU's slow path for a direct root. Returns an exit reason, DONE if the leaf is there."""
-    reason, pfn, host_writable, fits = fault_page(s, h, m, k, gfn, kind)
-    if reason != cx.DONE:
-        return reason
-    no_huge = m.nx and kind == cx.EXEC
-    row = v.reg[cx.ROOT]
+def _prefetch_shadowed(t, s, h, v, m, row, at):
+    """Do the same below a guest table, as far as its entries are accessed and the host has writable pages at once."""
+    base = at & ~(PREFETCH - 1)
+    for i in range(base, base + PREFETCH):
+        if i == at or (t.sptes[row, i] & MMU_PRESENT) != ZERO:
+            continue
+        gpte = read_gpte(s, h, t.gfn[row], i)
+        if not may_map_early(m, gpte):
+            return
+        gfn = gpte_gfn(gpte)
+        access = clean_access(m, gpte, gpte_access(m, gpte) & (np.int64(t.role[row]) >> ROLE_ACCESS_SHIFT))
+        set_shadowed(t, row, i, gfn, access)
+        if not _prefetch_run(t, s, h, v, m, row, np.int64(i), np.int64(i) + 1):
+            return
+
+
+@helper
+def _finish(t, s, h, v, m, k, row, i, gfn, pfn, host_writable, access, kind, prefetch):
+    """Put the leaf that a fault is after, or an MMIO SPTE where no slot is; returns an exit reason."""
     level = np.int64(t.level[row])
-    goal = np.int64(1) if no_huge else min(fits, level - 1)  # a PAE root has no leaves
-    i = index_of(gfn, level)
-    while True:
-        if level == goal and nx_holds(t, m, t.sptes[row, i], level):
-            goal -= 1
-        if level == goal:
-            break
-        nx_mark = nx_mark_of(m, level, fits) if no_huge else 0
-        row = _next_page(t, s, m, row, i, nx_mark)
-        if row < 0:
-            return cx.EXIT_NOMEM
-        level -= 1
-        i = index_of(gfn, level)
     if k < 0:
-        if is_leaf(t.sptes[row, i], level):
+        if (t.sptes[row, i] & MMU_PRESENT) != ZERO:
             drop_leaf(t, s, m, row, i)
+        set_shadowed(t, row, i, gfn, access)
         t.sptes[row, i] = mmio_spte(m, s, gfn)
         t.meta[cx.SPTES_WRITTEN] += 1
         v.stat[cx.PF_EMULATE] += not prefetch
         v.stat[cx.PF_MMIO_SPTE_CREATED] += 1
         return cx.EXIT_MMIO
     first = U64(pfn) & ~((U64(1) << U64(9 * (level - 1))) - U64(1))
-    if not set_leaf(t, s, v, m, k, row, i, gfn, first, host_writable, prefetch):
-        v.stat[cx.PF_SPURIOUS] += not prefetch
+    start = gfn & -(np.int64(1) << (9 * (level - 1)))
+    changed, refused = set_leaf(t, s, v, m, k, row, i, gfn if level == 1 else start, first, host_writable, access, prefetch)
+    reason = cx.EMULATED if refused and kind == cx.WRITE else cx.DONE
+    if reason == cx.DONE:
+        v.stat[cx.PF_FIXED if changed else cx.PF_SPURIOUS] += not prefetch
+    return reason
+
+
+@helper
+def shadow_map_gfn(t, s, h, v, m, k, gfn, kind, prefetch):
+    """Take the slow path for a direct root. Returns an exit reason: DONE if the leaf is there, EMULATED as `map_gfn`."""
+    reason, pfn, host_writable, fits = fault_page(s, h, m, k, gfn, kind)
+    if reason != cx.DONE:
+        return reason
+    no_huge = m.nx and kind == cx.EXEC
+    row = v.reg[cx.ROOT]
+    access = np.int64(7)
+    goal = np.int64(1) if no_huge else min(fits, np.int64(t.level[row]) - 1)  # a PAE root has no leaves
+    row, i = _descend(t, s, h, v, m, row, gfn, gfn, goal, fits, no_huge, access)
+    if row < 0:
+        return cx.EXIT_NOMEM
+    reason = _finish(t, s, h, v, m, k, row, i, gfn, pfn, host_writable, access, kind, prefetch)
+    if reason != cx.EXIT_MMIO and not np.int64(t.role[row]) & ROLE_AD_DISABLED and t.level[row] == 1:
+        _prefetch_direct(t, s, h, v, m, row, i)
+    return reason
+
+
+@helper
+def _descend(t, s, h, v, m, row, address, gfn, goal, fits, no_huge, access):
+    """Go down from `row` to `goal` over direct pages; returns row (-1: arena full) and index. `address` finds the entries."""
+    level = np.int64(t.level[row])
+    i = index_of(address, level)
+    while True:
+        if level == goal and nx_holds(t, m, t.sptes[row, i], level):
+            goal -= 1
+        if level == goal:
+            return row, i
+        first = gfn & -(np.int64(1) << (9 * (level - 1)))
+        old = t.sptes[row, i]
+        if is_link(old) and (np.int64(t.role[child_of(old)]) & ROLE_ACCESS) >> ROLE_ACCESS_SHIFT != access:
+            unlink_page(t, s, m, row, i)  # what the guest allows has changed
+            t.meta[cx.FLUSHES] += 1
+        nx_mark = nx_mark_of(m, level, fits) if no_huge else 0
+        child, fresh = _next_page(t, s, h, v, m, row, i, first, True, access)
+        if child < 0:
+            return child, i
+        if fresh and nx_mark and t.nx_disallowed[child] == 0:
+            t.nx_disallowed[child] = nx_mark
+            t.meta[cx.NX_SPLITS] += nx_mark == 2
+        row = child
+        level -= 1
+        i = index_of(address, level)
+
+
+@helper
+def _guest_fault(t, s, h, v, m, address, kind, present, again):
+    """Take the slow path for a root that shadows the guest's tables; `address` is a page number of theirs.
+
+    Returns an exit reason: DONE if the leaf is there; EXIT_GUEST_FAULT if the guest's tables do not allow the access.
+    """
+    walked = walk_guest(t, s, h, v, m, address, kind)
+    if walked != WALK_OK:
+        return cx.EXIT_GUEST_PML_FULL if walked == WALK_PML_FULL else cx.EXIT_GUEST_FAULT
+    gfn, access = v.guest[cx.GW_GFN], v.guest[cx.GW_ACCESS]
+    k = find_slot(s, gfn)
+    if kind == cx.WRITE and present and is_tracked(t, gfn):
+        return cx.EMULATED
+    if k >= 0 and kind == cx.WRITE and s.table[k, cx.FLAGS] & cx.READONLY:
+        v.stat[cx.PF_EMULATE] += 1
+        return cx.EXIT_MMIO
+    v.stat[cx.SLOW_FAULTS] += 1 - again
+    reason, pfn, host_writable, fits = fault_page(s, h, m, k, gfn, kind)
+    if reason != cx.DONE:
+        return reason
+    row = v.reg[cx.ROOT]
+    while t.level[row] > v.guest[cx.GW_LEVEL]:
+        level = np.int64(t.level[row])
+        i = index_of(address, level)
+        below = level - 1
+        t.flood[row] = 0
+        table, allowed = v.guest[cx.GW_TABLE + below], v.guest[cx.GW_TABLE_ACCESS + below]
+        row, _ = _next_page(t, s, h, v, m, row, i, table, False, allowed)
+        if row < 0:
+            return cx.EXIT_NOMEM
+    no_huge = m.nx and kind == cx.EXEC
+    goal = np.int64(1) if no_huge else min(fits, v.guest[cx.GW_LEVEL])
+    row, i = _descend(t, s, h, v, m, row, address, gfn, goal, fits, no_huge, access)
+    if row < 0:
+        return cx.EXIT_NOMEM
+    reason = _finish(t, s, h, v, m, k, row, i, gfn, pfn, host_writable, access, kind, False)
+    if reason != cx.EXIT_MMIO and t.level[row] == 1:
+        if is_direct(t, row):
+            _prefetch_direct(t, s, h, v, m, row, i)
+        else:
+            _prefetch_shadowed(t, s, h, v, m, row, i)
+    return reason
+
+
+@helper
+def shadow_fault(t, s, h, v, m, address, kind, spte, level):
+    """Handle a violation or misconfiguration where the shadow MMU has pages; returns an exit reason.
+
+    DONE: enter again; EMULATED: KVM did the write itself, because the page holds a guest table.
+    """
+    mmio, kind, present, again = begin_fault(m, s, v, address, kind, spte, level)
+    if mmio:
+        return cx.EXIT_MMIO
+    if v.reg[cx.PGD] >= 0:
+        reason = _guest_fault(t, s, h, v, m, address, kind, present, again)
+        return emulate_write(t, s, v, m, v.guest[cx.GW_GFN]) if reason == cx.EMULATED else reason
+    if present and kind == cx.WRITE and t.meta[cx.INDIRECT] > 0 and is_tracked(t, address):
+        return emulate_write(t, s, v, m, address)
+    k = find_slot(s, address)
+    may_be_fast = not again and k >= 0 and (m.fast_fault or m.shadow) and ((present and kind == cx.WRITE) or (not m.ad and not present))
+    if may_be_fast and fast_fault(t, s, v, m, k, address, kind, False):
         return cx.DONE
-    v.stat[cx.PF_FIXED] += not prefetch
-    _prefetch_neighbours(t, s, h, v, m, row, i)
-    return cx.DONE
+    if k >= 0 and kind == cx.WRITE and s.table[k, cx.FLAGS] & cx.READONLY:
+        v.stat[cx.PF_EMULATE] += 1
+        return cx.EXIT_MMIO
+    v.stat[cx.SLOW_FAULTS] += 1 - again
+    args = t, s, h, v, m, k, address, kind, False
+    reason = shadow_map_gfn(*args) if m.shadow else map_gfn(*args)
+    return emulate_write(t, s, v, m, address) if reason == cx.EMULATED else reason

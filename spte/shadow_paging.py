@@ -2,61 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spte.bits import ROLE_INVALID, ROLE_PAGING_OFF
-from spte.context import PAE_ROOT, ROOT, I64s
-from spte.entries import link
+from spte.bits import PFN_MASK, ROLE_PAGING_OFF
+from spte.context import PAE_ROOT, PGD, ROOT
 from spte.errors import OutOfTablesError
-from spte.shadow_fault import get_page
-from spte.shadow_mmu import ShadowMmu
-from spte.tables import alloc_row, child_of, free_row, is_link
+from spte.host import the_host
+from spte.mmu import Mmu
+from spte.roots import Root
+from spte.shadow_page import link_page, unlink_page
+from spte.shadow_sync import get_page
+from spte.tables import alloc_row, is_link
 
 if TYPE_CHECKING:
-    from spte.vcpu import VirtualCpu
+    from spte.nested import NestedVcpu
 
 PAE_ENTRIES = 4  # each maps 1 GiB
 
 
-class ShadowPaging(ShadowMmu):
+class ShadowPaging(Mmu):
     """Page tables of a VM without EPT or NPT. The PAE root of a vCPU is no shadow page: it is in no hash and no listing."""
 
-    def load(self, vcpu: VirtualCpu) -> None:
-        """Before a guest entry: make the PAE root of `vcpu` point to valid pages; obsolete ones go with a flush when the last lets go."""
-        reg, t = vcpu.arrays.reg, self.tables
-        if reg[ROOT] < 0:
-            row = int(alloc_row(t, np.int64(3), np.int64(0), np.uint64(ROLE_PAGING_OFF | 3), np.int64(-1), self.mode.lay.nonpresent))
-            if row < 0:
-                raise OutOfTablesError("no page-table page left for a root; delete slots or close the VM")
-            t.shadow[row] = PAE_ROOT
-            reg[ROOT] = row
-        root = int(reg[ROOT])
-        held = self._pages_of(root)
-        if held and not int(t.role[held[0]]) & ROLE_INVALID:
+    def load(self, vcpu: NestedVcpu) -> None:
+        """As `Mmu.load`; with paging off, make the PAE root of `vcpu` point to valid pages."""
+        if vcpu.role & ~0xF != ROLE_PAGING_OFF:
+            super().load(vcpu)
             return
-        t.sptes[root, :PAE_ENTRIES] = self.mode.lay.nonpresent
-        self._put_all(held)
+        reg, t = vcpu.arrays.reg, self.tables
+        self._first_shadow_root()
+        if vcpu.pae_root < 0:
+            role = np.uint64(ROLE_PAGING_OFF | 3)
+            vcpu.pae_root = int(alloc_row(t, np.int64(3), np.int64(0), role, np.int64(-1), self.mode.lay.nonpresent))
+            if vcpu.pae_root < 0:
+                raise OutOfTablesError("no page-table page left for a root; delete slots or close the VM")
+            t.shadow[vcpu.pae_root] = PAE_ROOT
+        row = vcpu.pae_root
+        reg[ROOT], reg[PGD] = row, -1
+        pages = self.pages_of(row)
+        if pages and not self.is_invalid(pages[0].row):
+            return
+        self.drop_pages(row)
+        s = self.memslots.spaces[0]
         for i in range(PAE_ENTRIES):
-            page = get_page(t, self.mode, np.int64(i << 18), np.int64(2), np.int64(ROLE_PAGING_OFF | 2))
+            page = get_page(t, s, the_host(), vcpu.arrays, self.mode, np.int64(i << 18), np.int64(2), np.int64(ROLE_PAGING_OFF | 2))
             if page < 0:
                 raise OutOfTablesError("no page-table page left for a root; delete slots or close the VM")
-            link(t, self.mode, np.int64(root), np.int64(i), page)
+            t.held[page] += 1
+            link_page(t, s, self.mode, np.int64(row), np.int64(i), page)
 
-    def _pages_of(self, root: int) -> list[int]:
-        entries = self.tables.sptes[root, :PAE_ENTRIES]
-        return [int(child_of(entry)) for entry in entries if is_link(entry)]
+    def pages_of(self, row: int) -> list[Root]:
+        """Return the level-2 pages that a PAE root links to, which its vCPU holds."""
+        entries = self.tables.sptes[row, :PAE_ENTRIES]
+        return [Root(int(entry & PFN_MASK) >> 12, ROLE_PAGING_OFF | 2, 0) for entry in entries if is_link(entry)]
 
-    def _held(self) -> I64s:
-        roots = [int(vcpu.arrays.reg[ROOT]) for vcpu in self.vcpus]
-        return np.unique(np.array([page for root in roots if root >= 0 for page in self._pages_of(root)], np.int64))
-
-    def _put_all(self, pages: Iterable[int]) -> None:
-        still = set(self._held().tolist())
-        gone = [page for page in pages if page not in still]
-        for page in gone:
-            free_row(self.tables, np.int64(page))
-        if gone:
-            self.flush()
+    def drop_pages(self, row: int) -> None:
+        """Let go of them, and empty the root."""
+        pages = self.pages_of(row)
+        for i, page in enumerate(pages):
+            if not self.is_invalid(page.row):  # else a zap has forgotten who links to it
+                unlink_page(self.tables, self.memslots.spaces[0], self.mode, np.int64(row), np.int64(i))
+        self.tables.sptes[row, :PAE_ENTRIES] = self.mode.lay.nonpresent
+        self.release(pages)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._jit import helper
+from spte._jit import helper, kernel
+from spte.bits import LARGE_SHIFT, ONE, PRESENT_SHIFT, ROLE_IS_DIRECT, U64
 
 AS_SHIFT = 24  # role bits 31:24 name the address space
+GFN_SHIFT = U64(3)  # of an entry of Tables.shadowed
 
 
 @helper
@@ -24,3 +26,25 @@ def place(t, row, as_id, start, end):
     if end < base + (np.int64(512) << shift):
         hi = (end - base + (np.int64(1) << shift) - 1) >> shift
     return lo, hi
+
+
+@kernel
+def is_scattered(t, row):
+    """Tell whether the entries of `row` map what a guest table says, not gfns one after the other."""
+    return t.shadow[row] == 1 and np.int64(t.role[row]) & ROLE_IS_DIRECT == 0
+
+
+@helper
+def clear_scattered(t, row, as_id, start, end, shift):
+    """Clear bit `shift` in the present leaves of a scattered `row` that map gfns ``[start, end)``; returns SPTEs changed."""
+    if np.int64(t.role[row]) >> AS_SHIFT != as_id:
+        return np.int64(0)
+    changed = np.int64(0)
+    for i in range(512):
+        spte = t.sptes[row, i]
+        leaf = (spte >> PRESENT_SHIFT) & ((spte >> LARGE_SHIFT) | U64(t.level[row] == 1)) & ONE
+        gfn = np.int64(t.shadowed[row, i] >> GFN_SHIFT)
+        if leaf & (spte >> shift) and start <= gfn < end:
+            t.sptes[row, i] = spte ^ (ONE << shift)
+            changed += 1
+    return changed

@@ -16,6 +16,7 @@ from spte.context import FREED, HARVEST_WORDS, META_COLUMNS, PAGES_4K, ROWS, Tab
 # 2**24 rows map 32 TiB in 4 KiB pages. Only address space: 64 GiB and 0.5 GiB of attributes, nothing of it touched.
 CAPACITY = 1 << 24
 HASH_BUCKETS = 1 << 16
+MAX_TDP_ROOTS = 4  # one for L1, one for L2 without its own EPT or NPT
 INDEX_MASK, SHIFT_4, SHIFT_3, SHIFT_2 = U64(511), U64(27), U64(18), U64(9)
 
 
@@ -27,6 +28,8 @@ def new_tables(capacity: int = CAPACITY) -> Tables:
     return Tables(
         sptes, level=res(np.uint8, n), gfn=res(np.int64, n), role=res(np.uint32, n), parent=res(np.int32, n),
         nx_disallowed=res(np.uint8, n), shadow=res(np.uint8, n), hash=res(np.int32, HASH_BUCKETS), hash_next=res(np.int32, n),
+        shadowed=res(np.uint64, n, 512), unsync=res(np.uint8, n), flood=res(np.uint8, n), held=res(np.uint8, n), parents=res(np.int64, n),
+        roots=zeros(MAX_TDP_ROOTS), doomed=res(np.int32, n), path=zeros(16),
         free=res(np.int32, n), meta=zeros(META_COLUMNS), places=zeros(64 * HARVEST_WORDS + 1, np.uint64),
     )  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,9 +10,12 @@ import numpy.typing as npt
 from spte import context as cx
 from spte.context import LOG_COLUMNS, I64s, Vcpu, zeros
 from spte.errors import OutOfTablesError, PrefaultError, PrefaultHoleError, PrefaultHostError, PrefaultUnsupportedError, SlotRangeError
+from spte.exits import Exit
 from spte.host import the_host
+from spte.kernels.access import STAYED, STAYS, run_shadow
 from spte.kernels.access import run as run_guest
 from spte.kernels.prefault import prefault
+from spte.nested import PAGED_BITS, NestedVcpu
 from spte.notifier import host_write
 from spte.platform import SHADOW
 
@@ -23,46 +25,29 @@ if TYPE_CHECKING:
 Kinds = npt.NDArray[np.uint8]
 DIRTY_GFN = np.dtype([("flags", "<u4"), ("slot", "<u4"), ("offset", "<u8")])  # struct kvm_dirty_gfn
 LOG_EVENTS = 1 << 14
-_REASONS = {cx.EXIT_RING_FULL: "dirty_ring_full", cx.EXIT_MMIO: "mmio", cx.EXIT_EFAULT: "efault"}
+_REASONS = {
+    cx.EXIT_RING_FULL: "dirty_ring_full", cx.EXIT_MMIO: "mmio", cx.EXIT_EFAULT: "efault", cx.EXIT_GUEST_FAULT: "page_fault",
+    cx.EXIT_GUEST_PML_FULL: "pml_full", cx.EXIT_INTERNAL: "internal_error",
+}  # fmt: skip
 _ONE_KIND = {kind: np.array([kind], np.uint8) for kind in (cx.READ, cx.WRITE, cx.EXEC)}
 
 
-@dataclass(frozen=True, slots=True)
-class Exit:
-    """Why a batch stopped before its end.
-
-    Parameters
-    ----------
-    reason : str
-        ``dirty_ring_full``, ``mmio`` (no slot, or a write to a READONLY one) or ``efault`` (the host refuses the page).
-    index : int
-        Position in the batch of the access that is not finished; earlier ones are. After ``mmio`` the access was userspace's: go on
-        with ``index + 1``; else run ``gfns[index:]`` again.
-    gfn : int
-        Its gfn; -1 if the ring was full before the last access returned to the guest.
-    kind : int
-        `spte.READ`, `spte.WRITE` or `spte.EXEC`.
-    """
-
-    reason: str
-    index: int
-    gfn: int
-    kind: int
-
-
-class VirtualCpu:
+class VirtualCpu(NestedVcpu):
     """A vCPU of a VM; made by `spte.VM`."""
 
     def __init__(self, vm: VM, index: int, ring_entries: int) -> None:
+        super().__init__(vm)
         self._vm = vm
         self.index = index
         self.arrays = Vcpu(
             reg=zeros(cx.REG_COLUMNS), stat=zeros(cx.STAT_COLUMNS), pml=zeros(512, np.uint64),
             ring=np.zeros((ring_entries, 2), np.uint64), log=np.zeros((0, LOG_COLUMNS), np.uint64),
-            walked=zeros(cx.WALKS_AHEAD, np.uint64),
+            walked=zeros(cx.WALKS_AHEAD, np.uint64), guest=zeros(cx.GW_COLUMNS),
         )  # fmt: skip
+        self.mode = vm.mmu.mode
         reg = self.arrays.reg
-        reg[cx.PML_INDEX], reg[cx.ROOT], reg[cx.RING_SIZE] = 511, -1, ring_entries
+        reg[cx.L1_PML_GFN], reg[cx.L1_PML_INDEX] = -1, 511
+        reg[cx.PML_INDEX], reg[cx.ROOT], reg[cx.PGD], reg[cx.RING_SIZE] = 511, -1, -1, ring_entries
         reg[cx.RING_SOFT] = ring_entries - 64 - vm.platform.cpu_dirty_log_size
 
     def read(self, gfns: npt.ArrayLike) -> Exit | None:
@@ -97,7 +82,7 @@ class VirtualCpu:
         """Fetch an instruction from each page of `gfns` in order; parameters and errors as `read`."""
         return self._batch(gfns, _ONE_KIND[cx.EXEC])
 
-    def run(self, gfns: npt.ArrayLike, kinds: npt.ArrayLike) -> Exit | None:
+    def run(self, gfns: npt.ArrayLike, kinds: npt.ArrayLike, *, stays: bool = False) -> Exit | None:
         """Access each page of `gfns` in order as `kinds` says, as one stay in the guest; errors as `read`.
 
         Parameters
@@ -106,6 +91,8 @@ class VirtualCpu:
             Guest frame numbers; not changed.
         kinds : array_like of uint8, shape (n,)
             `spte.READ`, `spte.WRITE` or `spte.EXEC` for each access; not changed.
+        stays : bool
+            The guest is not left after the last access: the next batch goes on with the same stay.
 
         Returns
         -------
@@ -115,7 +102,7 @@ class VirtualCpu:
         each = np.array(kinds, np.uint8)
         if each.shape != np.shape(gfns) or (each > cx.EXEC).any():
             raise TypeError(f"kinds has shape {each.shape} or values above {cx.EXEC}; pass one of 0..{cx.EXEC} a gfn")
-        return self._batch(gfns, each if len(each) != 1 else _ONE_KIND[int(each[0])])
+        return self._batch(gfns, each if len(each) != 1 else _ONE_KIND[int(each[0])], stays=stays)
 
     def prefault(self, gpa: int, size: int, flags: int = 0) -> tuple[int, int]:
         """Map ``[gpa, gpa + size)`` before the guest asks for it: KVM_PRE_FAULT_MEMORY. Leaves are not accessed yet.
@@ -144,10 +131,10 @@ class VirtualCpu:
             raise PrefaultError(f"gpa={gpa:#x}, size={size:#x}, flags={flags}: take page multiples, flags 0, a policy with prefault")
         if vm.platform.paging == SHADOW:
             raise PrefaultUnsupportedError("shadow paging has no prefault; take a platform with EPT or NPT")
-        vm.enter(self)
+        self.enter_guest()
         at, end = gpa >> 12, (gpa + size) >> 12
         while at < end:
-            args = vm.mmu.tables, vm.memslots.spaces[0], the_host(), self.arrays, vm.mmu.mode, np.int64(at)
+            args = vm.mmu.tables, vm.memslots.spaces[0], the_host(), self.arrays, self.mode, np.int64(at)
             reason, level = prefault(*args)
             if reason != cx.DONE and at << 12 == gpa:
                 if reason == cx.EXIT_NOMEM:
@@ -169,12 +156,16 @@ class VirtualCpu:
         """
         return self.arrays.ring.reshape(-1).view(DIRTY_GFN)
 
-    def _batch(self, gfns: npt.ArrayLike, kinds: Kinds) -> Exit | None:
+    def _batch(self, gfns: npt.ArrayLike, kinds: Kinds, *, stays: bool = False) -> Exit | None:
         at, batch = 0, self._check(gfns)
         vm, v = self._vm, self.arrays
-        vm.enter(self)
+        stayed = v.reg[cx.STAY] & STAYS
+        v.reg[cx.STAY] = (STAYS if stays else 0) | (STAYED if stayed else 0)
+        if not stayed:
+            self.enter_guest()
+        run = run_shadow if vm.mmu.has_shadow_pages else run_guest
         while True:
-            at = run_guest(vm.mmu.tables, vm.memslots.spaces[0], the_host(), v, vm.mmu.mode, batch, kinds, at)
+            at = run(vm.mmu.tables, vm.memslots.spaces[0], the_host(), v, self.mode, batch, kinds, at)
             if vm.mmu.log.on:
                 vm.mmu.log.collect(self.index, v)
             reason = int(v.reg[cx.EXIT_REASON])
@@ -184,9 +175,12 @@ class VirtualCpu:
                 v.reg[cx.COUNTED] = not self._copy_page(int(v.reg[cx.EXIT_GFN]))
             elif reason == cx.EXIT_NOMEM:
                 raise OutOfTablesError(f"no page-table page left for gfn {v.reg[cx.EXIT_GFN]:#x}; delete slots or close the VM")
+            elif reason == cx.EXIT_ROOT:
+                vm.mmu.load(self)
             elif reason != cx.EXIT_LOG:
+                v.reg[cx.STAY] = 0
                 kind = int(kinds[at] if len(kinds) > 1 and at < len(kinds) else kinds[0]) if len(kinds) else cx.READ
-                return Exit(_REASONS[reason], int(at), int(v.reg[cx.EXIT_GFN]), kind)
+                return self.reflect(Exit(_REASONS[reason], int(at), int(v.reg[cx.EXIT_GFN]), kind))
 
     def _check(self, gfns: npt.ArrayLike) -> I64s:
         array = np.asarray(gfns)
@@ -195,22 +189,21 @@ class VirtualCpu:
         if array.ndim != 1 or array.dtype.kind not in "iu":
             raise TypeError(f"gfns has dtype {array.dtype} and shape {array.shape}; pass a one-dimensional array of integers")
         low, high = int(array.min()), int(array.max())
-        if low < 0 or high >> (self._vm.platform.reach_bits - 12):
+        bits = PAGED_BITS if self.cr3 is not None or self.in_l2 else self._vm.platform.reach_bits
+        if low < 0 or high >> (bits - 12):
             bad = low if low < 0 else high
-            raise SlotRangeError(f"gfn {bad:#x} is outside the {self._vm.platform.reach_bits} bits that the guest can address")
+            raise SlotRangeError(f"gfn {bad:#x} is outside the {bits} bits that the guest can address")
         array = np.ascontiguousarray(array.view(np.int64) if array.dtype == np.uint64 else array, np.int64)
         return array if array.flags.writeable else array.copy()
 
     def _copy_page(self, gfn: int) -> bool:
         """Let the host copy the zero page under `gfn`; returns whether an SPTE was dropped, so that the guest faults again."""
+        if self.arrays.reg[cx.PGD] >= 0:
+            gfn = int(self.arrays.guest[cx.GW_GFN])
         slot = self._vm.memslots.at(gfn)
         assert slot is not None
         assert slot.backing is not None
         return host_write((slot.hva >> 12) + gfn - slot.base_gfn, slot.backing.users)
-
-    def set_pml(self, on: bool) -> None:
-        """Take over the VM's PML control at an entry."""
-        self.arrays.reg[cx.PML_ON] = on
 
     def keep_log(self, on: bool) -> None:
         """Record events of the coming accesses, or stop to."""

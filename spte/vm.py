@@ -8,16 +8,17 @@ from types import TracebackType
 
 from spte import dirty_log, notifier, region
 from spte.backing import Backing
+from spte.bits import ROLE_PAGING_OFF
 from spte.caps import MANUAL_PROTECT, PREFAULT, check_dirty_ring, check_extension, check_manual_protect, number
 from spte.context import CPU_DIRTY_LOGGING_REQUESTS, U64s
 from spte.errors import CapabilityError, ClosedError, DirtyLoggingLeak, MmuPagesError
 from spte.memslot import Memslots
+from spte.mmu import Mmu
+from spte.mode import mode_of
 from spte.observe import Observable
 from spte.platform import SHADOW, Platform, named
 from spte.policy import Policy
-from spte.shadow_mmu import ShadowMmu
 from spte.shadow_paging import ShadowPaging
-from spte.tdp_mmu import TdpMmu, mode_of
 from spte.vcpu import VirtualCpu
 
 MAX_VCPUS = 1024  # KVM_MAX_VCPUS of x86
@@ -60,12 +61,9 @@ class VM(Observable):
             check_dirty_ring(ring_bytes, self.platform.cpu_dirty_log_size)
         self.manual = manual
         self.memslots = Memslots(rmaps=not self.platform.tdp_mmu)
-        mode = mode_of(self.platform, self.policy, manual)
-        if self.platform.tdp_mmu:
-            self.mmu = TdpMmu(self.platform, mode)
-        else:
-            shadow = ShadowPaging if self.platform.paging == SHADOW else ShadowMmu
-            self.mmu = shadow(self.platform, mode, self.memslots)
+        mmu = ShadowPaging if self.platform.paging == SHADOW else Mmu
+        self.mmu = mmu(self.platform, mode_of(self.platform, self.policy, manual), self.memslots)
+        self.first_role = ROLE_PAGING_OFF | 3 if self.platform.paging == SHADOW else self.mmu.direct_role
         self.nr_memslots_dirty_logging = 0
         self._closed = False
         self.vcpus = tuple(VirtualCpu(self, i, ring_bytes // 16) for i in range(vcpus))
@@ -98,7 +96,7 @@ class VM(Observable):
         KvmError
             The first broken rule in KVM's order: EINVAL, EEXIST (overlap), ENOMEM. Nothing is changed.
         """
-        self._alive()
+        self.alive()
         change, old, new = region.plan(self.memslots, self.platform.gpa_bits, slot, gpa, size, backing, hva, offset, flags)
         if change == region.NOTHING:
             return
@@ -135,6 +133,8 @@ class VM(Observable):
         first_or_last = change != 0 and self.nr_memslots_dirty_logging == max(change, 0)
         if first_or_last and self.platform.pml and self.policy.pml_control == "logging-slots":
             self.mmu.tables.meta[CPU_DIRTY_LOGGING_REQUESTS] += len(self.vcpus)
+            for vcpu in self.vcpus:
+                vcpu.update_requested = True
 
     def _advance_generation(self, as_id: int, step: int) -> None:
         if self.memslots.advance_generation(as_id, step) % MMIO_GENERATIONS == 0:
@@ -167,7 +167,7 @@ class VM(Observable):
         BufferFaultError
             EFAULT: `out` is not a writable uint64 array of that size.
         """
-        self._alive()
+        self.alive()
         return dirty_log.get(self, slot, out)
 
     def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, bitmap: U64s) -> None:
@@ -189,7 +189,7 @@ class VM(Observable):
         DirtyRingInUseError, SlotIdError, ClearRangeError, NoDirtyLogError, BufferFaultError
             ENXIO, EINVAL, EINVAL, ENOENT, EFAULT; nothing is changed.
         """
-        self._alive()
+        self.alive()
         dirty_log.clear(self, slot, first_page, num_pages, bitmap)
 
     def reset_dirty_rings(self) -> int:
@@ -205,7 +205,7 @@ class VM(Observable):
         RingDisabledError
             EINVAL: the VM has no rings.
         """
-        self._alive()
+        self.alive()
         return dirty_log.reset_rings(self)
 
     # -- capabilities and parameters --------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ class VM(Observable):
         CapabilityError
             EINVAL (E2BIG for a ring that is too large); nothing is changed. A ring is always too late here: vCPUs exist.
         """
-        self._alive()
+        self.alive()
         if number(name) == MANUAL_PROTECT:
             check_manual_protect(arg0)
             self.manual = arg0
@@ -254,21 +254,19 @@ class VM(Observable):
     def _set_mode(self) -> None:
         self.mmu.mode = mode_of(self.platform, self.policy, self.manual)
 
-    def enter(self, vcpu: VirtualCpu) -> None:
-        """Before `vcpu` enters the guest: load a valid root, take over the PML control. Mutates the vCPU's registers."""
-        self._alive()
-        self.mmu.load(vcpu)
-        always = self.policy.pml_control == "always"
-        vcpu.set_pml(self.platform.pml and (always or self.nr_memslots_dirty_logging > 0))
+    @property
+    def pml_wanted(self) -> bool:
+        """VCPUs that run L1 are to log by PML."""
+        return self.platform.pml and (self.policy.pml_control == "always" or self.nr_memslots_dirty_logging > 0)
 
     def kernel_write(self, gfn: int, vcpu: int = 0) -> None:
         """Write page `gfn` as KVM itself does (string I/O, clocks) while `vcpu` runs: dirty in the log of its slot, no SPTE, no fault."""
-        self._alive()
+        self.alive()
         notifier.kernel_write(self, gfn, vcpu)
 
     def set_tss_addr(self, gpa: int) -> None:
         """Give KVM three pages at `gpa` (bytes) for a TSS, as internal memslots: KVM_SET_TSS_ADDR; KvmError if they are not free."""
-        self._alive()
+        self.alive()
         for slot in region.plan_internal(self.memslots, self.platform.gpa_bits, TSS_SLOT, gpa, Backing("4k", TSS_PAGES * 4096)):
             self.memslots.insert(slot)
             self._advance_generation(slot.as_id, 2)
@@ -291,7 +289,8 @@ class VM(Observable):
         """VCPUs log to dirty rings."""
         return len(self.vcpus[0].arrays.ring) > 0
 
-    def _alive(self) -> None:
+    def alive(self) -> None:
+        """Raise ClosedError if the VM was closed."""
         if self._closed:
             raise ClosedError("the VM was closed; make a new one")
 

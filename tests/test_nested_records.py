@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from spte import recording as rec
-from spte.check import check
 from spte.compare import NESTED_KEYS, InForce, differences, fields_of
 from spte.difference import Difference
 
@@ -283,11 +282,3 @@ def test_what_holds_for_the_guest_of_a_guest_ends_with_its_vm() -> None:
     assert force.nested.keys() == set(NESTED_KEYS)
     force.apply({"i": 1, "op": "new_vm", "args": {}})
     assert not force.nested
-
-
-@pytest.mark.parametrize("archive", ARCHIVES, ids=lambda p: p.name)
-def test_a_guest_that_runs_a_guest_is_not_modelled(archive: Path) -> None:
-    report = check(next(rec.read_all(archive)))
-    assert (report.ops, report.fields) == (0, 0)
-    assert report.finding is not None
-    assert (report.finding.key, report.finding.got) == ("op", "not modelled: a guest that runs a guest")

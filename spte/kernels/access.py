@@ -19,15 +19,16 @@ import numpy as np
 
 from spte import context as cx
 from spte._jit import helper, kernel, kernel_apart, prefetch
-from spte.bits import MMU_PRESENT, SHIFT_PAGE, TYPE_DISABLED, TYPE_MASK, U64, WRITABLE, ZERO
-from spte.fault import allowed, fast_fault, map_gfn, mmio_spte
+from spte.bits import ROLE_INVALID, SHIFT_PAGE, TYPE_DISABLED, TYPE_MASK, U64, ZERO
+from spte.fault import allowed, begin_fault, fast_fault, map_gfn
 from spte.first_touch import first_touches
 from spte.pml import drain
-from spte.shadow_fault import shadow_map_gfn
+from spte.shadow_fault import shadow_fault
 from spte.slots import U32_MASK, find_slot, note
 from spte.tables import INDEX_MASK, child_of, index_of, is_leaf, is_link, walk, walk_to
 
 DONE, PML_FULL, VIOLATION = 0, 1, 2  # outcomes of an access in hardware
+STAYS, STAYED = 1, 2  # of a run: the guest is not left at its end; it was not left before it
 LOG_ROOM = 2048  # events that one access may add: a drain of 512 marks and pushes, and its faults
 
 
@@ -38,7 +39,7 @@ def _hardware(t, v, m, gfn, kind, row, i, level):
     if not is_leaf(spte, level) or not allowed(m, spte, kind):
         return VIOLATION
     missing = (m.lay.accessed | m.lay.dirty if kind == cx.WRITE else m.lay.accessed) & ~spte
-    if missing == ZERO or (spte & TYPE_MASK) == TYPE_DISABLED:
+    if missing == ZERO or (spte & TYPE_MASK) == TYPE_DISABLED or not m.hw_ad:
         return DONE
     if v.reg[cx.PML_ON]:
         index = v.reg[cx.PML_INDEX]
@@ -103,39 +104,25 @@ def soft_full(v):
 
 @helper
 def _fault(t, s, h, v, m, gfn, kind, spte, level):
-    """Handle a violation or misconfiguration; returns an exit reason, cx.DONE to enter again."""
-    present = is_leaf(spte, level) and (spte & (m.lay.readable | WRITABLE | m.lay.x)) != ZERO
+    """Handle a violation or misconfiguration of a TDP MMU's root; returns an exit reason, cx.DONE to enter again."""
+    mmio, kind, present, again = begin_fault(m, s, v, gfn, kind, spte, level)
+    if mmio:
+        return cx.EXIT_MMIO
     k = find_slot(s, gfn)
-    again = v.reg[cx.COUNTED]  # the host has copied the page within this same fault
-    v.reg[cx.COUNTED] = 0
-    if level == 1 and (spte & m.lay.mmio_mask) == m.lay.mmio_test and (spte & MMU_PRESENT) == ZERO:
-        v.stat[cx.MISCONFIGS] += 1
-        if spte == mmio_spte(m, s, gfn):
-            return cx.EXIT_MMIO
-        if m.lay.x != ZERO:  # an EPT misconfiguration does not say what the access was: KVM takes it for a read
-            kind = np.int64(cx.READ)
-    else:
-        v.stat[cx.VIOLATIONS] += 1 - again
-    if not again:
-        v.stat[cx.PF_TAKEN] += 1
-        if v.log.shape[0] > 0:
-            note(v, cx.EV_FAULT, gfn, kind, present, 0, 0)
-        may_be_fast = k >= 0 and (m.fast_fault or m.shadow) and ((present and kind == cx.WRITE) or (not m.ad and not present))
-        if may_be_fast and fast_fault(t, s, v, m, k, gfn, kind, False):
-            return cx.DONE
+    may_be_fast = not again and k >= 0 and m.fast_fault and ((present and kind == cx.WRITE) or (not m.ad and not present))
+    if may_be_fast and fast_fault(t, s, v, m, k, gfn, kind, False):
+        return cx.DONE
     if k >= 0 and kind == cx.WRITE and s.table[k, cx.FLAGS] & cx.READONLY:
         v.stat[cx.PF_EMULATE] += 1
         return cx.EXIT_MMIO
     v.stat[cx.SLOW_FAULTS] += 1 - again
-    if m.shadow:
-        return shadow_map_gfn(t, s, h, v, m, k, gfn, kind, False)
     return map_gfn(t, s, h, v, m, k, gfn, kind, False)
 
 
 @helper
 def _may_run_on(v, m, gfns, kinds, at):
     """Tell whether faults from access `at` on may be alike: the next gfn follows, nothing looks at single ones."""
-    plain = m.shadow == 0 and kinds.shape[0] == 1 and kinds[0] != cx.EXEC and v.log.shape[0] == 0
+    plain = kinds.shape[0] == 1 and kinds[0] != cx.EXEC and v.log.shape[0] == 0
     quiet = v.reg[cx.COUNTED] == 0 and v.reg[cx.RING_FULL_REQUEST] == 0
     return plain and quiet and at + 1 < gfns.shape[0] and gfns[at + 1] == gfns[at] + 1
 
@@ -150,8 +137,11 @@ def run(t, s, h, v, m, gfns, kinds, start):
     n = gfns.shape[0]
     kind = np.int64(kinds[0]) if kinds.shape[0] else np.int64(cx.READ)
     reason = cx.DONE
-    at = ahead = start
-    if v.reg[cx.COUNTED] == 0 and soft_full(v):  # a fault that the host has just served is not over: no entry in between
+    at = start
+    ahead = max(start, v.reg[cx.AHEAD])
+    shadowed = m.shadow or v.reg[cx.PGD] >= 0 or t.meta[cx.INDIRECT] > 0
+    # A fault that the host has just served is not over, a stay that goes on was not left: no entry in between.
+    if v.reg[cx.COUNTED] == 0 and not v.reg[cx.STAY] & STAYED and soft_full(v):
         reason = cx.EXIT_RING_FULL
     while at < n and reason == cx.DONE:
         if at == ahead:
@@ -171,6 +161,9 @@ def run(t, s, h, v, m, gfns, kinds, start):
             if v.log.shape[0] > 0:
                 note(v, cx.EV_PML_FULL, gfn, v.reg[cx.PML_INDEX], (m.lay.dirty & ~spte) != ZERO and kind == cx.WRITE, 0, 0)
             v.stat[cx.EXITS] += 1
+            if v.reg[cx.PML_BARRED]:
+                reason = cx.EXIT_INTERNAL
+                continue
             v.stat[cx.PML_FULLS] += 1
             drain(t, s, v, m)
             ahead = at
@@ -179,7 +172,7 @@ def run(t, s, h, v, m, gfns, kinds, start):
             elif v.log.shape[0] > 0 and v.reg[cx.LOGGED] + LOG_ROOM > v.log.shape[0]:
                 reason = cx.EXIT_LOG
             continue
-        if level == 1 and spte == m.lay.nonpresent and _may_run_on(v, m, gfns, kinds, at):
+        if not shadowed and level == 1 and spte == m.lay.nonpresent and _may_run_on(v, m, gfns, kinds, at):
             drain(t, s, v, m)
             count = first_touches(t, s, h, v, m, gfns, at, kind, row, i)
             at += count
@@ -188,19 +181,52 @@ def run(t, s, h, v, m, gfns, kinds, start):
                 continue
         v.stat[cx.EXITS] += 1 - v.reg[cx.COUNTED]
         drain(t, s, v, m)
-        reason = _fault(t, s, h, v, m, gfn, kind, spte, level)
+        reason = cx.EXIT_SHADOW if shadowed else _fault(t, s, h, v, m, gfn, kind, spte, level)
         if reason == cx.DONE:
             if soft_full(v):
                 reason = cx.EXIT_RING_FULL
             elif v.log.shape[0] > 0 and v.reg[cx.LOGGED] + LOG_ROOM > v.log.shape[0]:
                 reason = cx.EXIT_LOG
+    v.reg[cx.AHEAD] = ahead
+    _leave(t, s, v, m, gfns, at, reason)
+    return at
+
+
+@helper
+def _leave(t, s, v, m, gfns, at, reason):
+    """End a stay in the guest at access `at`, or only interrupt it."""
     if reason == cx.EXIT_RING_FULL:
         v.stat[cx.RING_FULLS] += 1
         if v.log.shape[0] > 0:
             note(v, cx.EV_RING_EXIT, 0, 0, 0, 0, 0)
-    if reason != cx.EXIT_LOG:
+    stays = reason == cx.EXIT_LOG or reason == cx.EXIT_SHADOW or (reason == cx.DONE and v.reg[cx.STAY] & STAYS)
+    if not stays:
         v.stat[cx.EXITS] += reason == cx.DONE
         drain(t, s, v, m)
+    if reason != cx.EXIT_SHADOW:
+        v.reg[cx.AHEAD] = 0
     v.reg[cx.EXIT_REASON] = reason
-    v.reg[cx.EXIT_GFN] = np.int64(gfns[at]) if at < n else -1
+    v.reg[cx.EXIT_GFN] = np.int64(gfns[at]) if at < gfns.shape[0] else -1
+
+
+@kernel
+def run_shadow(t, s, h, v, m, gfns, kinds, start):
+    """As `run`, where the shadow MMU has pages: its faults are handled here, so that the TDP MMU's loop stays small."""
+    at = run(t, s, h, v, m, gfns, kinds, start)
+    while v.reg[cx.EXIT_REASON] == cx.EXIT_SHADOW:
+        gfn = np.int64(gfns[at])
+        kind = np.int64(kinds[at] if kinds.shape[0] > 1 else kinds[0])
+        row, i, level = walk(t, v.reg[cx.ROOT], gfn)
+        reason = shadow_fault(t, s, h, v, m, gfn, kind, t.sptes[row, i], level)
+        if reason == cx.EMULATED:
+            at += 1
+            reason = cx.DONE
+        if reason == cx.DONE and np.int64(t.role[v.reg[cx.ROOT]]) & ROLE_INVALID:
+            reason = cx.EXIT_ROOT
+        if reason == cx.DONE and v.log.shape[0] > 0 and v.reg[cx.LOGGED] + LOG_ROOM > v.log.shape[0]:
+            reason = cx.EXIT_LOG
+        if reason != cx.DONE:
+            _leave(t, s, v, m, gfns, at, reason)
+            return at
+        at = run(t, s, h, v, m, gfns, kinds, at)
     return at

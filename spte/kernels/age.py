@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from spte._jit import kernel
-from spte.bits import TYPE_DISABLED, TYPE_MASK, ZERO
 from spte.context import SPTES_WRITTEN
-from spte.entries import is_access_tracked, track_access
+from spte.entries import is_accessed, make_old
 from spte.tables import is_leaf, walk
 
 
@@ -20,13 +19,10 @@ def age_range(t, m, roots, start, end, clear):
         while gfn < end:
             row, i, level = walk(t, roots[r], gfn)
             spte = t.sptes[row, i]
-            if is_leaf(spte, level):
-                tracked = (spte & TYPE_MASK) == TYPE_DISABLED
-                # Without A bits, not even kept by software, what is not parked counts as accessed.
-                if (spte & m.lay.accessed) != ZERO if m.lay.accessed != ZERO else not is_access_tracked(spte):
-                    young += 1
-                    if clear:
-                        t.sptes[row, i] = track_access(spte, m.lay) if tracked else spte & ~m.lay.accessed
-                        t.meta[SPTES_WRITTEN] += 1
+            if is_leaf(spte, level) and is_accessed(m, spte):
+                young += 1
+                if clear:
+                    t.sptes[row, i] = make_old(m, spte)
+                    t.meta[SPTES_WRITTEN] += 1
             gfn = (gfn | ((np.int64(1) << (9 * (level - 1))) - 1)) + 1
     return young

@@ -13,7 +13,7 @@ from spte.context import ROWS, U64s
 from spte.entries import log_shift
 from spte.kernels._plain import layout_of, rows
 from spte.platform import Platform
-from spte.sweep import place
+from spte.sweep import clear_scattered, is_scattered, place
 
 
 @helper
@@ -41,6 +41,9 @@ def clear_dirty_slot(t, m, as_id, start, end):
     changed = 0
     for row in range(t.meta[ROWS]):
         if t.level[row] > 0 and not (t.shadow[row] and t.level[row] > 1):  # the shadow MMU clears D at 4 KiB only
+            if is_scattered(t, row):
+                changed += clear_scattered(t, row, as_id, start, end, log_shift(t, m, row))
+                continue
             lo, hi = place(t, row, as_id, start, end)
             if lo < hi:
                 changed += clear_entries(t.sptes, row, lo, hi, log_shift(t, m, row), t.level[row] > 1)

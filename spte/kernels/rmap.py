@@ -8,10 +8,12 @@ from __future__ import annotations
 import numpy as np
 
 from spte._jit import kernel
-from spte.bits import ROLE_INVALID, ZERO
+from spte.bits import ROLE_INVALID
 from spte.context import BASE, COLLAPSED, NPAGES, NX_SPLITS, PAGES_4K, ROWS, SLOT, SPTES_WRITTEN, ZAPPED
+from spte.entries import is_accessed, make_old
 from spte.rmap import head_of, next_of, ref_of
-from spte.shadow_fault import drop_leaf
+from spte.shadow_page import count_shadowed, drop_leaf, is_direct, set_synced
+from spte.shadow_split import split_rmaps
 from spte.slots import PAGES_COMPOUND_OR_DEVICE, may_collapse
 from spte.sweep import place
 from spte.tables import free_row, is_leaf
@@ -45,7 +47,7 @@ def zap_collapsible_rmaps(t, s, h, m, k, max_row_level):
     done = 0
     for row in range(t.meta[ROWS]):
         level = np.int64(t.level[row])
-        if t.shadow[row] != 1 or level == 0 or level > max_row_level:
+        if t.shadow[row] != 1 or level == 0 or level > max_row_level or not is_direct(t, row):
             continue
         first = t.gfn[row]
         whole = m.collapse_precise != 0
@@ -74,18 +76,24 @@ def age_rmaps(t, s, m, k, start, end, clear):
                 ref = ref_of(s, head)
                 head = next_of(s, head)
                 spte = t.sptes[ref >> 9, ref & 511]
-                if (spte & m.lay.accessed) != ZERO:
+                if is_accessed(m, spte):
                     young += 1
                     if clear:
-                        t.sptes[ref >> 9, ref & 511] = spte & ~m.lay.accessed
+                        t.sptes[ref >> 9, ref & 511] = make_old(m, spte)
                         t.meta[SPTES_WRITTEN] += 1
             gfn += span
     return young
 
 
 @kernel
-def zap_all_shadow(t, m, held):
-    """Free every shadow page but the roots in `held`, which turn invalid and empty; returns the pages that were valid.
+def split_slot_rmaps(t, s, m, k):
+    """Split the huge leaves of the shadow MMU that map slot `k`, as `split_rmaps`; returns leaves split."""
+    return split_rmaps(t, s, m, k, s.table[k, BASE], s.table[k, BASE] + s.table[k, NPAGES])
+
+
+@kernel
+def zap_all_shadow(t, s, m):
+    """Free every shadow page but those that vCPUs hold as roots, which turn invalid and empty; returns the pages that were valid.
 
     Rmaps are the caller's to clear.
     """
@@ -100,13 +108,15 @@ def zap_all_shadow(t, m, held):
         if level <= 3:
             t.meta[PAGES_4K + level - 1] -= leaves
         t.meta[ZAPPED] += leaves
-        valid += (np.int64(t.role[row]) & ROLE_INVALID) == 0
+        if (np.int64(t.role[row]) & ROLE_INVALID) == 0:
+            valid += 1
+            if not is_direct(t, row):
+                count_shadowed(t, s, t.gfn[row], -1)
+                set_synced(t, row)
         t.meta[NX_SPLITS] -= t.nx_disallowed[row] == 2
         t.nx_disallowed[row] = 0
-        kept = False
-        for j in range(held.shape[0]):
-            kept = kept or held[j] == row
-        if kept:
+        t.parents[row] = 0
+        if t.held[row]:
             t.role[row] |= np.uint32(ROLE_INVALID)
             for i in range(512):
                 t.sptes[row, i] = m.lay.nonpresent

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from spte._jit import kernel
 from spte.bits import MMU_PRESENT, ONE, ZERO
 from spte.context import ROWS
-from spte.sweep import place
+from spte.sweep import GFN_SHIFT, is_scattered, place
 from spte.tables import is_leaf
 
 
@@ -18,9 +20,14 @@ def set_dirty_slot(t, m, as_id, start, end):
         if t.level[row] == 0:
             continue
         lo, hi = place(t, row, as_id, start, end)
+        scattered = is_scattered(t, row)
+        if scattered:
+            lo, hi = 0, 512
         for i in range(lo, hi):
             spte = t.sptes[row, i]
             wanted = is_leaf(spte, t.level[row]) if t.shadow[row] else (spte & MMU_PRESENT) != ZERO
+            if scattered and not start <= np.int64(t.shadowed[row, i] >> GFN_SHIFT) < end:
+                continue
             if wanted and (spte & dirty) == ZERO:
                 t.sptes[row, i] = spte | dirty
                 changed += 1

@@ -11,7 +11,7 @@ from spte._jit import helper, kernel
 from spte.bits import LARGE_SHIFT, ONE, PRESENT_SHIFT, U64, W_SHIFT, ZERO
 from spte.context import ROWS, U64s
 from spte.kernels._plain import rows
-from spte.sweep import place
+from spte.sweep import clear_scattered, is_scattered, place
 
 
 @helper
@@ -39,7 +39,9 @@ def write_protect_slot(t, as_id, start, end, min_level):
     """Take W from the leaves of level >= `min_level` that map gfns ``[start, end)``, rows in arena order; returns SPTEs changed."""
     changed = 0
     for row in range(t.meta[ROWS]):
-        if t.level[row] >= min_level:
+        if t.level[row] >= min_level and is_scattered(t, row):
+            changed += clear_scattered(t, row, as_id, start, end, W_SHIFT)
+        elif t.level[row] >= min_level:
             lo, hi = place(t, row, as_id, start, end)
             if lo < hi:
                 changed += protect_entries(t.sptes, row, lo, hi, t.level[row] > 1)

@@ -22,7 +22,7 @@ def zap_collapsible(t, s, h, m, k):
     end = start + s.table[k, NPAGES]
     done = 0
     for row in range(t.meta[ROWS]):
-        if t.level[row] == 0:
+        if t.level[row] == 0 or t.shadow[row]:
             continue
         level = np.int64(t.level[row])
         lo, hi = place(t, row, s.table[k, SLOT] >> 16, start, end)

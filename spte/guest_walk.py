@@ -1,0 +1,95 @@
+"""KVM's walk over the guest tables that it shadows, with the A and D bits that it sets there, and L1's own PML."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from spte import context as cx
+from spte._jit import helper
+from spte.bits import ACC_ALL, ACC_EXEC, ACC_USER, ACC_WRITE, LARGE, SHIFT_PAGE, U64, ZERO
+from spte.guest_memory import write_word
+from spte.shadow_sync import clean_access, gpte_access, gpte_gfn, read_gpte
+from spte.slots import find_slot, mark_dirty
+from spte.tables import index_of
+
+WALK_OK, WALK_FAULT, WALK_PML_FULL = 0, 1, 2
+PML_ENTRIES = 512
+TOP = 4
+
+
+@helper
+def _store(t, s, h, v, gfn, i, value):
+    """Write a word of guest memory as KVM does; returns nothing where no slot is."""
+    k = find_slot(s, gfn)
+    if k >= 0:
+        write_word(h, s.table[k, cx.HPAGE] + gfn - s.table[k, cx.BASE], i, value)
+        mark_dirty(t, s, v, k, gfn)
+
+
+@helper
+def _log_for_l1(t, s, h, v, gfn):
+    """Log L2's write of `gfn` in L1's PML buffer, if L1 has one; False if it is full."""
+    if v.reg[cx.L1_PML_GFN] < 0:
+        return True
+    index = v.reg[cx.L1_PML_INDEX]
+    if index >= PML_ENTRIES:
+        return False
+    _store(t, s, h, v, v.reg[cx.L1_PML_GFN], index, U64(gfn) << SHIFT_PAGE)
+    v.reg[cx.L1_PML_INDEX] = (index - 1) & 0xFFFF
+    return True
+
+
+@helper
+def _set_used(t, s, h, v, m, gfn, level, write):
+    """Set A in the entries of the walk, D in the last one for a write, as the CPU would; False if L1's PML buffer is full."""
+    for at in range(TOP, level - 1, -1):
+        table = v.guest[cx.GW_TABLE + at]
+        i = index_of(gfn, at)
+        gpte = read_gpte(s, h, table, i)
+        new = gpte | m.gpte.accessed
+        if at == level and write and (gpte & m.gpte.dirty) != m.gpte.dirty:
+            if not _log_for_l1(t, s, h, v, gfn):
+                return False
+            new |= m.gpte.dirty
+        if new != gpte:
+            _store(t, s, h, v, table, i, new)
+    return True
+
+
+@helper
+def allows(access, kind):
+    """Tell whether guest tables that allow `access` let an access of `kind` through."""
+    if kind == cx.WRITE:
+        return access & ACC_WRITE != 0
+    return access & (ACC_EXEC if kind == cx.EXEC else ACC_USER) != 0
+
+
+@helper
+def walk_guest(t, s, h, v, m, gfn, kind):
+    """Walk the guest's tables for `gfn`, an address of theirs; fills ``v.guest``. After WALK_FAULT its access is the entry's."""
+    table = v.reg[cx.PGD]
+    access = np.int64(ACC_ALL)
+    level = np.int64(TOP)
+    while True:
+        i = index_of(gfn, level)
+        gpte = read_gpte(s, h, table, i)
+        v.guest[cx.GW_LEVEL] = level
+        v.guest[cx.GW_TABLE + level] = table
+        v.guest[cx.GW_TABLE_ACCESS + level] = access
+        if (gpte & m.gpte.present) == ZERO:
+            v.guest[cx.GW_ACCESS] = 0
+            return WALK_FAULT
+        access &= gpte_access(m, gpte)
+        if level == 1 or (gpte & LARGE) != ZERO:
+            break
+        table = gpte_gfn(gpte)
+        level -= 1
+    v.guest[cx.GW_ACCESS] = access
+    if not allows(access, kind):
+        return WALK_FAULT
+    v.guest[cx.GW_GFN] = gpte_gfn(gpte) + (gfn & ((np.int64(1) << (9 * (level - 1))) - 1))
+    if kind != cx.WRITE:
+        v.guest[cx.GW_ACCESS] = clean_access(m, gpte, access)
+    if m.gpte.accessed != ZERO and not _set_used(t, s, h, v, m, gfn, level, kind == cx.WRITE):
+        return WALK_PML_FULL
+    return WALK_OK

@@ -1,0 +1,31 @@
+"""What kernels need to know of platform, policy, manual protect, and of the root that a vCPU runs on."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from spte.bits import GUEST_LONG, SOFT_ACCESSED, SOFT_DIRTY, layout
+from spte.context import Mode
+from spte.platform import SHADOW, Platform
+from spte.policy import COLLAPSE_PAGES, Policy
+
+
+def mode_of(platform: Platform, policy: Policy, manual: int) -> Mode:
+    """Return the mode of a VM whose vCPUs run L1."""
+    i = np.int64
+    lay = layout(platform, policy.era)
+    nx_marks = 2 if policy.nx_marks == "linked" else 0 if platform.paging == SHADOW else 1
+    if policy.software_ad and not platform.ad_bits:
+        lay = lay._replace(accessed=SOFT_ACCESSED, dirty=SOFT_DIRTY)
+    return Mode(
+        lay=lay, max_level=i(platform.max_level), ad=i(platform.ad_bits),
+        dirty_log_size=i(platform.cpu_dirty_log_size), eager=i(policy.eager_page_split and platform.tdp_mmu), nx=i(policy.nx_huge_pages),
+        split_in_place=i(policy.fault_split == "in-place"), fast_fault=i(policy.fast_page_fault),
+        oldest_first=i(policy.pml_order == "oldest-first"), dirty_on_remake=i(policy.dirty_on_remake),
+        flush_each=i(policy.collapse_flush == "each"), recover=i(policy.collapse == "recover"),
+        clear_arms_huge=i(manual == 3 and policy.initially_set_enable == "nothing"), shadow=i(not platform.tdp_mmu),
+        nx_marks=i(nx_marks), nx_any_table=i(policy.nx_any_table),
+        collapse_pages=i(COLLAPSE_PAGES.index(policy.collapse_pages)), collapse_precise=i(policy.collapse_precise),
+        level_clamped=i(policy.mapping_level_clamped), hw_ad=i(platform.ad_bits), disabled_ad=i(policy.software_ad),
+        tdp=i(platform.paging != SHADOW), gpte=GUEST_LONG,
+    )  # fmt: skip

@@ -1,0 +1,43 @@
+"""Guest writes that KVM does itself because the page holds a guest table that it shadows: the pages follow at once."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from spte import context as cx
+from spte._jit import helper
+from spte.bits import MMU_PRESENT, ZERO
+from spte.shadow_page import bucket_of, drop_entry_of, is_direct, zap_page
+from spte.slots import find_slot, mark_dirty
+
+FLOOD = 3  # writes in a row after which a page above level 1 is zapped whole: its table seems to be none any more
+GPTE_BYTES = 8
+
+
+@helper
+def _track_write(t, s, m, gfn, offset):
+    """Empty entry ``offset / 8`` of every page that shadows the table at `gfn`; one flush if that dropped something."""
+    flush = False
+    row = np.int64(t.hash[bucket_of(t, gfn)]) - 1
+    while row >= 0:
+        following = np.int64(t.hash_next[row]) - 1
+        if t.gfn[row] == gfn and not is_direct(t, row):
+            t.flood[row] += t.level[row] > 1
+            if t.flood[row] >= FLOOD:
+                zap_page(t, s, m, row)
+                flush = True
+            else:
+                i = np.int64(offset // GPTE_BYTES)
+                flush = flush or (t.sptes[row, i] & MMU_PRESENT) != ZERO
+                drop_entry_of(t, s, m, row, i)
+        row = following
+    t.meta[cx.FLUSHES] += flush
+
+
+@helper
+def emulate_write(t, s, v, m, gfn):
+    """Do the guest's write to `gfn`, ``reg[STORE]`` bytes into the page: dirty, and seen by the pages that shadow it."""
+    v.stat[cx.PF_EMULATE] += 1
+    mark_dirty(t, s, v, find_slot(s, gfn), gfn)
+    _track_write(t, s, m, gfn, v.reg[cx.STORE])
+    return cx.EMULATED
