@@ -6,6 +6,7 @@ from spte.backing import Backing
 from spte.context import EXEC, READ, WRITE
 from spte.errors import DirtyLoggingLeak, InvariantError, KvmError
 from spte.exits import Exit
+from spte.guest_tables import GuestTables
 from spte.platform import Platform
 from spte.policy import Policy
 from spte.vm import VM
@@ -18,6 +19,7 @@ __all__ = [
     "Backing",
     "DirtyLoggingLeak",
     "Exit",
+    "GuestTables",
     "InvariantError",
     "KvmError",
     "Platform",

@@ -35,6 +35,7 @@ SOFT_ACCESSED, SOFT_DIRTY = ONE << U64(8), ONE << U64(9)  # EPT without A/D bits
 # Role of a page table, 32 bits: level 3:0, direct 7, access 10:8, invalid 11, efer_nx 12, cr0_wp 13, ad_disabled 16, guest_mode 17.
 ROLE_LEVEL = 0xF
 ROLE_IS_DIRECT = 1 << 7
+ROLE_CR0_WP = 1 << 13  # of what `root_mmu` runs on; roots that shadow L1's EPT or NPT have it clear
 ROLE_ACCESS_SHIFT = 8
 ROLE_ACCESS = 7 << ROLE_ACCESS_SHIFT
 ROLE_DIRECT = 0x3780  # of a direct root, without its level

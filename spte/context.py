@@ -152,6 +152,7 @@ class Mode(NamedTuple):
     hw_ad: np.int64  # the running root's A and D bits are set by hardware
     disabled_ad: np.int64  # A and D bits are kept in entries of type disabled too
     tdp: np.int64  # the CPU has two-dimensional paging
+    l2_root_wp: np.int64  # PML hardware: the root that L2 shares with L1's memory is write-protected
     gpte: GuestPaging  # the guest tables that KVM shadows
 
 

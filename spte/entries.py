@@ -13,13 +13,17 @@ _ROLE_LEVEL = bt.U64(0xF)
 
 
 @helper
+def _write_protects_l2(m, role):
+    """Tell whether PML hardware, which logs L1's gfns alone, leaves the pages of `role` to write protection: L2 runs on them."""
+    return m.dirty_log_size > 0 and role & bt.ROLE_GUEST_MODE and (m.l2_root_wp or not role & bt.ROLE_CR0_WP)
+
+
+@helper
 def type_of(m, role):
     """Return the A/D type of the entries of a page with `role`."""
     if m.lay.type_root != bt.ZERO or role & bt.ROLE_AD_DISABLED:
         return bt.TYPE_DISABLED
-    if role & bt.ROLE_GUEST_MODE and m.dirty_log_size > 0:
-        return bt.TYPE_WRPROT
-    return bt.ZERO
+    return bt.TYPE_WRPROT if _write_protects_l2(m, role) else bt.ZERO
 
 
 @helper
@@ -224,6 +228,7 @@ def drop_entry(t, m, row, i):
 @helper
 def log_shift(t, m, row):
     """Return the place of the bit that dirty logging clears in the leaves of `row`: D, or W where D does not serve."""
-    if m.dirty_log_size == 0 or np.int64(t.role[row]) & (bt.ROLE_AD_DISABLED | bt.ROLE_GUEST_MODE):
+    role = np.int64(t.role[row])
+    if m.dirty_log_size == 0 or role & bt.ROLE_AD_DISABLED or _write_protects_l2(m, role):
         return bt.W_SHIFT
     return m.lay.dirty_shift

@@ -116,6 +116,10 @@ class NestedError(KvmError):
     """L2 entered or left where it can not be, or with tables that the platform does not take."""
 
 
+class GuestTablesError(KvmError):
+    """Guest page tables that can not be written as asked for."""
+
+
 class PrefaultError(KvmError):
     """KVM_PRE_FAULT_MEMORY on a range that is malformed, or on a kernel that does not have it."""
 

@@ -27,5 +27,5 @@ def mode_of(platform: Platform, policy: Policy, manual: int) -> Mode:
         nx_marks=i(nx_marks), nx_any_table=i(policy.nx_any_table),
         collapse_pages=i(COLLAPSE_PAGES.index(policy.collapse_pages)), collapse_precise=i(policy.collapse_precise),
         level_clamped=i(policy.mapping_level_clamped), hw_ad=i(platform.ad_bits), disabled_ad=i(policy.software_ad),
-        tdp=i(platform.paging != SHADOW), gpte=GUEST_LONG,
+        tdp=i(platform.paging != SHADOW), l2_root_wp=i(policy.l2_root_write_protect), gpte=GUEST_LONG,
     )  # fmt: skip

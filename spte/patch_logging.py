@@ -1,17 +1,17 @@
-"""Scenarios of patches 6 and 9 to 13: when PML runs, who is asked, and what toggling a memslot's flags may do."""
+"""Scenarios of patches 9 to 13: when PML runs, who is asked, and what toggling a memslot's flags may do."""
 
 from __future__ import annotations
 
 import errno
 import itertools
 
+from spte import patch_nested
 from spte.context import LOG_DIRTY_PAGES, READONLY
 from spte.errors import KvmError
 from spte.patch_mapping import logging_begins
 from spte.patch_states import around
 from spte.patch_trial import Play, Scenario, Slot, Trial
 
-NESTED = "nested guests"
 PML_ENTRIES = 512
 _SMALL = 64  # pages of a slot where only its flags matter
 _MANY = 1024
@@ -165,20 +165,7 @@ def _log_of(slot: Slot) -> str:
 
 _LINKS = 1 + 1 + _MANY // 512  # entries without D that lead to the leaves of a slot: of level 4, 3 and 2
 SCENARIOS = {
-    6: [
-        Scenario(
-            "P6-a", "L2 writes G+1, an alias of page G of L1: pages reported", around(6), None, {"reported": (None, (0,))},
-            platform="ept-pml", needs=NESTED,
-        ),
-        Scenario(
-            "P6-b", "a PML-full exit is forced in L2", around(6), None, {"exit": (None, "internal_error")},
-            platform="ept-pml", needs=NESTED,
-        ),
-        Scenario(
-            "P6-c", "L2 writes 600 distinct pages", around(6), None, {"faults_after": (None, 600), "pml_full_exits": (None, 0)},
-            platform="ept-pml", needs=NESTED,
-        ),
-    ],
+    6: patch_nested.PATCH_6,
     9: [
         Scenario(
             "P9-a", "no PML, 2 vCPUs in the guest, GET; then with the early return", around(9, sync_kicks_without_pml=False),
@@ -212,14 +199,7 @@ SCENARIOS = {
             "P11-b", "a slot is created with logging, then deleted", around(11), _create_and_delete,
             {"pml_requests": (0, 2), "logging_slots": ((1, 0), (1, 0)), "pml_on": ((1, 1), (1, 0))}, platform="ept-pml",
         ),
-        Scenario(
-            "P11-c", "logging begins while L2 runs: PML of vmcs01 before and after the exit to L1", around(11), None,
-            {"pml_on": (None, (0, 1)), "deferred": (None, (1, 0))}, platform="ept-pml", needs=NESTED,
-        ),
-        Scenario(
-            "P11-c end", "the same, and logging ends before the exit", around(11), None, {"pml_on": (None, (0, 0))}, platform="ept-pml",
-            needs=NESTED,
-        ),
+        *patch_nested.PATCH_11,
         Scenario(
             "P11-d", "a vCPU enters first after logging began", around(11), _first_entry, {"pml_on": (1, 1), "pml_entries": (64, 64)},
             platform="ept-pml", vcpus=2,

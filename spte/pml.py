@@ -39,7 +39,10 @@ def _mark_in_bitmaps(t, s, v, first):
 def drain(t, s, v, m):
     """Mark every logged gfn dirty and empty the buffer; entries of slots that do not log are dropped."""
     if v.reg[cx.PML_INDEX] != 511:
-        _drain(t, s, v, m)
+        if v.reg[cx.PML_BARRED]:  # the buffer is L1's, and L2 ran
+            v.reg[cx.PML_INDEX] = 511
+        else:
+            _drain(t, s, v, m)
 
 
 @kernel_apart

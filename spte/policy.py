@@ -66,6 +66,9 @@ class Policy:
         "logging-slots", "vCPUs run with PML always, or while a slot logs", "patch 11; a85863c2ec55, 5.12", ("always", "logging-slots")
     )
     pml_in_l2: bool = _decision(False, "PML stays on while L2 runs, and logs L2's addresses", "patch 6; c3bb9a20834f, 5.12 (off)")
+    l2_root_write_protect: bool = _decision(
+        True, "leaves of the root that L2 shares with L1's memory are write-protected on PML hardware", "2673dfb591a3, 6.9"
+    )
     sync_kicks_without_pml: bool = _decision(
         False, "GET and CLEAR kick every vCPU on hardware without PML too", "patch 9; a018eba53870, 5.12 (6.12: not)"
     )
@@ -115,6 +118,7 @@ def _spell_all(choices: tuple[Any, ...]) -> str:
 
 _6_1 = Policy(
     "6.1", era="6.1", nx_marks="possible", nx_any_table=True, fault_split="zap", pageout="age", locked_readonly_retry=True, prefault=False,
+    l2_root_write_protect=False,
 )  # fmt: skip
 _SERIES = dataclasses.replace(
     _6_1, name="series", eager_page_split=False, fast_page_fault=False, initially_set_enable="huge", enable_flush="each-routine",

@@ -162,14 +162,15 @@ class Machine:
         """Give the VM the slot with the payload's page tables, and each vCPU their root; `used`: A and D are set in them."""
         self._tables = Backing("4k", TABLE_PAGES << 12, populate=True)
         self.set_region(TABLE_SLOT, Region(PML4 << 12, TABLE_PAGES << 12, self._tables))
-        identity_map(self.table, small_pages=small_pages, used=used)
+        identity_map(lambda gfn: self.table_memory.table(gfn - PML4), small_pages=small_pages, used=used)
         for vcpu in self.vm.vcpus:
             vcpu.load_cr3(PML4 << 12)
 
-    def table(self, gfn: int) -> U64s:
-        """Return the contents of a page of the payload's page-table slot."""
+    @property
+    def table_memory(self) -> Backing:
+        """Memory of the payload's page-table slot."""
         assert self._tables is not None
-        return self._tables.table(gfn - PML4)
+        return self._tables
 
     def load_code(self, pages: int) -> None:
         """Give the VM the slot with the payload's program."""

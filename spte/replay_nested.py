@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spte.exits import Exit
+from spte.guest_tables import FRAME, RWX
 from spte.payload import CODE, EXEC, READ, STRING_IO, WRITE, Accesses, Command, Payload
-from spte.payload_tables import RWX, L1Tables
+from spte.payload_tables import L1Tables
 from spte.recording_seq import Step
 from spte.replay_guest import HALT, RING_FULL, Exits, Guest, Memory, UnsupportedOp, elided
 from spte.vcpu import VirtualCpu
@@ -148,7 +149,7 @@ class NestedGuest(Guest):
             yield from self._flush(vcpu)
             io = access.copy()
             if self._vcpus[vcpu].in_l2 and self._tables is not None:
-                io["gpa"] = (self._tables.translate(self._root[vcpu], int(io["gpa"]) >> 12) << 12) | (int(io["gpa"]) & 0xFFF)
+                io["gpa"] = (self._tables.translate(int(io["gpa"]) >> 12, self._root[vcpu]) << 12) | (int(io["gpa"]) & 0xFFF)
             self._exits += self._string_io(vcpu, io)
 
     def _enter(self, vcpu: int) -> Iterator[dict[str, Any]]:
@@ -167,7 +168,7 @@ class NestedGuest(Guest):
 
     def _run_l2(self, vcpu: int) -> None:
         base = CODE + vcpu * VCPU_PAGES
-        ept = self._tables.roots[self._root[vcpu]] << 12 if self._tables is not None else None
+        ept = self._tables.address(self._root[vcpu]) if self._tables is not None else None
         self._vcpus[vcpu].enter_l2(
             ept, ad=self._setup.ad, pml=(base + L1_PML) << 12 if self._setup.pml else None,
             vmcb=None if self._intel else (base + CONTROL) << 12,
@@ -191,11 +192,11 @@ class NestedGuest(Guest):
         self._push(vcpu)
         for first, count in step.runs:
             for n in range(count):
-                place, value, _ = self._tables.entry(self._root[vcpu], first + n)
-                if step.kind == "protect":
-                    value = self._tables.changed(value, perm=step.value, clears=step.clears)
-                else:
-                    value = self._tables.changed(value, l1_gfn=step.value + n)
+                place, value, _ = self._tables.entry(first + n, self._root[vcpu])
+                moved = value & ~FRAME | (step.value + n) << 12
+                value = moved if step.kind == "remap" else self._tables.recorded(value, step.value)
+                if step.clears:
+                    value = self._tables.unused(value, accessed=step.clears == "a")
                 yield from self._store(vcpu, place, value)
 
     def _store(self, vcpu: int, gpa: int, value: int) -> Iterator[dict[str, Any]]:
@@ -211,7 +212,7 @@ class NestedGuest(Guest):
         self._push(vcpu)
         if self._intel and self._tables is not None:
             yield from self._flush(vcpu)
-            self._vcpus[vcpu].invept(self._tables.roots[self._root[vcpu]] << 12)
+            self._vcpus[vcpu].invept(self._tables.address(self._root[vcpu]))
 
     # -- running ----------------------------------------------------------------------------------------------------------
 
@@ -263,11 +264,11 @@ class NestedGuest(Guest):
         if stop.reason == "pml_full":
             self._vcpus[vcpu].l1_pml_index = 511
         else:
-            pages, _, _ = self._tables.path(self._root[vcpu], stop.gfn)
+            pages, _, _ = self._tables.walk(stop.gfn, self._root[vcpu])
             for page in pages:
                 self._queue.append(self._who(vcpu).single(page, READ, 0, self._insn))
                 self._insn += 1
-            place, value, _ = self._tables.entry(self._root[vcpu], stop.gfn)
+            place, value, _ = self._tables.entry(stop.gfn, self._root[vcpu])
             yield from self._store(vcpu, place, value | RWX)
         self._push(vcpu)
         yield from self._flush(vcpu)

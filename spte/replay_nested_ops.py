@@ -37,7 +37,7 @@ def load(machine: Machine, args: Args) -> Result:
     payloads = tuple(
         (payload(v, stack=L1_STACK, ad=platform.ad_bits), payload(v, stack=L2_STACK, ad=ad_in_l2)) for v in range(args["vcpus"])
     )
-    machine.l1_tables = L1Tables(machine.table, ept=platform.paging == EPT, roots=args["roots"]) if setup.ept else None
+    machine.l1_tables = L1Tables(machine.table_memory, ept=platform.paging == EPT, roots=args["roots"]) if setup.ept else None
     guest = NestedGuest(machine.vm.vcpus, payloads, machine.memory, machine.l1_tables, setup, intel=machine.intel)
     machine.take_guest(guest)
     result: Result = {}
@@ -98,13 +98,11 @@ def _l2_map(machine: Machine, args: Args, record: Args) -> Result:
     tables = _tables(machine)
     if not 0 <= args["root"] < len(tables.roots):
         raise RecordingError(f"root {args['root']} of l2_map does not exist; new_vm made {len(tables.roots)}")
-    gfns = expand(args["gfns"])
     step = 512 if args["level"] == 2 else 1
-    for n, gfn in enumerate(gfns.tolist()):
-        if gfn % step:
-            continue
-        target = gfn if args["l1"] is None else args["l1"] + (0 if args["same"] else n)
-        tables.map(args["root"], gfn, target, level=args["level"], perm=args["perm"], ad=args["ad"])
+    for n, gfn in enumerate(expand(args["gfns"]).tolist()):
+        if gfn % step == 0:
+            target = gfn if args["l1"] is None else args["l1"] + (0 if args["same"] else n)
+            tables.map_recorded(gfn, target, level=args["level"], perm=args["perm"], ad=args["ad"], root=args["root"])
     return {}
 
 

@@ -1,0 +1,156 @@
+"""Page tables of a guest in its own memory: what a 64-bit guest pages with, or L1's EPT or NPT for L2. Four levels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from spte.backing import Backing
+from spte.bits import PFN_MASK
+from spte.context import U64s
+from spte.errors import GuestTablesError
+
+READ, WRITE, EXEC = 1, 2, 4  # permissions of an entry
+RWX = READ | WRITE | EXEC
+LARGE, NX = 1 << 7, 1 << 63
+LEVELS = 4
+FRAME = int(PFN_MASK)
+
+
+class _Format(NamedTuple):
+    """How an entry of one kind of tables looks."""
+
+    link: int
+    leaf: int  # of every leaf, with its permissions
+    accessed: int
+    dirty: int
+    nx: int  # set where EXEC is missing; 0: permissions are R, W, X themselves
+
+
+_FORMATS = {
+    "ept": _Format(link=RWX, leaf=6 << 3, accessed=1 << 8, dirty=1 << 9, nx=0),  # write-back memory
+    "npt": _Format(link=RWX | 1 << 5, leaf=5, accessed=1 << 5, dirty=1 << 6, nx=NX),
+    "long": _Format(link=RWX | 1 << 5, leaf=5, accessed=1 << 5, dirty=1 << 6, nx=NX),
+}
+KINDS = tuple(_FORMATS)
+
+
+class GuestTables:
+    """Page tables that KVM reads from guest memory.
+
+    Parameters
+    ----------
+    backing : Backing
+        Memory of the memslot that holds them; its pages are taken from `page` on and mutated.
+    gpa : int
+        Guest-physical address at which the backing begins, bytes.
+    kind : str
+        ``ept`` or ``npt``: what L1 runs L2 with; ``long``: 64-bit paging of a guest.
+    page : int
+        First page of `backing` to take.
+
+    Raises
+    ------
+    GuestTablesError
+        EINVAL: unknown kind, `gpa` not of a page, or no page left.
+    """
+
+    def __init__(self, backing: Backing, gpa: int, kind: str = "ept", *, page: int = 0) -> None:
+        if kind not in _FORMATS:
+            raise GuestTablesError(f"kind={kind!r} of guest tables is not known; take one of {', '.join(KINDS)}")
+        if gpa % 4096 or gpa < 0:
+            raise GuestTablesError(f"gpa={gpa:#x} is not the address of a page; round down")
+        self._format = _FORMATS[kind]
+        self._first, self._next, self._end = gpa >> 12, (gpa >> 12) + page, (gpa >> 12) + backing.size // 4096
+        self._words: Callable[[int], U64s] = lambda gfn: backing.table(gfn - self._first)
+        self.roots: list[int] = []
+        self.add_root()
+
+    def add_root(self) -> int:
+        """Take a page for another root; returns its number, for `root` of the other methods."""
+        self.roots.append(self._new_page())
+        return len(self.roots) - 1
+
+    def address(self, root: int = 0) -> int:
+        """Return the guest-physical address of a root table: for `load_cr3` and ``enter_l2(ept=...)``."""
+        return self.roots[root] << 12
+
+    def _new_page(self) -> int:
+        if self._next >= self._end:
+            raise GuestTablesError(f"no page left for guest tables behind gfn {self._end - 1:#x}; give them more memory")
+        page, self._next = self._next, self._next + 1
+        self._words(page)[:] = 0
+        return page
+
+    def map(
+        self, gfn: int, to: int, count: int = 1, *, level: int = 1, perm: int = RWX, accessed: bool = True, dirty: bool = True,
+        root: int = 0,
+    ) -> None:  # fmt: skip
+        """Translate `count` pages of `level` from page number `gfn` on to the gfns from `to` on. Mutates guest memory, before it runs.
+
+        Parameters
+        ----------
+        gfn, to : int
+            First page numbers, multiples of the page size of `level` in 4 KiB pages.
+        count : int
+            Pages of `level`.
+        level : int
+            1 (4 KiB), 2 (2 MiB) or 3 (1 GiB).
+        perm : int
+            1 READ, 2 WRITE, 4 EXEC, added up; READ can not be taken away in NPT and 64-bit tables.
+        accessed, dirty : bool
+            A and D are set already.
+        root : int
+            Number of the root.
+
+        Raises
+        ------
+        GuestTablesError
+            EINVAL: unaligned page numbers, a level or permission that there is not, a larger page in the way, no page left.
+        """
+        size = 1 << 9 * (level - 1) if level in (1, 2, 3) else 0
+        if not size or gfn % size or to % size or not 0 <= perm <= RWX:
+            raise GuestTablesError(f"gfn={gfn:#x}, to={to:#x}, level={level}, perm={perm}: take level 1, 2 or 3, its multiples, perm 0..7")
+        flags = self.permissions(self._format.leaf, perm) | (LARGE if level > 1 else 0)
+        flags |= (self._format.accessed if accessed else 0) | (self._format.dirty if dirty else 0)
+        for n in range(0, count * size, size):
+            page, at = self.roots[root], LEVELS
+            while at > level:
+                entries, i = self._words(page), (gfn + n) >> 9 * (at - 1) & 511
+                if not entries[i]:
+                    entries[i] = self._new_page() << 12 | self._format.link
+                elif int(entries[i]) & LARGE:
+                    raise GuestTablesError(f"gfn={gfn + n:#x} is mapped by a page of level {at}; map it once")
+                page, at = (int(entries[i]) & FRAME) >> 12, at - 1
+            self._words(page)[(gfn + n) >> 9 * (level - 1) & 511] = (to + n) << 12 | flags
+
+    def permissions(self, entry: int, perm: int) -> int:
+        """Return `entry` with the permissions `perm`, as for `map`: a value to store."""
+        if not self._format.nx:
+            return entry & ~RWX | perm
+        return entry & ~(WRITE | NX) | perm & WRITE | (0 if perm & EXEC else NX)
+
+    def unused(self, entry: int, *, accessed: bool) -> int:
+        """Return `entry` with D clear, and A too if `accessed`."""
+        return entry & ~(self._format.dirty | (self._format.accessed if accessed else 0))
+
+    def walk(self, gfn: int, root: int = 0) -> tuple[list[int], int, int]:
+        """Return the gfns of the tables on the way to page `gfn`, the level of the last entry and its index there."""
+        page, level, pages = self.roots[root], LEVELS, []
+        while True:
+            pages.append(page)
+            i = gfn >> 9 * (level - 1) & 511
+            entry = int(self._words(page)[i])
+            if level == 1 or entry & LARGE or not entry:
+                return pages, level, i
+            page, level = (entry & FRAME) >> 12, level - 1
+
+    def entry(self, gfn: int, root: int = 0) -> tuple[int, int, int]:
+        """Return the last entry on the way to page `gfn`: its guest-physical address (for `store`), its value, its level."""
+        pages, level, i = self.walk(gfn, root)
+        return (pages[-1] << 12) + 8 * i, int(self._words(pages[-1])[i]), level
+
+    def translate(self, gfn: int, root: int = 0) -> int:
+        """Return the gfn that page `gfn` is mapped to; 0 and on where it is not."""
+        _, entry, level = self.entry(gfn, root)
+        return ((entry & FRAME) >> 12) + (gfn & ((1 << 9 * (level - 1)) - 1))
