@@ -8,8 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 from spte._jit import kernel
-from spte.bits import ROLE_INVALID, ZERO
+from spte.bits import ROLE_INVALID, TYPE_DISABLED, TYPE_MASK, ZERO
 from spte.context import BASE, COLLAPSED, NPAGES, NX_SPLITS, PAGES_4K, ROWS, SLOT, SPTES_WRITTEN, ZAPPED
+from spte.entries import is_access_tracked, track_access
 from spte.rmap import head_of, next_of, ref_of
 from spte.shadow_fault import drop_leaf
 from spte.slots import PAGES_COMPOUND_OR_DEVICE, may_collapse
@@ -63,7 +64,7 @@ def zap_collapsible_rmaps(t, s, h, m, k, max_row_level):
 
 @kernel
 def age_rmaps(t, s, m, k, start, end, clear):
-    """Count the accessed leaves that map gfns ``[start, end)`` of slot `k`; `clear`: take their A."""
+    """Count the accessed leaves that map gfns ``[start, end)`` of slot `k`; `clear`: take their A, or park R and X where there is no A."""
     young = 0
     for level in range(1, 4):
         span = np.int64(1) << (9 * (level - 1))
@@ -74,10 +75,12 @@ def age_rmaps(t, s, m, k, start, end, clear):
                 ref = ref_of(s, head)
                 head = next_of(s, head)
                 spte = t.sptes[ref >> 9, ref & 511]
-                if (spte & m.lay.accessed) != ZERO:
+                tracked = (spte & TYPE_MASK) == TYPE_DISABLED
+                # Without A bits, not even kept by software, what is not parked counts as accessed.
+                if (spte & m.lay.accessed) != ZERO if m.lay.accessed != ZERO else not is_access_tracked(spte):
                     young += 1
                     if clear:
-                        t.sptes[ref >> 9, ref & 511] = spte & ~m.lay.accessed
+                        t.sptes[ref >> 9, ref & 511] = track_access(spte, m.lay) if tracked else spte & ~m.lay.accessed
                         t.meta[SPTES_WRITTEN] += 1
             gfn += span
     return young
