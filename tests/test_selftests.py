@@ -181,12 +181,10 @@ def test_dirty_log_perf_test_without_eager_page_split():
 @pytest.mark.parametrize("manual", [0, MANUAL])
 @pytest.mark.parametrize("version", ["6.1", "6.12", "6.13"])
 @pytest.mark.parametrize("kind", small_in_plain_python(["hugetlb2m", "hugetlb1g"], ["hugetlb2m"]))
-def test_dirty_log_page_splitting_test(platform, version, kind, manual):
-    if platform.endswith("-rmap"):
-        pytest.skip("the selftest needs tdp_mmu=Y")
+def test_dirty_log_page_splitting_test(platform_that_splits_in_place, version, kind, manual):
     size = GIB if kind == "hugetlb1g" else small_in_plain_python(32 * MIB, HUGE)
     total = 2 * size // PAGE
-    vm = spte.VM(platform, version, vcpus=2, manual=manual)
+    vm = spte.VM(platform_that_splits_in_place, version, vcpus=2, manual=manual)
     memory = [spte.Backing(kind, size) for _ in range(2)]
 
     def set_flags(flags):
