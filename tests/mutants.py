@@ -80,12 +80,12 @@ MUTANTS = [
     ),
     Mutant("re-arm: huge leaf at the last gfn", "W of the next one, if a mask ends there", LOST, on(PLATFORMS, "manual 3", **HUGE_SECOND)),
     # -- every view of a gfn
-    Mutant("enable: aliases", "all leaves of a gfn when logging begins", LOST, on(RMAP_PLATFORMS, "GET", "manual 1", "ring", **ALIASED)),
-    Mutant("re-arm: aliases", "all leaves of a gfn in a mask", LOST, on(RMAP_PLATFORMS, "GET", "manual 1", "manual 3", "ring", **ALIASED)),
-    Mutant("re-arm: aliases of huge leaves", "all huge leaves that cover a gfn", LOST, on(RMAP_PLATFORMS, "manual 3", **ALIASED)),
+    Mutant("enable: aliases", "all leaves of a gfn when logging begins", LOST, on(PLATFORMS, "GET", "manual 1", "ring", **ALIASED)),
+    Mutant("re-arm: aliases", "all leaves of a gfn in a mask", LOST, on(PLATFORMS, "GET", "manual 1", "manual 3", "ring", **ALIASED)),
+    Mutant("re-arm: aliases of huge leaves", "all huge leaves that cover a gfn", LOST, huge(on(PLATFORMS, "manual 3", **ALIASED))),
     Mutant(
         "W of L2 leaves", "W instead of D where PML is off", LOST,
-        on([name for name in PML_PLATFORMS if name in RMAP_PLATFORMS], "GET", "manual 1", "manual 3", "ring", **ALIASED),
+        on(PML_PLATFORMS, "GET", "manual 1", "manual 3", "ring", **ALIASED),
     ),
     # -- order
     Mutant("bit first", "bits are taken before their leaves are armed", LOST, on(PLATFORMS, "GET", "manual 1", "manual 3", **BUSY)),
@@ -105,7 +105,7 @@ MUTANTS = [
         mapping(name for name in RMAP_PLATFORMS if name not in ("ept-noad-rmap", "shadow")),
     ),
     Mutant("unmap", "flush of a notifier that dropped a leaf", STALE, mapping(PLATFORMS)),
-    Mutant("unmap: aliases", "a notifier drops all leaves of a gfn", STALE, mapping(RMAP_PLATFORMS, **ALIASED)),
+    Mutant("unmap: aliases", "a notifier drops all leaves of a gfn", STALE, mapping(PLATFORMS, **ALIASED)),
     Mutant("age", "flush after R, W and X of a leaf were parked", STALE, mapping(["ept-noad", "ept-noad-rmap"])),
     Mutant("zap-all", "flush, or new roots, after everything was dropped", STALE, mapping(PLATFORMS)),
     # -- what no write and no translation hangs on

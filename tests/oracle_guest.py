@@ -127,7 +127,8 @@ class Guest:
         return "fixed"
 
     def has_fast_faults(self, at):
-        return self.rules.fast
+        """Only direct roots have them."""
+        return self.rules.fast and at < SPAN
 
     def map_mmio(self, vcpu, gfn, kind):
         self.walk(gfn, 1, 1, self.nx and kind == EXEC)
@@ -167,7 +168,7 @@ class Guest:
         old = self.leafs.get((level, first))
         over_table = (level - 1, first) in self.tables
         bit1 = over_table or (old is not None and old.w) or (level == 1 and gfn in self.mmio)
-        new = self.new_leaf(level, writable, zero, prefetch, bit1)
+        new = self.new_leaf(level, gfn, writable, zero, prefetch, bit1)
         if writable:
             self.mark(vcpu, gfn)
         if new == old:
@@ -179,12 +180,13 @@ class Guest:
         self.leafs[level, first] = new
         return True
 
-    def new_leaf(self, level, writable, zero, prefetch, bit1):
+    def new_leaf(self, level, at, writable, zero, prefetch, bit1):
         """`bit1`: bit 1 of the entry was set, whatever it was, and up to 6.12 the builder then leaves D out."""
         parked = prefetch and not self.kind.ad
         return Leaf(
             hw=writable, mw=writable, w=writable and not parked, zero=zero, parked=parked, x=not (self.nx and level > 1),
             d=writable and self.has_dirty and (self.rules.remake_sets_dirty or not bit1), a=self.has_accessed and not prefetch,
+            by_w=bool(self.cdls) and at >= SPAN,
         )  # fmt: skip
 
     def prefault(self, v, gfn, npages):

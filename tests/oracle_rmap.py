@@ -1,8 +1,4 @@
-"""The oracle's other MMU, which finds leaves by rmap: direct roots with tdp_mmu=N, shadow paging, and further views of a gfn.
-
-A view stands for what maps a gfn once more: another guest address under shadow paging, or L2. It has leaves and translations
-of its own; `Oracle.views` says how many there are.
-"""
+"""The oracle's other MMU, which finds leaves by rmap: direct roots with tdp_mmu=N, and shadow paging of a guest without paging."""
 
 import errno
 
@@ -99,7 +95,7 @@ class RmapOracle(Oracle):
     # -- faults
 
     def has_fast_faults(self, at):
-        """In every version for direct roots; never for what shadows tables."""
+        """In every version for direct roots."""
         return at < SPAN
 
     def map(self, vcpu, slot, gfn, kind, writable, zero, prefetch=False):
@@ -118,8 +114,7 @@ class RmapOracle(Oracle):
             self.flush("link replaced")
         old = self.leafs.get(key)
         bit1 = (old is not None and old.w) or (level == 1 and at in self.mmio)
-        new = self.new_leaf(level, writable, zero, prefetch, bit1)
-        new.by_w = bool(self.cdls) and at >= SPAN
+        new = self.new_leaf(level, at, writable, zero, prefetch, bit1)
         if writable:
             self.mark(vcpu, at)
         if new == old:

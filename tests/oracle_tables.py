@@ -12,7 +12,9 @@ class Tables:
     Steps that a mutant may leave out are named where they are taken: by `flush`, `does` and `each`.
     """
 
-    views = 1  # how many addresses each gfn has: one a view
+    # How many addresses each gfn has, one a view: the direct root's, and what maps the gfn once more, another guest address under
+    # shadow paging, or L2. Each has leaves and translations of its own, and no fast faults; of L2, hardware logs nothing.
+    views = 1
 
     def does(self, step):
         return step not in self.mutants

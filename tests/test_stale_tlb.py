@@ -89,7 +89,7 @@ def test_splitting_and_mending_need_no_flush():
     assert o.flushes == before
 
 
-@pytest.mark.parametrize("platform", ["ept-pml-rmap", "npt-rmap"])
+@pytest.mark.parametrize("platform", PLATFORMS)
 def test_a_write_through_any_view_of_a_gfn_is_reported_under_the_gfn(platform):
     """A harvest re-arms all views: of L2 by W, whatever the hardware logs of L1."""
     o = new_oracle(platform)
