@@ -110,7 +110,7 @@ MUTANTS = [
     Mutant("zap-all", "flush, or new roots, after everything was dropped", STALE, mapping(PLATFORMS)),
     # -- what no write and no translation hangs on
     Mutant("split: enable", "write-protect takes what is not split", STATE, on(["npt", "ept-pml"])),
-    Mutant("split: re-arm", "write-protect takes what is not split", STATE, on(["npt"], "manual 3")),
+    Mutant("split: re-arm", "write-protect takes what is not split", STATE, on(["ept-noad"], "manual 3")),
     Mutant("disable: set dirty", "a TLB without D sets it once more", STATE, on(["ept-pml", "ept-pml-rmap"], policy="5.11")),
     Mutant("obsolete root freed", "zap-all has flushed what hung on it", STATE, on(["npt-rmap", "shadow"])),
 ]  # fmt: skip
