@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from spte.backing import Backing
 from spte.context import LOG_DIRTY_PAGES, PML_ON, I64s
-from spte.errors import PlatformError
 from spte.platform import Platform
 from spte.policy import Policy
 from spte.trace import PAGE_SIZE
@@ -141,42 +140,36 @@ class Scenario:
         What is set up and what is done, in one line.
     policies : tuple of Policy
         Without and with the decision; a third or fourth where a later one changes the result again.
-    play : callable or None
-        Performs it on a `Trial` and leaves further values in `Trial.seen`; None: not possible yet, see `needs`.
+    play : callable
+        Performs it on a `Trial` and leaves further values in `Trial.seen`.
     expected : mapping of str to tuple
         By name of a count or a further value, one for each policy; None where none is specified, but it is worth showing.
     platform : str or Platform
         What the CPU gives.
     manual, vcpus : int
         As `VM` takes them.
-    needs : str
-        What the model lacks if `play` is None.
     """
 
     name: str
     claim: str
     policies: tuple[Policy, ...]
-    play: Play | None
+    play: Play
     expected: Mapping[str, tuple[Value | None, ...]]
     platform: str | Platform = "ept-nopml"
     manual: int = 0
     vcpus: int = 1
-    needs: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a scenario showed: one `Seen` a policy, none if the model lacks a piece, which `needs` then names."""
+    """What a scenario showed: one `Seen` a policy."""
 
     scenario: Scenario
     seen: tuple[Seen, ...]
-    needs: str = ""
 
     @property
     def differences(self) -> list[str]:
         """One line for each value that is not as specified; empty if all are."""
-        if self.needs:
-            return [f"needs {self.needs}"]
         return [
             f"{name.replace('_', ' ')} under {policy.name}: {got[name]}, expected {want}"
             for name, values in self.scenario.expected.items()
@@ -192,15 +185,9 @@ class Outcome:
 
 def perform(scenario: Scenario) -> Outcome:
     """Run `scenario` on a fresh VM under each of its policies."""
-    if scenario.play is None:
-        return Outcome(scenario, (), scenario.needs)
     found = []
     for policy in scenario.policies:
-        try:
-            vm = VM(scenario.platform, policy, vcpus=scenario.vcpus, manual=scenario.manual)
-        except PlatformError:
-            return Outcome(scenario, (), f"platform {scenario.platform}")
-        with vm:
+        with VM(scenario.platform, policy, vcpus=scenario.vcpus, manual=scenario.manual) as vm:
             trial = Trial(vm)
             scenario.play(trial)
             vm.check()

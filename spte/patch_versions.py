@@ -10,11 +10,11 @@ import numpy as np
 from spte.context import LOG_DIRTY_PAGES, READONLY
 from spte.patch_mapping import HUGE, INITIALLY_SET, MIB, logging_begins
 from spte.patch_trial import Play, Scenario, Trial, Value
-from spte.platform import Platform, named, without_tdp_mmu
+from spte.platform import Platform, named
 from spte.policy import Policy
 from spte.trace import Trace
 
-PML_RMAP, NOPML_RMAP = without_tdp_mmu(named("ept-pml")), without_tdp_mmu(named("ept-nopml"))
+PML_RMAP, NOPML_RMAP = named("ept-pml-rmap"), named("ept-nopml-rmap")
 VERSIONS = tuple(Policy.named(name) for name in ("5.11", "series", "6.12", "6.13"))
 _MIXED = 5 * MIB  # of THP: 2 huge pages and 256 small ones, as the last 1 MiB can not be huge
 

@@ -72,17 +72,14 @@ class Platform:
 
 
 # gpa_bits: 46 on Intel servers of the series' time, 48 on AMD; four-level tables end at 48.
-_PRESETS = {
-    "ept-pml": Platform("ept-pml", EPT, ad_bits=True, pml=True, gpa_bits=46),
-    "ept-nopml": Platform("ept-nopml", EPT, ad_bits=True, pml=False, gpa_bits=46),
-    "ept-noad": Platform("ept-noad", EPT, ad_bits=False, pml=False, gpa_bits=46),
-    "npt": Platform("npt", NPT, ad_bits=True, pml=False, gpa_bits=48),
-    "npt-pml": Platform("npt-pml", NPT, ad_bits=True, pml=True, gpa_bits=48),
-}
-NAMES = tuple(_PRESETS)
-# Not offered by name before shadow paging of 64-bit guests and nested guests are modelled too; as values they work as recorded.
-SHADOW_PAGING = Platform("shadow", SHADOW, ad_bits=True, pml=False, gpa_bits=52, tdp_mmu=False)
-_NOT_YET = ("shadow", *(name + "-rmap" for name in NAMES))
+_DIRECT = (
+    Platform("ept-pml", EPT, ad_bits=True, pml=True, gpa_bits=46),
+    Platform("ept-nopml", EPT, ad_bits=True, pml=False, gpa_bits=46),
+    Platform("ept-noad", EPT, ad_bits=False, pml=False, gpa_bits=46),
+    Platform("npt", NPT, ad_bits=True, pml=False, gpa_bits=48),
+    Platform("npt-pml", NPT, ad_bits=True, pml=True, gpa_bits=48),
+)
+_SHADOW = Platform("shadow", SHADOW, ad_bits=True, pml=False, gpa_bits=52, tdp_mmu=False)
 
 
 def without_tdp_mmu(platform: Platform) -> Platform:
@@ -90,10 +87,12 @@ def without_tdp_mmu(platform: Platform) -> Platform:
     return replace(platform, name=platform.name + "-rmap", tdp_mmu=False)
 
 
+_PRESETS = {p.name: p for p in (*_DIRECT, *map(without_tdp_mmu, _DIRECT), _SHADOW)}
+NAMES = tuple(_PRESETS)
+
+
 def named(name: str) -> Platform:
     """Return the preset `name`; PlatformError (EINVAL) lists the known ones."""
     if name in _PRESETS:
         return _PRESETS[name]
-    if name in _NOT_YET:
-        raise PlatformError(f"platform {name!r} needs the shadow MMU, which is not complete yet; take one of {', '.join(NAMES)}")
     raise PlatformError(f"platform {name!r} is not known; take one of {', '.join(NAMES)}")

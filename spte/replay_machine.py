@@ -19,11 +19,8 @@ from spte.vcpu import VirtualCpu
 from spte.vm import VM
 
 PLATFORMS = {
-    "tdp": platforms.named("npt"), "intel-pml": platforms.named("ept-pml"), "intel-nopml": platforms.named("ept-nopml"),
-    "intel-noad": platforms.named("ept-noad"), "shadow": platforms.SHADOW_PAGING, "intel-shadow": platforms.SHADOW_PAGING,
-    "legacy": platforms.without_tdp_mmu(platforms.named("npt")),
-    "intel-pml-legacy": platforms.without_tdp_mmu(platforms.named("ept-pml")),
-    "intel-nopml-legacy": platforms.without_tdp_mmu(platforms.named("ept-nopml")),
+    "tdp": "npt", "legacy": "npt-rmap", "shadow": "shadow", "intel-pml": "ept-pml", "intel-nopml": "ept-nopml",
+    "intel-noad": "ept-noad", "intel-pml-legacy": "ept-pml-rmap", "intel-nopml-legacy": "ept-nopml-rmap", "intel-shadow": "shadow",
 }  # fmt: skip
 PLATFORMS |= {f"amd-{name}": PLATFORMS[name] for name in ("tdp", "legacy", "shadow")}  # as the nested recordings spell them
 VERSIONS = ("6.1", "6.12")
@@ -240,7 +237,7 @@ def _platform(config: str) -> platforms.Platform:
     known = ", ".join(PLATFORMS)
     if config not in PLATFORMS:
         raise RecordingError(f"config {short(config)} is not known; known are {known}")
-    preset = PLATFORMS[config]
+    preset = platforms.named(PLATFORMS[config])
     l1tf = RECORDED_PHYSICAL_BITS if config.startswith("intel") else 0
     gpa_bits = preset.gpa_bits if preset.paging == platforms.SHADOW else RECORDED_PHYSICAL_BITS
     return dataclasses.replace(preset, gpa_bits=gpa_bits, l1tf=l1tf)

@@ -9,7 +9,6 @@ import numpy as np
 from spte import kernels, mm
 from spte.backing import Backing
 from spte.memslot import USER_MEM_SLOTS
-from spte.platform import named, without_tdp_mmu
 from spte.vm import VM
 
 _SLOT = USER_MEM_SLOTS - 1
@@ -81,7 +80,7 @@ def _rings() -> None:
 
 
 def _shadow() -> None:
-    with VM(without_tdp_mmu(named("npt")), "6.1") as vm:
+    with VM("npt-rmap", "6.1") as vm:
         backing = Backing("thp", 4 << 20, populate=True)
         vm.set_memory_region(_SLOT, 0, 4 << 20, backing)
         for flags in (0, 1, 0):

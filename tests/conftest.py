@@ -10,12 +10,22 @@ settings.load_profile("spte")
 
 PAGE = 4096
 LOG = 1
-PLATFORMS = ("ept-pml", "ept-nopml", "ept-noad", "npt", "npt-pml")
+PRE_FAULT_MEMORY = 236
+TDP_PLATFORMS = ("ept-pml", "ept-nopml", "ept-noad", "npt", "npt-pml")
+PLATFORMS = (*TDP_PLATFORMS, *(name + "-rmap" for name in TDP_PLATFORMS), "shadow")
+PML_PLATFORMS = tuple(name for name in PLATFORMS if "pml" in name.split("-"))
+WP_PLATFORMS = tuple(name for name in PLATFORMS if name not in PML_PLATFORMS)
 POLICIES = ("6.12", "6.1")
 
 
 @pytest.fixture(params=PLATFORMS)
 def platform(request):
+    return request.param
+
+
+@pytest.fixture(params=TDP_PLATFORMS)
+def platform_that_splits_in_place(request):
+    """Only the TDP MMU splits a huge leaf, when logging begins, at CLEAR or at a fault; the shadow MMU drops it at a fault."""
     return request.param
 
 
@@ -115,7 +125,7 @@ def typical_run(platform, policy):
             guest.vm.vcpus[0].exec(np.arange(guest.base, guest.base + 4))
             guest.vm.vcpus[0].read([1])
             guest.vm.check()
-            if guest.vm.policy.prefault:
+            if guest.vm.check_extension(PRE_FAULT_MEMORY):
                 guest.vm.vcpus[0].prefault(guest.base * PAGE, 8 * PAGE)
             guest.vm.kernel_write(guest.base + 3)
             mm.madvise(guest.memory, 0, 8)

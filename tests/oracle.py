@@ -11,14 +11,14 @@ import errno
 from oracle_guest import Guest
 from oracle_host import PAGES
 from oracle_log import DirtyLog
-from oracle_memory import KINDS, LOG, RO, Slot, Vcpu
+from oracle_memory import LOG, RO, SPAN, Slot, Vcpu, kind_of
 from oracle_rules import RULES
 from oracle_tables import Tables
 
 
 class Oracle(Tables, Guest, DirtyLog):
     def __init__(self, platform="ept-pml", policy="6.12", vcpus=1, manual=0, ring=0, mutants=()):
-        self.kind, self.rules = KINDS[platform], RULES[policy]
+        self.kind, self.rules = kind_of(platform), RULES[policy]
         self.cdls = 512 if self.kind.pml else 0
         self.has_accessed = self.has_dirty = self.kind.ad or self.rules.software_ad
         self.manual, self.eager, self.nx, self.mutants = manual, self.rules.eager, False, mutants
@@ -32,7 +32,8 @@ class Oracle(Tables, Guest, DirtyLog):
     # -- memslots
 
     def slot_of(self, gfn):
-        """The slot that a vCPU sees at `gfn`: none is ever in SMM, so address space 0."""
+        """The slot that a vCPU sees at an address: none is ever in SMM, so address space 0."""
+        gfn %= SPAN
         return next((s for s in self.slots.values() if not s.as_id and s.base <= gfn < s.end), None)
 
     def set_region(self, sid, base=0, npages=0, host=None, off=0, flags=0):
@@ -81,8 +82,7 @@ class Oracle(Tables, Guest, DirtyLog):
         if as_id == 0:
             self.gen += 4
         self.clear_tables()
-        for v in self.vcpus:
-            v.tlb.clear()
+        self.flush("zap-all", requests=0)  # vCPUs load new roots
         return 0
 
     # -- parameters and capabilities
@@ -103,18 +103,33 @@ class Oracle(Tables, Guest, DirtyLog):
         all_set, rules = self.manual == 3, self.rules
         if all_set and not rules.protects_huge_at_enable:
             return
-        if self.eager and not all_set and not slot.as_id:
+        if self.splits_eagerly() and not all_set and not slot.as_id and self.does("split: enable"):
             self.split_range(slot.base, slot.end)
-        cleared = [self.protect(leaf) for _, _, leaf in self.leafs_of(slot)] if self.cdls and not all_set else []
-        level = 2 if self.cdls or all_set else 1
-        if not rules.heeds_start_level and not (self.cdls and rules.pml_has_own_protect):
-            level = 1
-        protected = [leaf for lv, _, leaf in self.leafs_of(slot) if lv >= level and leaf.w]
+        found = [(lv, leaf) for lv, at, leaf in self.leafs_of(slot) if at < SPAN or self.does("enable: aliases")]
+        cleared = []
+        if self.cdls and not all_set:
+            cleared = [self.protect(leaf) for lv, leaf in found if lv == 1 and self.does("enable: clear dirty")]
+            cleared += [self.protect(leaf) for lv, leaf in found if lv > 1 and self.clears_dirty_of_huge]
+        level = self.start_level(2 if self.cdls or all_set else 1)
+        protected = [leaf for lv, leaf in found if lv >= level and leaf.w]
+        protected = [leaf for leaf in protected if self.does("enable: write-protect")]
         for leaf in protected:
             leaf.w = False
-        for changed in (any(cleared), bool(protected)) if rules.flush_if_changed else (True,):
-            if changed:
-                self.flush("enable")
+        if not rules.flush_if_changed:
+            self.flush("enable")
+        if rules.flush_if_changed and any(cleared):
+            self.flush("enable: after clear dirty")
+        if rules.flush_if_changed and protected:
+            self.flush("enable: after write-protect")
+
+    clears_dirty_of_huge = True
+
+    def splits_eagerly(self):
+        return self.eager
+
+    def start_level(self, level):
+        """Lowest level that enabling write-protects: once the TDP MMU took all, though `level` was enough."""
+        return level if self.rules.heeds_start_level or (self.cdls and self.rules.pml_has_own_protect) else 1
 
     def disable(self, slot):
         if not slot.as_id:
@@ -163,12 +178,16 @@ class Oracle(Tables, Guest, DirtyLog):
     def set_dirty(self, slot):
         """Set D in everything present that maps the slot or leads to it."""
         leafs = [leaf for _, _, leaf in self.leafs_of(slot) if not leaf.d]
-        links = {(lv, g) for lv, g in self.tables if g < slot.end and slot.base < g + PAGES[lv + 1]} - self.dirty_links
+        links = self.links_of(slot) - self.dirty_links
         for leaf in leafs:
             leaf.d = True
         self.dirty_links |= links
         if leafs or links:
-            self.flush("disable")
+            self.flush("disable: set dirty")
+
+    def links_of(self, slot):
+        """Tables that lead to what the slot maps."""
+        return {(lv, g) for lv, g in self.tables if g < slot.end and slot.base < g + PAGES[lv + 1]}
 
     # -- host memory
 

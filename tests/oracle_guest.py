@@ -3,13 +3,14 @@
 import errno
 
 from oracle_host import PAGES, align
-from oracle_memory import EXEC, LOG, READ, RO, WRITE, Leaf
+from oracle_memory import EXEC, LOG, READ, RO, SPAN, WRITE, Cached, Leaf
 
 
 class Guest:
     def run(self, v, gfns, kinds):
         """Do the accesses in order; returns None or (reason, index) of the one that did not finish."""
         vcpu, entering = self.vcpus[v], True
+        self.enter(vcpu)
         for i, (gfn, kind) in enumerate(zip(gfns, kinds, strict=True)):
             while True:
                 if entering and self.soft is not None and len(vcpu.ring) >= self.soft:
@@ -29,25 +30,29 @@ class Guest:
 
     def through_tlb(self, v, gfn):
         """Write through a cached translation if it holds W and D: no walk, no log, no fault."""
-        if not all(self.vcpus[v].tlb.get(gfn, (False,))):
+        cached = self.vcpus[v].tlb.get(gfn)
+        if cached is None or not (cached.w and cached.d):
             return False
         self.store(gfn)
         return True
 
+    def enter(self, vcpu):
+        """A vCPU of the TDP MMU finds its root without ado."""
+
     def hardware(self, vcpu, gfn, kind):
-        _, leaf = self.find(gfn) or (0, None)
+        level, leaf = self.find(gfn) or (0, None)
         if leaf is None or leaf.parked or (kind == WRITE and not leaf.w) or (kind == EXEC and not leaf.x):
             return "fault"
         if self.kind.ad:
             sets_d = kind == WRITE and not leaf.d
-            if (sets_d or not leaf.a) and self.pml_on():
+            if (sets_d or not leaf.a) and self.pml_on() and gfn < SPAN:
                 if len(vcpu.pml) == 512:
                     return "pml full"
                 if sets_d:
                     vcpu.pml.append(gfn)
                     self.pml_entries += 1
             leaf.a, leaf.d = True, leaf.d or sets_d
-        vcpu.tlb[gfn] = (leaf.w, leaf.d or not self.kind.ad)
+        vcpu.tlb[gfn] = Cached(leaf.w, leaf.d or not self.kind.ad, level, self.frame(gfn, leaf))
         if kind == WRITE:
             self.store(gfn)
         return "ok"
@@ -57,7 +62,7 @@ class Guest:
 
     def store(self, gfn):
         slot, self.clock = self.slot_of(gfn), self.clock + 1
-        self.memory[slot.id, gfn - slot.base] = self.clock
+        self.memory[slot.id, gfn % SPAN - slot.base] = self.clock
 
     def drain(self, vcpu):
         while vcpu.pml:
@@ -67,9 +72,9 @@ class Guest:
         slot = self.slot_of(gfn)
         if slot and slot.flags & LOG:
             if self.soft is not None:
-                vcpu.ring.append([slot.id, gfn - slot.base, False])
+                vcpu.ring.append([slot.id, gfn % SPAN - slot.base, False])
             else:
-                slot.dirty.add(gfn - slot.base)
+                slot.dirty.add(gfn % SPAN - slot.base)
 
     def fast_fault(self, vcpu, gfn, kind):
         """Mend a leaf in place: give W back, unpark R and X."""
@@ -91,10 +96,10 @@ class Guest:
 
     def fault(self, vcpu, gfn, kind):
         slot, stats = self.slot_of(gfn), vcpu.stats
-        stale = gfn in self.mmio
-        if self.mmio.get(gfn) == self.gen:
+        generation = self.seen()[2].get(gfn)
+        if generation == self.gen:
             return "mmio"
-        if stale and self.kind.ept:
+        if generation is not None and self.kind.ept:
             kind = READ  # a misconfiguration does not say what the access was
         stats["pf_taken"] += 1
         if slot is None:
@@ -103,7 +108,7 @@ class Guest:
             return "mmio"
         _, leaf = self.find(gfn) or (0, None)
         present = leaf is not None and not leaf.parked
-        may_be_fast = self.rules.fast and ((present and kind == WRITE) or (not self.kind.ad and not present))
+        may_be_fast = self.has_fast_faults(gfn) and ((present and kind == WRITE) or (not self.kind.ad and not present))
         if may_be_fast and self.fast_fault(vcpu, gfn, kind):
             stats["pf_fast"] += 1
             stats["pf_fixed"] += 1
@@ -120,6 +125,10 @@ class Guest:
         fixed = self.map(vcpu, slot, gfn, kind, writable and not slot.flags & RO, zero)
         stats["pf_fixed" if fixed else "pf_spurious"] += 1
         return "fixed"
+
+    def has_fast_faults(self, at):
+        """Only direct roots have them."""
+        return self.rules.fast and at < SPAN
 
     def map_mmio(self, vcpu, gfn, kind):
         self.walk(gfn, 1, 1, self.nx and kind == EXEC)
@@ -159,13 +168,9 @@ class Guest:
         old = self.leafs.get((level, first))
         over_table = (level - 1, first) in self.tables
         bit1 = over_table or (old is not None and old.w) or (level == 1 and gfn in self.mmio)
-        parked = prefetch and not self.kind.ad
-        new = Leaf(
-            hw=writable, mw=writable, w=writable and not parked, d=writable and self.has_dirty, a=self.has_accessed and not prefetch,
-            x=not (self.nx and level > 1), parked=parked, zero=zero,
-        )  # fmt: skip
-        if bit1 and not self.rules.remake_sets_dirty:
-            new.d = False
+        new = self.new_leaf(level, gfn, writable, zero, prefetch, bit1)
+        if writable:
+            self.mark(vcpu, gfn)
         if new == old:
             return False
         if over_table:
@@ -173,13 +178,21 @@ class Guest:
             self.flush("link replaced")
         self.mmio.pop(gfn, None)
         self.leafs[level, first] = new
-        if writable:
-            self.mark(vcpu, gfn)
         return True
+
+    def new_leaf(self, level, at, writable, zero, prefetch, bit1):
+        """`bit1`: bit 1 of the entry was set, whatever it was, and up to 6.12 the builder then leaves D out."""
+        parked = prefetch and not self.kind.ad
+        return Leaf(
+            hw=writable, mw=writable, w=writable and not parked, zero=zero, parked=parked, x=not (self.nx and level > 1),
+            d=writable and self.has_dirty and (self.rules.remake_sets_dirty or not bit1), a=self.has_accessed and not prefetch,
+            by_w=bool(self.cdls) and at >= SPAN,
+        )  # fmt: skip
 
     def prefault(self, v, gfn, npages):
         """KVM_PRE_FAULT_MEMORY: the pages that are left, or an errno."""
         vcpu, at, end = self.vcpus[v], gfn, gfn + npages
+        self.enter(vcpu)
         while at < end:
             slot = self.slot_of(at)
             if slot is None:
@@ -216,5 +229,5 @@ class Guest:
         vcpu = self.vcpus[v]
         if self.through_tlb(v, gfn) or self.hardware(vcpu, gfn, WRITE) != "fault":
             return
-        if self.fast_fault(vcpu, gfn, WRITE):
+        if self.has_fast_faults(gfn) and self.fast_fault(vcpu, gfn, WRITE):
             self.hardware(vcpu, gfn, WRITE)

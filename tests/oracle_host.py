@@ -68,9 +68,13 @@ class Host:
         now = self.pte[self.at(page)]
         return now == "own" and not protected, now == "zero", before == "zero" and write
 
+    def in_large_block(self, page):
+        """`page` lies where the backing may have a huge page, whether or not it has one now."""
+        return self.huge > 1 and align(page, self.huge) + PAGES[self.huge] <= self.npages
+
     def may_be_huge(self, page):
         block = align(page, self.huge)
-        if self.huge == 1 or block + PAGES[self.huge] > self.npages:
+        if not self.in_large_block(page):
             return False
         return self.kind != "thp" or (block not in self.page_tables and self.is_one_mapping(block))
 

@@ -2,6 +2,8 @@
 
 import errno
 
+from oracle_host import align
+
 
 class DirtyLog:
     def get(self, sid):
@@ -11,7 +13,7 @@ class DirtyLog:
         slot = self.slots[sid]
         if self.manual:
             return set(slot.dirty)
-        return self.harvest(slot, set(slot.dirty))
+        return self.harvest(slot, set(slot.dirty), "re-arm: GET", "GET")
 
     def clear(self, sid, first, num, wanted):
         """KVM_CLEAR_DIRTY_LOG of the pages `wanted`, numbered from the slot's base: 0 or an errno."""
@@ -25,7 +27,7 @@ class DirtyLog:
         if num > rest or (num < rest and num % 64):
             return errno.EINVAL
         words = range(first, first + num)
-        self.harvest(self.slots[sid], {p for p in wanted & self.slots[sid].dirty if p in words})
+        self.harvest(self.slots[sid], {p for p in wanted & self.slots[sid].dirty if p in words}, "re-arm: CLEAR", "CLEAR")
         return 0
 
     def no_log(self, sid):
@@ -34,40 +36,45 @@ class DirtyLog:
         slot = self.slots.get(sid)
         return errno.ENOENT if slot is None or slot.dirty is None else None
 
-    def harvest(self, slot, pages):
+    def harvest(self, slot, pages, rearm, flush):
         """Take bits, re-arm, flush, in this order; then userspace reads the pages."""
         for vcpu in self.vcpus:
             self.drain(vcpu)
-        if "bit last" not in self.mutants:
+        if self.does("bit first"):
             slot.dirty -= pages
         self.meanwhile()
         for word in sorted({p // 64 for p in pages}):
-            self.rearm(slot, sorted(slot.base + p for p in pages if p // 64 == word))
+            self.rearm(slot, sorted(slot.base + p for p in pages if p // 64 == word), rearm)
         self.meanwhile()
-        if "bit last" in self.mutants:
+        if not self.does("bit first"):
             slot.dirty -= pages
-        if "read early" in self.mutants:
+        if not self.does("read last"):
             self.read_pages(slot, pages)
         self.meanwhile()
         if pages:
-            self.flush("harvest")
-        if "read early" not in self.mutants:
+            self.flush(flush)
+        if self.does("read last"):
             self.read_pages(slot, pages)
         return pages
 
-    def rearm(self, slot, gfns):
+    def rearm(self, slot, gfns, why):
+        """Make the next write to each of `gfns` visible in every leaf that maps it."""
         if slot.as_id:
             return
         if self.manual == 3 and not self.rules.protects_huge_at_enable:
-            if self.eager:
+            if self.splits_eagerly() and self.does("split: re-arm"):
                 self.split_range(gfns[0], gfns[-1] + 1)
-            for gfn in (gfns[0], gfns[-1]):
-                level, leaf = self.find(gfn) or (0, None)
-                if level > 1:
-                    leaf.w = leaf.mw = False
-        for gfn in gfns:
-            if (1, gfn) in self.leafs:
-                self.protect(self.leafs[1, gfn])
+            if self.does("re-arm: huge leaf at the first gfn"):
+                self.protect_huge(gfns[0])
+            if align(gfns[0], 2) != align(gfns[-1], 2) and self.does("re-arm: huge leaf at the last gfn"):
+                self.protect_huge(gfns[-1])
+        for gfn in gfns if self.does(why) else ():
+            for key in self.each("re-arm: aliases", self.places(gfn, levels=(1,))):
+                self.protect(self.leafs[key])
+
+    def protect_huge(self, gfn):
+        for key in self.each("re-arm: aliases of huge leaves", self.places(gfn, levels=(2, 3))):
+            self.leafs[key].w = self.leafs[key].mw = False
 
     def collect(self, v, limit):
         """Userspace takes up to `limit` entries of a ring."""
@@ -83,13 +90,13 @@ class DirtyLog:
             while vcpu.ring and vcpu.ring[0][2]:
                 sid, offset, _ = vcpu.ring.pop(0)
                 if sid in self.slots and offset < self.slots[sid].npages:
-                    self.rearm(self.slots[sid], [self.slots[sid].base + offset])
+                    self.rearm(self.slots[sid], [self.slots[sid].base + offset], "re-arm: RESET")
                     done.append((self.slots[sid], offset))
                 else:
                     done.append(None)
         self.meanwhile()
         if done:
-            self.flush("reset")
+            self.flush("RESET")
         for slot, offset in filter(None, done):
             self.read_pages(slot, [offset])
         return len(done)

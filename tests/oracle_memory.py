@@ -1,10 +1,12 @@
 """What the oracle is made of: kinds of hardware, memslots, leaves, vCPUs. It knows nothing of `spte`."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from oracle_host import PAGES, Host
 
 READ, WRITE, EXEC = 0, 1, 2
+SPAN = PAGES[4] * 512  # addresses of one view: address % SPAN is the gfn, address // SPAN the alias by which a vCPU reaches it
 LOG, RO = 1, 2
 STATS = ("pf_taken", "pf_fixed", "pf_fast", "pf_emulate", "pf_spurious", "pf_mmio_spte_created")
 
@@ -23,6 +25,11 @@ KINDS = {
     "npt": Kind(ept=False),
     "npt-pml": Kind(ept=False, pml=True),
 }
+
+
+def kind_of(platform):
+    """The hardware of a platform by name, whichever MMU it has."""
+    return KINDS["npt" if platform == "shadow" else platform.removesuffix("-rmap")]
 
 
 @dataclass
@@ -50,7 +57,7 @@ class Slot:
         return range(self.base, self.end)
 
     def hpage(self, gfn):
-        return gfn - self.base + self.off
+        return gfn % SPAN - self.base + self.off
 
     def gfns_of(self, first, count):
         """Gfns that map host pages `first` and on."""
@@ -58,7 +65,7 @@ class Slot:
         return range(start - self.off + self.base, max(start, end) - self.off + self.base)
 
     def disallow(self, gfn, level):
-        size = PAGES[level]
+        size, gfn = PAGES[level], gfn % SPAN
         hva_fits = (self.base - self.host.first - self.off) % size == 0
         head = self.base % size != 0 and gfn // size == self.base // size
         tail = self.end % size != 0 and gfn // size == (self.end - 1) // size
@@ -84,11 +91,22 @@ class Leaf:
     x: bool = True
     parked: bool = False  # access tracking: R and X parked
     zero: bool = False  # maps the host's zero page
+    by_w: bool = False  # of L2 on hardware with PML: W is what dirty logging clears
+
+
+class Cached(NamedTuple):
+    """A translation in a TLB, as it was when a walk filled it."""
+
+    w: bool
+    d: bool
+    level: int
+    frame: object
 
 
 @dataclass
 class Vcpu:
     pml: list = field(default_factory=list)
     ring: list = field(default_factory=list)  # [slot, offset, harvested], oldest first
-    tlb: dict = field(default_factory=dict)  # gfn -> (W, D) as cached
+    tlb: dict = field(default_factory=dict)  # address -> Cached
+    root: int | None = None  # which of the roots made so far it holds
     stats: dict = field(default_factory=lambda: dict.fromkeys(STATS, 0))

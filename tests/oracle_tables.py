@@ -3,10 +3,25 @@
 import dataclasses
 
 from oracle_host import PAGES, align
+from oracle_memory import SPAN
 
 
 class Tables:
-    """`leafs` and `tables` are keyed by (level, first gfn); `mmio` maps a gfn to its generation."""
+    """`leafs` and `tables` are keyed by (level, first address); `mmio` maps an address to its generation.
+
+    Steps that a mutant may leave out are named where they are taken: by `flush`, `does` and `each`.
+    """
+
+    # How many addresses each gfn has, one a view: the direct root's, and what maps the gfn once more, another guest address under
+    # shadow paging, or L2. Each has leaves and translations of its own, and no fast faults; of L2, hardware logs nothing.
+    views = 1
+
+    def does(self, step):
+        return step not in self.mutants
+
+    def each(self, step, found):
+        """All of `found`; a mutant forgets all but the first."""
+        return found if self.does(step) else found[:1]
 
     def clear_tables(self):
         self.leafs, self.tables, self.mmio = {}, set(), {}
@@ -16,19 +31,27 @@ class Tables:
     def find(self, gfn):
         return next(((lv, self.leafs[lv, align(gfn, lv)]) for lv in (1, 2, 3) if (lv, align(gfn, lv)) in self.leafs), None)
 
+    def places(self, gfn, levels=(1, 2, 3)):
+        """Keys of every leaf of `levels` that maps `gfn`, view by view."""
+        keys = ((level, align(gfn, level) + view * SPAN) for view in range(self.views) for level in levels)
+        return [key for key in keys if key in self.leafs]
+
+    def seen(self):
+        """Leaves, tables and MMIO SPTEs that a walk may meet: all."""
+        return self.leafs, self.tables, self.mmio
+
     def leafs_of(self, slot):
-        """[(level, first gfn, leaf)] of what the slot maps."""
+        """[(level, first address, leaf)] of what the slot maps."""
         if slot.as_id:
             return []  # no vCPU is ever in SMM
-        return [(level, gfn, leaf) for (level, gfn), leaf in self.leafs.items() if slot.base <= gfn < slot.end]
+        return [(level, at, leaf) for (level, at), leaf in self.leafs.items() if slot.base <= at % SPAN < slot.end]
 
     def protect(self, leaf):
         """Make the next write visible; tells whether anything changed."""
-        changed = leaf.d if self.cdls else leaf.w
-        if self.cdls:
-            leaf.d = False
+        if self.cdls and not (leaf.by_w and self.does("W of L2 leaves")):
+            changed, leaf.d = leaf.d, False
         else:
-            leaf.w = False
+            changed, leaf.w = leaf.w, False
         return changed
 
     def split(self, level, gfn):
@@ -53,11 +76,34 @@ class Tables:
         self.dirty_links &= self.tables
         self.mmio = {g: v for g, v in self.mmio.items() if g not in span}
 
-    def flush(self, why):
-        if why not in self.mutants:
-            self.flushes += 1
+    def flush(self, why, requests=1):
+        if self.does(why):
+            self.flushes += requests
             for v in self.vcpus:
                 v.tlb.clear()
+
+    def frame(self, at, leaf):
+        slot = self.slot_of(at)
+        return "zero" if leaf.zero else (slot.host.first, slot.hpage(at))
+
+    def stale(self):
+        """Translations in TLBs that neither tables nor host give any more (T1)."""
+        return {(v, at) for v, vcpu in enumerate(self.vcpus) for at, cached in vcpu.tlb.items() if self.is_stale(at, cached)}
+
+    def is_stale(self, at, cached):
+        level, leaf = self.find(at) or (0, None)
+        if leaf is None or leaf.parked or level > cached.level or cached.frame != self.frame(at, leaf):
+            return True  # a smaller leaf is a split, which keeps the translation (T2)
+        slot = self.slot_of(at)
+        host = slot.host.pte.get(slot.host.at(slot.hpage(at)))
+        if host is None or leaf.zero != (host == "zero") or (cached.w and (host != "own" or not leaf.w)):
+            return True
+        return self.kind.ad and cached.d and not leaf.d and not self.d_may_lag(at)
+
+    def d_may_lag(self, at):
+        """The TDP MMU remakes a writable leaf without D and does not flush: no harm before a page is clean in a log again."""
+        slot = self.slot_of(at)
+        return slot.dirty is None or at % SPAN - slot.base in slot.dirty
 
     # -- notifiers
 
@@ -67,9 +113,8 @@ class Tables:
         for host, first, count in ranges_by_host:
             for slot in self.slots_on(host):
                 for gfn in slot.gfns_of(first, count):
-                    level, _ = self.find(gfn) or (0, None)
-                    if level:
-                        del self.leafs[level, align(gfn, level)]
+                    for key in self.each("unmap: aliases", self.places(gfn)):
+                        del self.leafs[key]
                         gone += 1
         if gone:
             self.flush("unmap")
@@ -83,12 +128,12 @@ class Tables:
         young = 0
         for slot in self.slots_on(host):
             for gfn in slot.gfns_of(page, 1):
-                _, leaf = self.find(gfn) or (0, None)
-                if leaf is None or not (leaf.a if self.has_accessed else not leaf.parked):
-                    continue
-                young += 1
-                leaf.a = False
-                if not self.kind.ad:
-                    leaf.parked, leaf.w = True, False
+                for key in self.places(gfn):
+                    leaf = self.leafs[key]
+                    if leaf.a if self.has_accessed else not leaf.parked:
+                        young += 1
+                        leaf.a = False
+                        if not self.kind.ad:
+                            leaf.parked, leaf.w = True, False
         if young and self.rules.aging_flushes:
             self.flush("age")

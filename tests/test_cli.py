@@ -14,6 +14,7 @@ from spte import __version__, _jit, policy
 from spte.cli import profile as profile_verb
 from spte.cli.app import VERBS, cli, run
 from spte.cli.metrics import COUNTS, MEASURED, RATES, SCHEMA
+from spte.platform import NAMES
 from spte.profile import DIRECT
 from spte.trace import Trace, save
 from spte.vm import VM
@@ -219,9 +220,8 @@ def test_options_of_a_trace_reach_the_workload(capsys, trace):
     [
         (["no.npz"], "no.npz: can not be read: No such file"),
         ([__file__], "not a whole .npz file"),
-        (["--platform", "vmx"], "'vmx' is not known; take one of ept-pml"),
-        (["--platform", "shadow"], "shadow"),
-        (["--platform", "npt-rmap"], "npt-rmap"),
+        (["--platform", "vmx"], f"'vmx' is not known; take one of {', '.join(NAMES)}"),
+        (["--platform", "shadow-rmap"], "'shadow-rmap' is not known"),
         (["--policy", "7"], "'7' is not known; take one of"),
         (["--policy", "6.12,eager=N"], "'eager=N'"),
         (["--policy", "6.12,eager_page_split=maybe"], "eager_page_split='maybe'; take one of"),

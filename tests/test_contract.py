@@ -5,14 +5,12 @@ import random
 
 import numpy as np
 import pytest
-from conftest import LOG, PAGE, Guest, bitmap_of, pages_of
+from conftest import LOG, PAGE, PML_PLATFORMS, WP_PLATFORMS, Guest, bitmap_of, pages_of
 
 import spte
 
 MODES = ("get", "manual 1", "manual 3", "ring")
 KINDS = ("4k", "thp", "hugetlb2m", "shm")
-WP_PLATFORMS = ("ept-nopml", "ept-noad", "npt")
-PML_PLATFORMS = ("ept-pml", "npt-pml")
 W = 1 << 1
 EPT_BITS = {"d": 1 << 9, "mw": 1 << 58}
 NPT_BITS = {"d": 1 << 6, "mw": 1 << 10}
@@ -70,17 +68,6 @@ def test_in_a_steady_state_each_written_page_is_reported_exactly_once(platform, 
         guest.read(range(guest.npages))
         assert sorted(guest.harvest()) == sorted(written)
     assert list(guest.harvest()) == []
-
-
-@pytest.mark.parametrize("platform", PML_PLATFORMS)
-def test_a_mended_leaf_may_report_one_write_twice_under_pml(platform):
-    """The fast fault marks the page and leaves D clear; the write then sets D and is logged too (over-report, C2)."""
-    guest = Guest(platform, mode="ring", kind="thp")
-    guest.vm.set_param("eager_page_split", False)
-    guest.write([0])
-    guest.set_flags(LOG)
-    guest.write([0, 1])
-    assert sorted(guest.harvest()) == [0, 1, 1]
 
 
 def test_a_read_of_an_unmapped_page_of_a_logging_slot_is_reported(platform, policy):
@@ -203,7 +190,6 @@ def test_no_huge_leaf_is_writable_while_a_slot_logs(platform, policy, eager):
     guest.set_flags(LOG)
     rng = random.Random(1)
     huge = guest.stats("pages_2m", "vm")
-    assert huge == (0 if eager else 4)
     for _ in range(5):
         assert not [k for k, flags in guest.leafs().items() if k[0] > 1 and flags & W]
         guest.write(rng.sample(range(2048), 2))
@@ -400,12 +386,12 @@ def test_one_clear_of_64_pages_equals_64_clears_of_one_page(platform, policy, mo
     assert guests[0].vm.slots() == guests[1].vm.slots()
 
 
-def test_an_exchanged_decision_changes_costs_and_not_reports(platform):
+def test_an_exchanged_decision_changes_costs_and_not_reports(platform_that_splits_in_place):
     lazy = dataclasses.replace(spte.Policy.named("6.12"), eager_page_split=False)
-    guests = [Guest(platform, p, kind="thp") for p in ("6.12", lazy)]
+    guests = [Guest(platform_that_splits_in_place, p, kind="thp") for p in ("6.12", lazy)]
     for guest in guests:
         guest.write(range(guest.npages))
         guest.set_flags(LOG)
         guest.write(range(10))
-    assert [g.stats("pf_taken") > 2 for g in guests] == [platform in WP_PLATFORMS, True]
+    assert [g.stats("pf_taken") > 2 for g in guests] == [platform_that_splits_in_place in WP_PLATFORMS, True]
     assert guests[0].harvest() == guests[1].harvest() == list(range(10))

@@ -34,7 +34,6 @@ def name_of(scenario):
 
 def must_be_as_specified(scenario):
     outcome = perform(scenario)
-    assert not outcome.needs
     assert outcome.differences == []
     return outcome
 
@@ -92,7 +91,7 @@ def test_the_scenarios_are_those_of_the_specification():
 def test_a_patch_whose_decision_is_not_taken_is_noticed(number):
     """Under the old decision on both sides at least one scenario of the patch is not as specified."""
     unpatched = [dataclasses.replace(s, policies=(s.policies[0],) * len(s.policies)) for s in SCENARIOS[number]]
-    assert any(outcome.differences for outcome in map(perform, unpatched) if not outcome.needs)
+    assert any(outcome.differences for outcome in map(perform, unpatched))
 
 
 def test_a_wrong_value_is_named_with_its_policy_and_what_was_expected():
@@ -100,17 +99,6 @@ def test_a_wrong_value_is_named_with_its_policy_and_what_was_expected():
     outcome = perform(scenario)
     assert outcome.differences == ["zapped under series: 0, expected 7"]
     assert not outcome.as_specified
-
-
-def test_a_scenario_that_can_not_be_performed_is_not_as_specified():
-    for scenario in (
-        Scenario("X", "", VERSIONS, None, {}, needs="wings"),
-        Scenario("X", "", VERSIONS, lambda t: None, {}, platform="no-such"),
-    ):
-        outcome = perform(scenario)
-        assert outcome.seen == ()
-        assert not outcome.as_specified
-        assert outcome.differences == [f"needs {scenario.needs or 'platform no-such'}"]
 
 
 # -- the page
@@ -201,10 +189,10 @@ def test_the_json_holds_every_value_with_its_policy_and_expectation(capsys):
         assert set(group) == {"title", "patch", "commit", "decision", "scenarios"}
         for s in group["scenarios"]:
             assert set(s) == {
-                "scenario", "claim", "platform", "manual", "vcpus", "policies", "seen", "expected", "needs", "as_specified", "differences",
+                "scenario", "claim", "platform", "manual", "vcpus", "policies", "seen", "expected", "as_specified", "differences",
             }  # fmt: skip
             assert s["as_specified"] is (s["differences"] == [])
-            assert len(s["seen"]) == (0 if s["needs"] else len(s["policies"]))
+            assert len(s["seen"]) == len(s["policies"])
             assert all(set(COUNTS) <= set(seen) for seen in s["seen"])
             assert all(len(values) == len(s["policies"]) for values in s["expected"].values())
     first = report["groups"][0]["scenarios"][0]

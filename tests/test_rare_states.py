@@ -97,3 +97,15 @@ def test_slots_of_the_second_address_space_count_as_logging_and_stay_clean():
     vm.kernel_write(guest.base)
     assert not np.any(vm.get_dirty_log(1 << 16))
     vm.check()
+
+
+@pytest.mark.parametrize("platform", ["ept-noad", "ept-noad-rmap"])
+def test_aging_without_accessed_bits_parks_what_may_be_read_and_its_next_write_is_a_fast_fault(platform):
+    guest = Guest(platform)
+    guest.write([0])
+    mm.madvise(guest.memory, 0, 1, mm.PAGEOUT, ages=True)
+    assert guest.leafs()[1, guest.base] & (PARKED_RX | W | 1) == PARKED_RX
+    before = guest.stats("pf_fast")
+    guest.write([0])
+    assert guest.leafs()[1, guest.base] & W
+    assert guest.stats("pf_fast") == before + 1

@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from conftest import LOG, PAGE, bitmap_of, pages_of
+from conftest import LOG, PAGE, PLATFORMS, TDP_PLATFORMS, bitmap_of, pages_of
 
 import spte
 from spte import _jit, profile
@@ -18,6 +18,12 @@ from spte.tables import walk
 READONLY, MANUAL = 2, 3
 MIB, GIB = 1 << 20, 1 << 30
 HUGE = 2 * MIB
+
+
+@pytest.fixture(params=[name for name in PLATFORMS if name != "shadow"])
+def platform(request):
+    """A selftest's guest has its paging on, which the platform `shadow` does not know."""
+    return request.param
 
 
 def small_in_plain_python(compiled, plain):
@@ -181,12 +187,10 @@ def test_dirty_log_perf_test_without_eager_page_split():
 @pytest.mark.parametrize("manual", [0, MANUAL])
 @pytest.mark.parametrize("version", ["6.1", "6.12", "6.13"])
 @pytest.mark.parametrize("kind", small_in_plain_python(["hugetlb2m", "hugetlb1g"], ["hugetlb2m"]))
-def test_dirty_log_page_splitting_test(platform, version, kind, manual):
-    if platform.endswith("-rmap"):
-        pytest.skip("the selftest needs tdp_mmu=Y")
+def test_dirty_log_page_splitting_test(platform_that_splits_in_place, version, kind, manual):
     size = GIB if kind == "hugetlb1g" else small_in_plain_python(32 * MIB, HUGE)
     total = 2 * size // PAGE
-    vm = spte.VM(platform, version, vcpus=2, manual=manual)
+    vm = spte.VM(platform_that_splits_in_place, version, vcpus=2, manual=manual)
     memory = [spte.Backing(kind, size) for _ in range(2)]
 
     def set_flags(flags):
@@ -254,7 +258,7 @@ def test_kvm_page_table_test(platform, policy, kind, eager):
             touch(vcpu, gfns[::large])
             touch(vcpu, gfns.reshape(-1, large)[:, large // 2 :].reshape(-1), spte.READ)
     assert pages_of(vm.get_dirty_log(0)) >= set(gfns[::large].tolist())
-    if large == 512 and not platform.endswith("-rmap"):
+    if large == 512 and platform in TDP_PLATFORMS:
         assert vm.stats()["vm"]["pages_2m"] == 0
         writes = 0 if eager and "pml" in platform.split("-") else size // HUGE
         reads = 0 if eager or policy != "6.1" else size // PAGE // 2
@@ -275,7 +279,7 @@ def test_memslot_modification_stress_test(platform, policy, overlap):
     vm = spte.VM(platform, policy, vcpus=vcpus)
     slot_of(vm, 0, base * PAGE, spte.Backing("4k", npages * PAGE, populate=True))
     dummy = spte.Backing("4k", PAGE)
-    at_once = 8 if platform.endswith("-rmap") and vm.platform.ad_bits else 1  # the rmap MMU maps neighbours with a page
+    at_once = 8 if platform not in TDP_PLATFORMS and vm.platform.ad_bits else 1  # the rmap MMU maps neighbours with a page
     shares = [np.arange(base, base + npages)] * vcpus if overlap else np.split(np.arange(base, base + npages), vcpus)
     for vcpu, gfns in zip(vm.vcpus, shares, strict=True):
         touch(vcpu, gfns)

@@ -40,7 +40,7 @@ number where nothing changes:
 Columns in which nothing is counted and nothing specified are left out. Without --patch follow what enabling and disabling
 do in each version, and the series as a whole on the recorded trace that ships in the package; there, all counts are those
 of the whole time, and nothing but lost pages and requests is specified. The exit code is 1 if any value is not as
-specified, or if the model lacks what a scenario needs.
+specified.
 
 \b
   spte patches
@@ -103,7 +103,6 @@ def _scenario_json(outcome: Outcome) -> dict[str, Any]:
         "policies": [policy.name for policy in scenario.policies],
         "seen": list(outcome.seen),
         "expected": dict(scenario.expected),
-        "needs": outcome.needs or None,
         "as_specified": outcome.as_specified,
         "differences": outcome.differences,
     }
@@ -122,9 +121,7 @@ def _print(groups: Sequence[Group]) -> None:
         console.print()
     outcomes = _outcomes(groups)
     good = sum(outcome.as_specified for outcome in outcomes)
-    lacking = sum(bool(outcome.needs) for outcome in outcomes)
-    text = f"{good} of {len(outcomes)} scenarios as specified"
-    console.print(f"{text}; {lacking} need what is not modelled" if lacking else text)
+    console.print(f"{good} of {len(outcomes)} scenarios as specified")
     assert isinstance(console.file, io.StringIO)
     for line in console.file.getvalue().splitlines():
         click.echo(line.rstrip())
@@ -174,8 +171,6 @@ def _about(outcome: Outcome) -> Any:
 
     text = Text(f"{outcome.scenario.name}:", style="bold")
     text.append(f" {outcome.scenario.claim}", style="not bold")
-    if outcome.needs:
-        return text.append(f"\nneeds {outcome.needs}", style="not bold red")
     for name in outcome.scenario.expected:
         if name not in COUNTS:
             values = _cell([seen[name] for seen in outcome.seen], f" {ARROW} ")

@@ -63,7 +63,8 @@ PERF_OPTIONS = {"vcpus": "-v", "bytes_per_vcpu": "-b", "source": "-s", "overlap"
 @click.command(help=HELP, short_help="What dirty logging costs for a program's recorded writes.")
 @click.argument("trace", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "--platform", "platforms", multiple=True, metavar="NAME", help=f"Repeatable; default: {' '.join(DIRECT)}."
+    "--platform", "platforms", multiple=True, metavar="NAME",
+    help=f"Repeatable; default: {' '.join(DIRECT)}. Also shadow, and NAME-rmap for tdp_mmu=N.",
 )
 @click.option(
     "--policy",
