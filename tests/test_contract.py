@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from conftest import LOG, PAGE, PML_PLATFORMS, WP_PLATFORMS, Guest, bitmap_of, pages_of
+from conftest import LOG, PAGE, PLATFORMS, PML_PLATFORMS, WP_PLATFORMS, Guest, bitmap_of, pages_of
 
 import spte
 
@@ -395,3 +395,7 @@ def test_an_exchanged_decision_changes_costs_and_not_reports(platform_that_split
         guest.write(range(10))
     assert [g.stats("pf_taken") > 2 for g in guests] == [platform_that_splits_in_place in WP_PLATFORMS, True]
     assert guests[0].harvest() == guests[1].harvest() == list(range(10))
+
+
+def test_every_platform_that_is_offered_by_name_is_held_to_the_contract():
+    assert spte.platform.NAMES == PLATFORMS
