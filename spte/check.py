@@ -12,6 +12,7 @@ from spte.recording import Recording
 from spte.recording_ops import RUN_OPS
 from spte.replay import Replay
 from spte.replay_guest import UnsupportedOp
+from spte.replay_machine import PLATFORMS
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +58,19 @@ class Report:
         Values looked at.
     finding : Finding or None
         The first difference; the check of a recording ends there.
+    kernel, config : str
+        Version and machine that were recorded.
+    nested : bool
+        The guest runs a guest.
     """
 
     name: str
     ops: int
     fields: int
     finding: Finding | None
+    kernel: str = ""
+    config: str = ""
+    nested: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain values for JSON."""
@@ -77,6 +85,12 @@ def check(recording: Recording) -> Report:
     RecordingError
         The recording can not be performed as written, or is of a machine that the model does not have.
     """
+    nested = any("nested" in record["args"] for record in recording.records)
+    ops, fields, finding = _compare(recording)
+    return Report(recording.name, ops, fields, finding, recording.header["kernel"], recording.header["config"], nested)
+
+
+def _compare(recording: Recording) -> tuple[int, int, Finding | None]:
     run = Replay(recording.header)
     force, model = InForce(), InForce()
     fields = 0
@@ -86,13 +100,11 @@ def check(recording: Recording) -> Report:
             i, op = record["i"], record["op"]
             unknown = force.apply(record)
             if unknown:
-                finding = Finding(i, op, unknown[0], None, None, "a known key", "unknown")
-                return Report(recording.name, i, fields, finding)
+                return i, fields, Finding(i, op, unknown[0], None, None, "a known key", "unknown")
             try:
                 got = run.step(record)
             except UnsupportedOp as error:
-                finding = Finding(i, op, "op", None, None, op, f"not modelled: {error}")
-                return Report(recording.name, i, fields, finding)
+                return i, fields, Finding(i, op, "op", None, None, op, f"not modelled: {error}")
             if op == "set":
                 traced = record["args"].get("trace", 1) == 1
             model.apply(got)
@@ -100,11 +112,11 @@ def check(recording: Recording) -> Report:
             first: Difference | None = next(differences(record, got, force, model, reasons=reasons), None)
             if first is not None:
                 key, expected, actual, gfn, level = first
-                return Report(recording.name, i, fields, Finding(i, op, key, gfn, level, expected, actual))
+                return i, fields, Finding(i, op, key, gfn, level, expected, actual)
             fields += fields_of(record, force)
     finally:
         run.machine.close()
-    return Report(recording.name, len(recording.records), fields, None)
+    return len(recording.records), fields, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +143,21 @@ def totals(reports: Iterable[Report]) -> Totals:
         fields += report.fields
         differing += report.finding is not None
     return Totals(files, ops, fields, differing)
+
+
+def matrix(reports: Iterable[Report]) -> list[list[str]]:
+    """Return how many recordings of each machine pass: a head, then a row a machine and platform, a column a kernel and kind of guest."""
+    cells: dict[tuple[str, str], list[int]] = {}
+    for report in reports:
+        version = "Linux " + ".".join(report.kernel.split("-")[0].split(".")[:2])
+        vendor = "Intel" if report.config.startswith("intel") else "AMD"
+        cell = cells.setdefault((f"{vendor} {PLATFORMS[report.config]}", version + (", L2 guests" if report.nested else "")), [0, 0])
+        cell[0] += report.finding is None
+        cell[1] += 1
+    machines, columns = (list(dict.fromkeys(key[n] for key in sorted(cells))) for n in (0, 1))
+    columns.sort(key=lambda column: (len(column), column))
+    rows = [[f"{cells[m, c][0]} of {cells[m, c][1]}" if (m, c) in cells else "" for c in columns] for m in machines]
+    return [["recorded on, platform", *columns], *([m, *row] for m, row in zip(machines, rows, strict=True))]
 
 
 def check_all(recordings: Iterable[Recording]) -> Iterator[Report]:

@@ -241,8 +241,10 @@ class NestedGuest(Guest):
         elif stop.reason in ("ept_violation", "npf", "pml_full"):
             self.l1_exits.append(self._row(stop, access))
             yield from self._handle(vcpu, stop)
+        elif stop.reason == "efault":
+            yield {"error": "EFAULT"}
         else:
-            yield {"error": stop.reason.upper()}
+            raise UnsupportedOp(f"{stop.reason} at page {stop.gfn:#x} of a guest that runs a guest")
 
     def _row(self, stop: Exit, access: Any) -> list[Any]:
         """Return an exit to L1 as it is recorded: reason, qualification or error code, address."""
@@ -269,6 +271,8 @@ class NestedGuest(Guest):
                 self._queue.append(self._who(vcpu).single(page, READ, 0, self._insn))
                 self._insn += 1
             place, value, _ = self._tables.entry(stop.gfn, self._root[vcpu])
+            if not value or value & RWX == RWX:
+                raise UnsupportedOp(f"L2 accesses page {stop.gfn:#x}, which L1's tables do not map")
             yield from self._store(vcpu, place, value | RWX)
         self._push(vcpu)
         yield from self._flush(vcpu)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from spte.errors import GuestTablesError
 from spte.payload import CODE, Payload
 from spte.payload_tables import L1Tables
 from spte.platform import EPT, SHADOW
@@ -102,7 +103,10 @@ def _l2_map(machine: Machine, args: Args, record: Args) -> Result:
     for n, gfn in enumerate(expand(args["gfns"]).tolist()):
         if gfn % step == 0:
             target = gfn if args["l1"] is None else args["l1"] + (0 if args["same"] else n)
-            tables.map_recorded(gfn, target, level=args["level"], perm=args["perm"], ad=args["ad"], root=args["root"])
+            try:
+                tables.map_recorded(gfn, target, level=args["level"], perm=args["perm"], ad=args["ad"], root=args["root"])
+            except GuestTablesError as error:
+                raise RecordingError(f"l2_map can not be performed: {error}") from None
     return {}
 
 

@@ -15,7 +15,8 @@ SCHEMA = 1
 @click.command(short_help="Compare recordings of real KVM with the model.")
 @click.argument("paths", metavar="FILE_OR_DIR...", nargs=-1, required=True, type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, schema version inside, in place of text.")
-def check(paths: tuple[str, ...], as_json: bool) -> int:
+@click.option("--markdown", is_flag=True, help="A table of machines and kernels before the totals, as the README has it.")
+def check(paths: tuple[str, ...], as_json: bool, markdown: bool) -> int:
     """Replay recordings of real KVM and compare the model with them after every op.
 
     Takes recordings (.jsonl, also .gz and .xz), archives of them (.tar, .tar.gz, .tar.xz), and directories of both.
@@ -25,6 +26,8 @@ def check(paths: tuple[str, ...], as_json: bool) -> int:
     from spte import check as model
     from spte import recording as rec
 
+    if as_json and markdown:
+        raise click.UsageError("--json and --markdown exclude each other; take one")
     reports: list[model.Report] = []
     bad: list[str] = []
     try:
@@ -58,6 +61,10 @@ def check(paths: tuple[str, ...], as_json: bool) -> int:
         }
         click.echo(json.dumps(out))
     else:
+        if markdown and reports:
+            head, *rows = model.matrix(reports)
+            lines = [head, [":--", *("--:" for _ in head[1:])], *rows]
+            click.echo("\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")
         click.echo(f"{sums.files} recordings, {sums.ops} ops, {sums.fields} fields compared; {sums.differing} differ")
         if not sums.files and not bad:
             click.echo("spte check: no recording found; name a file, an archive or a directory", err=True)
