@@ -30,7 +30,9 @@ class Tables(NamedTuple):
     hash_next: npt.NDArray[np.int32]  # next row + 1 of the bucket
     free: npt.NDArray[np.int32]  # stack of freed rows
     meta: I64s  # ROWS, FREED, and the VM's counters below
-    places: U64s  # scratch of a harvest: entries of `sptes`, flat, that are to be re-armed
+    places: U64s  # scratch of a harvest: places of entries that are to be re-armed
+    flat: U64s  # `sptes` as one row: an entry's place in it is row * 512 + index
+    leaf_rows: npt.NDArray[np.uint32]  # scratch of a stay in the guest: level-1 table of each 2 MiB, 0: to be walked to
 
 
 # Columns of Tables.meta.
@@ -86,7 +88,7 @@ class Vcpu(NamedTuple):
     pml: U64s  # [512]
     ring: U64s  # [entries, 2]: flags | slot << 32, offset
     log: U64s  # [n, LOG_COLUMNS]; n == 0: nothing is recorded
-    walked: U64s  # where the walks of the next accesses ended: (row * 512 + index) << 3 | level
+    walked: U64s  # places of the entries where the walks of the next accesses ended
 
 
 # Columns of Vcpu.reg.
@@ -97,7 +99,7 @@ REG_COLUMNS = 12
 PF_TAKEN, PF_FIXED, PF_FAST, PF_EMULATE, PF_SPURIOUS, PF_MMIO_SPTE_CREATED = 0, 1, 2, 3, 4, 5
 EXITS, PML_ENTRIES, PML_FULLS, RING_FULLS, SLOW_FAULTS, VIOLATIONS, MISCONFIGS = 6, 7, 8, 9, 10, 11, 12
 STAT_COLUMNS = 13
-WALKS_AHEAD = 256
+WALKS_AHEAD = 32
 # Exit reasons of a stay in the guest.
 DONE, EXIT_RING_FULL, EXIT_MMIO, EXIT_HOST, EXIT_EFAULT, EXIT_NOMEM, EXIT_LOG = 0, 1, 2, 3, 4, 5, 6
 # Events in Vcpu.log: kind and up to five values.

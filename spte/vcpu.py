@@ -59,7 +59,7 @@ class VirtualCpu:
         self.arrays = Vcpu(
             reg=zeros(cx.REG_COLUMNS), stat=zeros(cx.STAT_COLUMNS), pml=zeros(512, np.uint64),
             ring=np.zeros((ring_entries, 2), np.uint64), log=np.zeros((0, LOG_COLUMNS), np.uint64),
-            walked=zeros(cx.WALKS_AHEAD, np.uint64),
+            walked=zeros(2 * cx.WALKS_AHEAD, np.uint64),
         )  # fmt: skip
         reg = self.arrays.reg
         reg[cx.PML_INDEX], reg[cx.ROOT], reg[cx.RING_SIZE] = 511, -1, ring_entries
