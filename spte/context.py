@@ -33,6 +33,7 @@ class Tables(NamedTuple):
     places: U64s  # scratch of a harvest: places of entries that are to be re-armed
     flat: U64s  # `sptes` as one row: an entry's place in it is row * 512 + index
     leaf_rows: npt.NDArray[np.uint32]  # scratch of a stay in the guest: level-1 table of each 2 MiB, 0: to be walked to
+    whole: npt.NDArray[np.uint8]  # 1: each entry of the level-1 table is a leaf; 0: not known
 
 
 # Columns of Tables.meta.

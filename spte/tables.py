@@ -30,7 +30,7 @@ def new_tables(capacity: int = CAPACITY) -> Tables:
         sptes, level=res(np.uint8, n), gfn=res(np.int64, n), role=res(np.uint32, n), parent=res(np.int32, n),
         nx_disallowed=res(np.uint8, n), shadow=res(np.uint8, n), hash=res(np.int32, HASH_BUCKETS), hash_next=res(np.int32, n),
         free=res(np.int32, n), meta=zeros(META_COLUMNS), places=zeros(64 * HARVEST_WORDS + 1, np.uint64),
-        flat=sptes.reshape(-1), leaf_rows=res(np.uint32, LEAF_ROWS),
+        flat=sptes.reshape(-1), leaf_rows=res(np.uint32, LEAF_ROWS), whole=res(np.uint8, n),
     )  # fmt: skip
 
 
@@ -51,6 +51,7 @@ def take_row(t, level, gfn, role, parent):
     t.parent[row] = parent
     t.nx_disallowed[row] = 0
     t.shadow[row] = 0
+    t.whole[row] = 0
     return np.int64(row)
 
 
