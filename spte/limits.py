@@ -16,6 +16,7 @@ from spte.bits import WRITABLE
 from spte.context import I64s, Slots, U64s
 from spte.host import the_host
 from spte.kernels.access import run
+from spte.platform import Platform
 from spte.trace import PAGE_SIZE
 from spte.vm import VM
 
@@ -123,13 +124,15 @@ class Guest:
     ----------
     pages : int
         4 KiB pages, a multiple of 512.
-    platform, policy : str
-        As `spte.VM` takes them.
+    platform : str or Platform
+        As `spte.VM` takes it.
+    policy : str
+        As `spte.VM` takes it.
     backing : str
         As `spte.Backing` takes it; populated.
     """
 
-    def __init__(self, pages: int, platform: str = "ept-pml", policy: str = "6.12", backing: str = "4k") -> None:
+    def __init__(self, pages: int, platform: str | Platform = "ept-pml", policy: str = "6.12", backing: str = "4k") -> None:
         self.pages = pages
         self.vm = VM(platform, policy)
         self.memory = Backing(backing, pages * PAGE_SIZE, populate=True)

@@ -18,6 +18,7 @@ from spte.kernels.pml_flush import pml_flush
 from spte.kernels.split import split_slot
 from spte.kernels.write_protect import write_protect_slot
 from spte.limits import BATCH, Case, Guest, Ratio, measure
+from spte.platform import Platform
 
 FRACTIONS = (1.0, 0.5, 0.1, 0.01, 0.001, 0.0)
 PATTERNS = ("random", "runs")
@@ -182,7 +183,7 @@ def _collapse(guest: Guest) -> None:
     collapse_slot(guest.tables, s, the_host(), guest.vm.mmu.mode, roots, k)
 
 
-def small_guest(pages: int, platform: str = "ept-pml") -> Guest:
+def small_guest(pages: int, platform: str | Platform = "ept-pml") -> Guest:
     """Return a guest of 4 KiB leaves that logs."""
     guest = Guest(pages, platform)
     guest.populate()
