@@ -14,6 +14,7 @@ from spte.limits import Case, Guest
 from spte.platform import SHADOW_PAGING, named, without_tdp_mmu
 
 SLOT_BAR, FAULT_BAR = 3.0, 4.0
+REFILLED = 1 << 24  # pages at most, where each refill faults page by page
 SHADOW_REACH = 1 << 20  # pages: a guest without paging addresses 4 GiB
 PLATFORMS = {"rmap": without_tdp_mmu(named("ept-pml")), "shadow": SHADOW_PAGING}
 
@@ -64,21 +65,25 @@ def test_harvest(compare, both, fraction):
 
 def fill(guest):
     """Map every page at 4 KiB; those of a slot that logs one by one."""
-    guest.write(np.arange(guest.pages))
+    guest.write(np.arange(min(guest.pages, REFILLED)))
 
 
 def test_zap_of_a_slot(compare, both):
+    end = np.int64(min(both[0].pages, REFILLED))
+
     def zap(g):
         s, k, _, roots = g.slot()
         if g.vm.mmu.mode.shadow:
-            return zap_rmaps(g.tables, s, g.vm.mmu.mode, k, 0, g.pages)
-        return zap_range(g.tables, g.vm.mmu.mode, roots, 0, g.pages)
+            return zap_rmaps(g.tables, s, g.vm.mmu.mode, k, np.int64(0), end)
+        return zap_range(g.tables, g.vm.mmu.mode, roots, np.int64(0), end)
 
-    compare(beside("zap of a slot", "SPTE", both[0].pages, both, zap, fill))
+    compare(beside("zap of a slot", "SPTE", int(end), both, zap, fill))
 
 
 def test_collapse_of_a_slot(compare, pages):
     """Logging is turned off: tables are dropped by one, leaves zapped by the other."""
+
+    pages = min(pages, REFILLED)
 
     def small_leaves(g):
         g.set_flags(1)

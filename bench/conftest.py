@@ -59,6 +59,7 @@ def compare(benchmark: object) -> Callable[[Case], None]:
             benchmark.extra_info.update(
                 name=ratio.name, unit=ratio.unit, units=case.units, ns_per_unit=ratio.ns, limit=ratio.limit,
                 limit_ns_per_unit=ratio.limit_ns, ratio=ratio.ratio, at_most=ratio.at_most, met=ratio.met,
+                why=case.why,
             )  # fmt: skip
 
     return run
