@@ -29,7 +29,7 @@ from spte.tables import INDEX_MASK, forget_leaf_rows, is_leaf, list_leaf_rows, p
 
 DONE, PML_FULL, VIOLATION = 0, 1, 2  # outcomes of an access in hardware
 AHEAD = np.int64(cx.WALKS_AHEAD)
-APART = 256  # accesses done one by one after a block that got nowhere: faults come in flocks
+APART = 2 * AHEAD  # accesses done one by one after a block that got nowhere, as faults come in flocks: those already asked for
 ROW_ONE = U64(512)
 LEAST_TO_LIST = 512  # tables; at most one for each four accesses, before and after, that fault in none
 LOG_ROOM = 2048  # events that one access may add: a drain of 512 marks and pushes, and its faults
