@@ -27,6 +27,7 @@ BUFFERS = 2048  # PML buffers of one flush
 KVM_RECOVER_NS = 37_000.0  # per 2 MiB, commit message of 13e2e4f62a4b
 ALL_ONES = ~np.uint64(0)
 _PML_WHY = "two random lines a write, the SPTE and the word of the bitmap, are read and written back, where the limit has one"
+_DRAIN_WHY = "it also looks whether a page is in the slot and counts the bits that were clear"
 _RECOVER_WHY = "beside its parent of 8 bytes each table has a first leaf, attributes and a block of the host, in lines of their own"
 _LEAVES, _FILL = "np.bitwise_and in place", "filling the rows"
 _HARVEST_BARS = {1.0: 1.5, 0.5: 1.0, 0.1: 1.0, 0.01: 0.8, 0.001: 0.8, 0.0: 1.2}
@@ -141,7 +142,8 @@ def pml_drain(guest: Guest) -> Case:
     index = np.full(BUFFERS, 0xFFFF)
     work, limit = (lambda: pml_flush(buffers, index, guest.words)), (lambda: scatter_bits(guest.out, gfns))
     clear, clear_limit = (lambda: guest.words.fill(0)), (lambda: guest.out.fill(0))
-    return Case(f"PML drain, {BUFFERS} buffers", "entry", len(gfns), work, "scatter of bits", limit, 1.3, clear, clear_limit)
+    name = f"PML drain, {BUFFERS} buffers"
+    return Case(name, "entry", len(gfns), work, "scatter of bits", limit, 1.3, clear, clear_limit, why=_DRAIN_WHY)
 
 
 def first_touch(guest: Guest, order: str) -> Case:
