@@ -1,4 +1,7 @@
-"""Turn the JSON of a benchmark run into a markdown table and, if asked, a chart: ``python -m bench.report FILE [CHART.png]``."""
+"""Turn the JSON of a benchmark run into a markdown table: ``python -m bench.report FILE [CHART.png] [README.md]``.
+
+If asked, also into a chart, and into the table between the marks of a README.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+START, END = "<!-- pytest bench -->", "<!-- end of pytest bench -->"
 HEAD = ("work", "ns", "per", "limit", "ns of limit", "ratio", "at most", "")
 
 
@@ -17,6 +21,8 @@ def row(info: dict[str, Any]) -> tuple[str, ...]:
         return info["name"], ns, info["unit"], "", "", "", "", ""
     bar = "" if info["at_most"] is None else f"{info['at_most']:g}x"
     verdict = {True: "met", False: "missed", None: ""}[info["met"]]
+    if info["met"] is False and info["why"]:
+        verdict += f": {info['why']}"
     return info["name"], ns, info["unit"], info["limit"], f"{info['limit_ns_per_unit']:.3g}", f"{info['ratio']:.2f}x", bar, verdict
 
 
@@ -46,16 +52,28 @@ def draw(benchmarks: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
+def put_into(readme: Path, text: str) -> None:
+    """Replace what stands between the marks of `readme`; ValueError if they are not there."""
+    before, start, rest = readme.read_text().partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise ValueError(f"{readme} has no {START} ... {END}")
+    readme.write_text(f"{before}{START}\n{text}\n{END}{after}")
+
+
 def main(argv: list[str]) -> int:
     """Print the table; exit code 2 with one line if the file is not a benchmark run, 4 without matplotlib."""
-    if len(argv) not in (1, 2) or not all(name.endswith((".png", ".svg")) for name in argv[1:]):
-        print("usage: python -m bench.report FILE [CHART.png], FILE made by pytest bench --benchmark-json=FILE", file=sys.stderr)
+    if not argv or not all(name.endswith((".png", ".svg", ".md")) for name in argv[1:]):
+        print("usage: python -m bench.report FILE [CHART.png] [README.md], FILE from pytest bench --benchmark-json=FILE", file=sys.stderr)
         return 2
     try:
         benchmarks = json.loads(Path(argv[0]).read_text())["benchmarks"]
         print(table(benchmarks))
-        for chart in argv[1:]:
-            draw(benchmarks, Path(chart))
+        for name in argv[1:]:
+            if name.endswith(".md"):
+                put_into(Path(name), table(benchmarks))
+            else:
+                draw(benchmarks, Path(name))
     except ModuleNotFoundError as error:
         print(f"the chart needs {error.name}; pip install 'kvm-spte[cli]'", file=sys.stderr)
         return 4

@@ -38,7 +38,10 @@ class Tables(NamedTuple):
     path: I64s  # scratch of a walk over the pages below a root
     free: npt.NDArray[np.int32]  # stack of freed rows
     meta: I64s  # ROWS, FREED, and the VM's counters below
-    places: U64s  # scratch of a harvest: entries of `sptes`, flat, that are to be re-armed
+    places: U64s  # scratch of a harvest: places of entries that are to be re-armed
+    flat: U64s  # `sptes` as one row: an entry's place in it is row * 512 + index
+    leaf_rows: npt.NDArray[np.uint32]  # scratch of a stay in the guest: level-1 table of each 2 MiB, 0: to be walked to
+    whole: npt.NDArray[np.uint8]  # 1: each entry of the level-1 table is a leaf; 0: not known
 
 
 # Columns of Tables.meta.
@@ -98,7 +101,7 @@ class Vcpu(NamedTuple):
     pml: U64s  # [512]
     ring: U64s  # [entries, 2]: flags | slot << 32, offset
     log: U64s  # [n, LOG_COLUMNS]; n == 0: nothing is recorded
-    walked: U64s  # where the walks of the next accesses ended: (row * 512 + index) << 3 | level
+    walked: U64s  # places of the entries where the walks of the next accesses ended
     guest: I64s  # the last walk of guest page tables, columns below
 
 
@@ -116,7 +119,7 @@ GW_COLUMNS = 16
 PF_TAKEN, PF_FIXED, PF_FAST, PF_EMULATE, PF_SPURIOUS, PF_MMIO_SPTE_CREATED = 0, 1, 2, 3, 4, 5
 EXITS, PML_ENTRIES, PML_FULLS, RING_FULLS, SLOW_FAULTS, VIOLATIONS, MISCONFIGS = 6, 7, 8, 9, 10, 11, 12
 STAT_COLUMNS = 13
-WALKS_AHEAD = 256
+WALKS_AHEAD = 32
 # Exit reasons of a stay in the guest.
 DONE, EXIT_RING_FULL, EXIT_MMIO, EXIT_HOST, EXIT_EFAULT, EXIT_NOMEM, EXIT_LOG = 0, 1, 2, 3, 4, 5, 6
 EXIT_GUEST_FAULT, EXIT_GUEST_PML_FULL = 7, 8  # the guest's own tables do not allow the access; L1's PML buffer is full

@@ -7,7 +7,7 @@
 | S4 | a leaf lies in a slot; a table's first gfn and parent are those of the entry that links to it |
 | S5 | no frozen entry; no MMU_PRESENT in what is not present |
 | S7 | the A/D type of a leaf is that of its root |
-| S9 | pages_4k, pages_2m, pages_1g count the leaves |
+| S9 | pages_4k, pages_2m, pages_1g count the leaves; a table held for whole has 512 |
 | S10 | no executable huge leaf under the NX mitigation |
 | L1 | a slot that logs has no writable huge leaf, unless it began initially-set |
 | L2 | by write protection: a writable 4 KiB leaf of a logging slot has its dirty bit set, unless initially-set was turned off since |
@@ -95,7 +95,7 @@ def _scan(t, s, m, count):
             broken = 0
             if (spte & bt.MMU_PRESENT) == bt.ZERO:
                 mmio = (spte & m.lay.mmio_mask) == m.lay.mmio_test
-                broken = 0 if spte == m.lay.nonpresent or mmio else S5
+                broken = S9 if t.whole[row] else 0 if spte == m.lay.nonpresent or mmio else S5
             elif is_leaf(spte, level):
                 if level <= 3:
                     count[level - 1] += 1

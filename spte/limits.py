@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from spte.bare_loops import set_bits
 from spte.bits import WRITABLE
 from spte.context import I64s, Slots, U64s
 from spte.host import the_host
-from spte.kernels.access import run
+from spte.kernels.access import run, run_shadow
+from spte.platform import Platform
 from spte.trace import PAGE_SIZE
 from spte.vm import VM
 
@@ -44,6 +46,8 @@ class Case:
         Refill before each round, not timed.
     at_most : float, optional
         The ratio to keep; None: only printed.
+    why : str
+        Why a ratio above `at_most` is the best that is known; printed where it is missed.
     """
 
     name: str
@@ -56,6 +60,7 @@ class Case:
     setup: Callable[[], Any] = nothing
     limit_setup: Callable[[], Any] = nothing
     limit_units: int = 0
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -123,23 +128,30 @@ class Guest:
     ----------
     pages : int
         4 KiB pages, a multiple of 512.
-    platform, policy : str
-        As `spte.VM` takes them.
+    platform : str or Platform
+        As `spte.VM` takes it.
+    policy : str
+        As `spte.VM` takes it.
     backing : str
         As `spte.Backing` takes it; populated.
     """
 
-    def __init__(self, pages: int, platform: str = "ept-pml", policy: str = "6.12", backing: str = "4k") -> None:
+    def __init__(self, pages: int, platform: str | Platform = "ept-pml", policy: str = "6.12", backing: str = "4k") -> None:
         self.pages = pages
         self.vm = VM(platform, policy)
         self.memory = Backing(backing, pages * PAGE_SIZE, populate=True)
         self.tables = self.vm.mmu.tables
         self.tables.sptes[: pages // 512 + pages // 512**2 + FRESH_ROWS] = 0
-        self.flat: U64s = memory.reserve(np.uint64, pages, huge=True)
-        self.flat[:] = ~np.uint64(0)
         self.words: U64s = np.zeros(pages // 64, np.uint64)
         self.out: U64s = np.zeros(pages // 64, np.uint64)
         self.set_flags(0)
+
+    @cached_property
+    def flat(self) -> U64s:
+        """The limits' array, touched beforehand."""
+        array: U64s = memory.reserve(np.uint64, self.pages, huge=True)
+        array[:] = ~np.uint64(0)
+        return array
 
     def set_flags(self, flags: int) -> None:
         """Create the slot, or change its flags."""
@@ -157,10 +169,10 @@ class Guest:
 
     def write(self, gfns: I64s) -> None:
         """Let the guest write: the kernel alone, as one stay."""
-        vcpu = self.vm.vcpus[0]
+        vcpu, mmu = self.vm.vcpus[0], self.vm.mmu
         vcpu.enter_guest()
-        spaces, mode = self.vm.memslots.spaces, self.vm.mmu.mode
-        done = run(self.tables, spaces[0], the_host(), vcpu.arrays, mode, gfns, _WRITE, 0)
+        kernel = run_shadow if mmu.has_shadow_pages else run
+        done = kernel(self.tables, self.vm.memslots.spaces[0], the_host(), vcpu.arrays, vcpu.mode, gfns, _WRITE, 0)
         assert done == len(gfns), f"access {done} of {len(gfns)} stopped"
 
     def slot(self) -> tuple[Slots, int, U64s, I64s]:

@@ -78,7 +78,7 @@ class Pool:
     """
 
     def __init__(self, dtype: npt.DTypeLike, capacity: int) -> None:
-        self.array = reserve(dtype, capacity)
+        self.array = reserve(dtype, capacity, huge=True)
         self._high = 0
         self._free: list[tuple[int, int]] = []
 

@@ -18,6 +18,7 @@ from spte.kernels.pml_flush import pml_flush
 from spte.kernels.split import split_slot
 from spte.kernels.write_protect import write_protect_slot
 from spte.limits import BATCH, Case, Guest, Ratio, measure
+from spte.platform import Platform
 
 FRACTIONS = (1.0, 0.5, 0.1, 0.01, 0.001, 0.0)
 PATTERNS = ("random", "runs")
@@ -25,6 +26,9 @@ ORDERS = ("ascending", "random")
 BUFFERS = 2048  # PML buffers of one flush
 KVM_RECOVER_NS = 37_000.0  # per 2 MiB, commit message of 13e2e4f62a4b
 ALL_ONES = ~np.uint64(0)
+_PML_WHY = "two random lines a write, the SPTE and the word of the bitmap, are read and written back, where the limit has one"
+_DRAIN_WHY = "it also looks whether a page is in the slot and counts the bits that were clear"
+_RECOVER_WHY = "beside its parent of 8 bytes each table has a first leaf, attributes and a block of the host, in lines of their own"
 _LEAVES, _FILL = "np.bitwise_and in place", "filling the rows"
 _HARVEST_BARS = {1.0: 1.5, 0.5: 1.0, 0.1: 1.0, 0.01: 0.8, 0.001: 0.8, 0.0: 1.2}
 _TOUCH_BARS = {"ascending": 6.0, "random": 12.0}
@@ -127,7 +131,8 @@ def guest_writes(guest: Guest, logs: bool) -> Case:
 
     name = "random guest writes, PML logs each" if logs else "random guest writes, W and D set"
     work, limit = (lambda: guest.write(gfns)), (lambda: scatter_or(guest.flat, gfns, bit))
-    return Case(name, "write", len(gfns), work, "a[gfn] |= D", limit, 2.5 if logs else 1.5, refill, guest.set_flat)
+    why = _PML_WHY if logs else ""
+    return Case(name, "write", len(gfns), work, "a[gfn] |= D", limit, 2.5 if logs else 1.5, refill, guest.set_flat, why=why)
 
 
 def pml_drain(guest: Guest) -> Case:
@@ -137,7 +142,8 @@ def pml_drain(guest: Guest) -> Case:
     index = np.full(BUFFERS, 0xFFFF)
     work, limit = (lambda: pml_flush(buffers, index, guest.words)), (lambda: scatter_bits(guest.out, gfns))
     clear, clear_limit = (lambda: guest.words.fill(0)), (lambda: guest.out.fill(0))
-    return Case(f"PML drain, {BUFFERS} buffers", "entry", len(gfns), work, "scatter of bits", limit, 1.3, clear, clear_limit)
+    name = f"PML drain, {BUFFERS} buffers"
+    return Case(name, "entry", len(gfns), work, "scatter of bits", limit, 1.3, clear, clear_limit, why=_DRAIN_WHY)
 
 
 def first_touch(guest: Guest, order: str) -> Case:
@@ -170,7 +176,8 @@ def collapse(guest: Guest) -> Case:
     parents = guest.flat[: guest.pages // 512]
     limit = lambda: sweep(parents, ~WRITABLE)  # noqa: E731
     name = "a pass over the parents"
-    return Case("recover in place", "2 MiB", len(parents), lambda: _collapse(guest), name, limit, 3.0, lambda: _split(guest))
+    work, refill = (lambda: _collapse(guest)), (lambda: _split(guest))
+    return Case("recover in place", "2 MiB", len(parents), work, name, limit, 3.0, refill, why=_RECOVER_WHY)
 
 
 def _split(guest: Guest) -> None:
@@ -182,7 +189,7 @@ def _collapse(guest: Guest) -> None:
     collapse_slot(guest.tables, s, the_host(), guest.vm.mmu.mode, roots, k)
 
 
-def small_guest(pages: int, platform: str = "ept-pml") -> Guest:
+def small_guest(pages: int, platform: str | Platform = "ept-pml") -> Guest:
     """Return a guest of 4 KiB leaves that logs."""
     guest = Guest(pages, platform)
     guest.populate()

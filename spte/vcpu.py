@@ -42,7 +42,7 @@ class VirtualCpu(NestedVcpu):
         self.arrays = Vcpu(
             reg=zeros(cx.REG_COLUMNS), stat=zeros(cx.STAT_COLUMNS), pml=zeros(512, np.uint64),
             ring=np.zeros((ring_entries, 2), np.uint64), log=np.zeros((0, LOG_COLUMNS), np.uint64),
-            walked=zeros(cx.WALKS_AHEAD, np.uint64), guest=zeros(cx.GW_COLUMNS),
+            walked=zeros(2 * cx.WALKS_AHEAD, np.uint64), guest=zeros(cx.GW_COLUMNS),
         )  # fmt: skip
         self.mode = vm.mmu.mode
         reg = self.arrays.reg

@@ -39,7 +39,7 @@ def test_each_measured_round_refills_first():
 def test_the_report_prints_every_figure_and_whether_it_is_met(tmp_path, capsys):
     info = {
         "name": "harvest", "unit": "page", "units": 8, "ns_per_unit": 1.25, "limit": "a loop", "limit_ns_per_unit": 1.0, "ratio": 1.25,
-        "at_most": 1.0, "met": False,
+        "at_most": 1.0, "met": False, "why": "",
     }  # fmt: skip
     start = {"name": "import", "unit": "process", "units": 1, "ns_per_unit": 5e7}
     path = tmp_path / "run.json"
@@ -47,11 +47,31 @@ def test_the_report_prints_every_figure_and_whether_it_is_met(tmp_path, capsys):
     assert report.main([str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == "| harvest | 1.25 | page | a loop | 1 | 1.25x | 1x | missed |"
+    assert report.row(info | {"why": "two lines"})[-1] == "missed: two lines"
+    assert report.row(info | {"why": "two lines", "met": True})[-1] == "met"
     assert lines[3].startswith("| import | 5e+07 | process |")
     assert len(lines) == 4
     chart = tmp_path / "chart.png"
     assert report.main([str(path), str(chart)]) == 0
     assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_replaces_the_table_between_the_marks_of_a_readme(tmp_path, capsys):
+    path, readme = tmp_path / "run.json", tmp_path / "README.md"
+    path.write_text(json.dumps({"benchmarks": [{"extra_info": {"name": "import", "unit": "process", "units": 1, "ns_per_unit": 5e7}}]}))
+    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+    for _ in range(2):
+        assert report.main([str(path), str(readme)]) == 0
+        table = capsys.readouterr().out
+        assert readme.read_text() == f"before\n{report.START}\n{table}{report.END}\nafter\n"
+    readme.write_text("no marks")
+    assert report.main([str(path), str(readme)]) == 2
+    assert readme.read_text() == "no marks"
+
+
+def test_the_readme_has_the_marks():
+    text = (Path(report.__file__).parent.parent / "README.md").read_text()
+    assert 0 < text.find(report.START) < text.find(report.END)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"benchmarks": [{"extra_info": {"name": 1}}]}'])
@@ -76,5 +96,5 @@ def test_every_benchmark_runs_once_as_a_test():
 
 def test_every_operation_has_its_benchmark():
     files = {path.stem for path in (Path(report.__file__).parent).glob("bench_*.py")}
-    operations = {"write_protect", "clear_dirty", "harvest", "pml", "split", "collapse", "fault", "guest_access", "cold_start"}
+    operations = {"write_protect", "clear_dirty", "harvest", "pml", "split", "collapse", "fault", "guest_access", "rmap", "cold_start"}
     assert {f"bench_{name}" for name in operations} <= files

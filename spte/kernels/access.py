@@ -19,16 +19,20 @@ import numpy as np
 
 from spte import context as cx
 from spte._jit import helper, kernel, kernel_apart, prefetch
-from spte.bits import ROLE_INVALID, SHIFT_PAGE, TYPE_DISABLED, TYPE_MASK, U64, ZERO
+from spte.bits import INDEX_BITS, MMU_PRESENT, ROLE_INVALID, SHIFT_PAGE, TYPE_DISABLED, TYPE_MASK, U64, WRITABLE, ZERO
 from spte.fault import allowed, begin_fault, fast_fault, map_gfn
 from spte.first_touch import first_touches
 from spte.pml import drain
 from spte.shadow_fault import shadow_fault
 from spte.slots import U32_MASK, find_slot, note
-from spte.tables import INDEX_MASK, child_of, index_of, is_leaf, is_link, walk, walk_to
+from spte.tables import INDEX_MASK, forget_leaf_rows, is_leaf, list_leaf_rows, place_of, walk
 
 DONE, PML_FULL, VIOLATION = 0, 1, 2  # outcomes of an access in hardware
 STAYS, STAYED = 1, 2  # of a run: the guest is not left at its end; it was not left before it
+AHEAD = np.int64(cx.WALKS_AHEAD)
+APART = 2 * AHEAD  # accesses done one by one after a block that got nowhere, as faults come in flocks: those already asked for
+ROW_ONE = U64(512)
+LEAST_TO_LIST = 512  # tables; at most one for each four accesses, before and after, that fault in none
 LOG_ROOM = 2048  # events that one access may add: a drain of 512 marks and pushes, and its faults
 
 
@@ -56,39 +60,104 @@ def _hardware(t, v, m, gfn, kind, row, i, level):
 
 
 @helper
-def _unpack(walked):
-    """Return row, index and level of an entry of `v.walked`."""
-    return walked >> U64(12), (walked >> U64(3)) & INDEX_MASK, walked & U64(7)
+def _asks(m, kind):
+    """Return for accesses of `kind`: the bits hardware looks at, what they are where it lets them through, the bits that it sets."""
+    lay = m.lay
+    accessed, dirty = (lay.accessed, lay.dirty) if m.hw_ad else (ZERO, ZERO)
+    if kind == cx.WRITE:
+        return MMU_PRESENT | WRITABLE, MMU_PRESENT | WRITABLE, accessed | dirty
+    if kind == cx.EXEC:
+        return MMU_PRESENT | lay.x | lay.nx, MMU_PRESENT | lay.x, accessed
+    return MMU_PRESENT | lay.readable, MMU_PRESENT | lay.readable, accessed
 
 
 @kernel_apart
-def _run_ahead(t, v, m, gfns, kinds, at):
-    """Let hardware do the next accesses, at most WALKS_AHEAD, up to the first that exits; returns that one's place in the batch.
+def _look_up(flat, leaf_rows, listed, gfns, first, end, places):
+    """Put the places of the level-1 entries of ``gfns[first:end]`` into `places` and ask for them; returns the lowest."""
+    lowest, last = ~ZERO, U64(listed)
+    for j in range(U64(first), U64(end)):
+        gfn = U64(gfns[j])
+        place = (U64(leaf_rows[min(gfn >> INDEX_BITS, last)]) << INDEX_BITS) | (gfn & INDEX_MASK)
+        lowest = min(lowest, place)
+        prefetch(flat, np.int64(place))
+        places[j - U64(first)] = place
+    return lowest
 
-    All are walked first, to level 2 and then on, and each entry is asked for before one waits for it: a random write in a guest
-    of 1 TiB takes 9 ns instead of 54; 15 where the walk goes all the way at once.
+
+@kernel_apart
+def _walk_rest(t, root, gfns, first, end, places):
+    """Put the places where the walks of ``gfns[first:end]`` end into `places` and ask for them, where there is none beyond row 0."""
+    for j in range(U64(first), U64(end)):
+        if places[j - U64(first)] < ROW_ONE:
+            place, _ = place_of(t, root, gfns[j])
+            prefetch(t.flat, np.int64(place))
+            places[j - U64(first)] = place
+
+
+@kernel_apart
+def _let_through(flat, gfns, first, end, places, looks, permission, sets, logs, pml, index, words, first_bit):
+    """Do accesses of one kind, whose walks ended at `places`, up to the first that exits; returns that one and the PML index."""
+    care, want = looks | sets, permission | sets
+    for j in range(U64(first), U64(end)):
+        place = places[j - U64(first)]
+        spte = flat[place]  # at any level: a walk ends at no link, and what is present and no link is a leaf
+        if (spte & care) != want:
+            if (spte & looks) != permission or (logs != ZERO and index > 511):
+                return np.int64(j), index
+            if (spte & TYPE_MASK) != TYPE_DISABLED:
+                if (sets & ~spte & logs) != ZERO:
+                    pml[U64(index)] = U64(gfns[j]) << SHIFT_PAGE
+                    prefetch(words, (gfns[j] + first_bit) >> 6)  # for the drain: a logged write takes 2.5 times a bare scatter, else 3.4
+                    index = (index - 1) & 0xFFFF
+                flat[place] = spte | sets
+    return end, index
+
+
+@helper
+def _alike(kinds, at, end):
+    """Return the first access after `at`, at most `end`, of another kind."""
+    if kinds.shape[0] == 1:
+        return end
+    same = at + 1
+    while same < end and kinds[same] == kinds[at]:
+        same += 1
+    return same
+
+
+@kernel_apart
+def _run_ahead(t, s, v, m, gfns, kinds, at, end, listed):
+    """Let hardware do accesses ``[at, end)`` up to the first that exits; returns that one's place in the batch, else `end`.
+
+    A block's entries are asked for while those of the block before arrive.
     """
-    count = min(v.walked.shape[0], gfns.shape[0] - at)
-    for j in range(U64(count)):
-        row, i, level = walk_to(t, v.reg[cx.ROOT], gfns[U64(at) + j], 2)
-        place = row * 512 + i
-        prefetch(t.sptes, place)
-        v.walked[j] = U64((place << 3) | level)
-    for j in range(U64(count)):
-        row, i, level = _unpack(v.walked[j])
-        spte = t.sptes[row, i]
-        if level == U64(2) and is_link(spte):
-            place = child_of(spte) * 512 + index_of(gfns[U64(at) + j], 1)
-            prefetch(t.sptes, place)
-            v.walked[j] = U64((place << 3) | 1)
-    kind = np.int64(kinds[0])
-    for j in range(U64(count)):
-        if kinds.shape[0] > 1:
-            kind = np.int64(kinds[U64(at) + j])
-        row, i, level = _unpack(v.walked[j])
-        if _hardware(t, v, m, gfns[U64(at) + j], kind, row, i, np.int64(level)) != DONE:
-            return at + np.int64(j)
-    return at + count
+    root, index = v.reg[cx.ROOT], v.reg[cx.PML_INDEX]
+    logs = m.lay.dirty if v.reg[cx.PML_ON] else ZERO
+    first_bit = s.table[s.meta[cx.LAST_HIT], cx.BITMAP] * 64 - s.table[s.meta[cx.LAST_HIT], cx.BASE]
+    half, stop, after = np.int64(0), at, min(at + AHEAD, end)
+    exits = False
+    while at < end and not exits:
+        # Short loops of their own, so that many looked-up rows are on their way at once: 1.4 times a bare scatter, in one loop 1.7.
+        if _look_up(t.flat, t.leaf_rows, listed, gfns, stop, after, v.walked[AHEAD - half :]) < ROW_ONE:
+            _walk_rest(t, root, gfns, stop, after, v.walked[AHEAD - half :])
+        begin = at
+        while at < stop and not exits:
+            same = _alike(kinds, at, stop)
+            looks, permission, sets = _asks(m, np.int64(kinds[at if kinds.shape[0] > 1 else 0]))
+            places = v.walked[half + at - begin :]
+            at, index = _let_through(t.flat, gfns, at, same, places, looks, permission, sets, logs, v.pml, index, s.words, first_bit)
+            exits = at != same
+        half, stop, after = AHEAD - half, after, min(after + AHEAD, end)
+    v.stat[cx.PML_ENTRIES] += (v.reg[cx.PML_INDEX] - index) & 0xFFFF
+    v.reg[cx.PML_INDEX] = index
+    return at
+
+
+@helper
+def _room(v):
+    """Return how many accesses may be walked together: no more than the PML buffer takes, else walks are thrown away at the exit."""
+    if v.reg[cx.PML_ON]:
+        return max(np.int64(1), (v.reg[cx.PML_INDEX] + 1) & 0xFFFF)
+    return np.int64(1) << 62
 
 
 @helper
@@ -138,15 +207,20 @@ def run(t, s, h, v, m, gfns, kinds, start):
     kind = np.int64(kinds[0]) if kinds.shape[0] else np.int64(cx.READ)
     reason = cx.DONE
     at = start
-    ahead = max(start, v.reg[cx.AHEAD])
+    ahead, resumed = max(start, v.reg[cx.AHEAD]), v.reg[cx.AHEAD] > 0
+    listed, unlisted = forget_leaf_rows(t), start if resumed else start - n
     shadowed = m.shadow or v.reg[cx.PGD] >= 0 or t.meta[cx.INDIRECT] > 0
     # A fault that the host has just served is not over, a stay that goes on was not left: no entry in between.
     if v.reg[cx.COUNTED] == 0 and not v.reg[cx.STAY] & STAYED and soft_full(v):
         reason = cx.EXIT_RING_FULL
     while at < n and reason == cx.DONE:
-        if at == ahead:
-            ahead = at + v.walked.shape[0]
-            at = _run_ahead(t, v, m, gfns, kinds, at)
+        if at >= ahead and v.log.shape[0] == 0:  # a log wants each access alone
+            first, end = at, min(n, at + _room(v))
+            most = min(n - at, at - unlisted) >> 2
+            if listed == 0 and most >= LEAST_TO_LIST:
+                listed = list_leaf_rows(t, v.reg[cx.ROOT], most)
+            at = _run_ahead(t, s, v, m, gfns, kinds, first, end, listed)
+            ahead = at if at == end else at + 1 if at - first >= AHEAD else at + APART
             continue
         gfn = np.int64(gfns[at])
         if kinds.shape[0] > 1:
@@ -181,13 +255,16 @@ def run(t, s, h, v, m, gfns, kinds, start):
                 continue
         v.stat[cx.EXITS] += 1 - v.reg[cx.COUNTED]
         drain(t, s, v, m)
+        slow = v.stat[cx.SLOW_FAULTS]
         reason = cx.EXIT_SHADOW if shadowed else _fault(t, s, h, v, m, gfn, kind, spte, level)
+        if v.stat[cx.SLOW_FAULTS] != slow:
+            listed, unlisted = forget_leaf_rows(t), at
         if reason == cx.DONE:
             if soft_full(v):
                 reason = cx.EXIT_RING_FULL
             elif v.log.shape[0] > 0 and v.reg[cx.LOGGED] + LOG_ROOM > v.log.shape[0]:
                 reason = cx.EXIT_LOG
-    v.reg[cx.AHEAD] = ahead
+    v.reg[cx.AHEAD] = max(ahead, 1)
     _leave(t, s, v, m, gfns, at, reason)
     return at
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._jit import helper, kernel
+from spte._jit import helper, kernel, prefetch
 from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, SHIFT_PAGE, U64, ZERO
 from spte.context import BASE, COLLAPSED, FLUSHES, NPAGES, SPTES_WRITTEN, U64s
 from spte.entries import drop_entry, free_table, set_executable
 from spte.kernels._plain import plain, rows
 from spte.slots import max_mapping_level
 from spte.tables import child_of, count_leaf, index_of, is_leaf, is_link, table_at
+
+AHEAD = 16  # entries; the first leaf of a table that far on is asked for
 
 
 @helper
@@ -76,6 +78,8 @@ def collapse_slot(t, s, h, m, roots, k):
                     gfn = (gfn | ((span << 9) - 1)) + 1
                     continue
                 i = index_of(gfn, level)
+                if i + AHEAD < 512:
+                    prefetch(t.flat, child_of(t.sptes[row, i + AHEAD]) * 512)
                 if is_link(t.sptes[row, i]) and max_mapping_level(s, h, k, gfn, m.max_level) >= level:
                     done += _collapse_entry(t, m, row, i)
                 gfn += span
