@@ -96,12 +96,6 @@ def child_of(spte):
 
 
 @helper
-def _below(link, at):
-    """Return the place in `t.flat` of the entry that the low nine bits of `at` choose in the table that `link` names."""
-    return ((link & PFN_MASK) >> ROW_SHIFT) | (at & INDEX_MASK)
-
-
-@helper
 def place_of(t, root, gfn):
     """Follow links for `gfn` from `root`; returns the place in `t.flat` and the level of the last entry."""
     # One step after the other: as a loop it took 36 ns where this takes 14 (random gfns).
