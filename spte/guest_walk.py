@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte import context as cx
-from spte._jit import helper
+from spte._jit import helper, kernel_apart
 from spte.bits import ACC_ALL, ACC_EXEC, ACC_USER, ACC_WRITE, LARGE, SHIFT_PAGE, U64, ZERO
 from spte.guest_memory import write_word
 from spte.shadow_sync import clean_access, gpte_access, gpte_gfn, read_gpte
@@ -64,7 +64,7 @@ def allows(access, kind):
     return access & (ACC_EXEC if kind == cx.EXEC else ACC_USER) != 0
 
 
-@helper
+@kernel_apart
 def walk_guest(t, s, h, v, m, gfn, kind):
     """Walk the guest's tables for `gfn`, an address of theirs; fills ``v.guest``. After WALK_FAULT its access is the entry's."""
     table = v.reg[cx.PGD]

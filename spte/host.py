@@ -19,7 +19,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte import memory
-from spte._jit import helper, kernel
+from spte._jit import helper, kernel, kernel_called
 from spte.context import Host, zeros
 
 UNMAPPED, SMALL, THP, HUGETLB_2M, HUGETLB_1G, SHM = 0, 1, 2, 3, 4, 5  # kinds of memory of a block
@@ -52,7 +52,7 @@ def the_host() -> Host:
     return _host
 
 
-@kernel
+@kernel_called
 def make_mixed(h, block):
     """Give `block` a state a page, all as the block was; returns the row, -1 if there is none."""
     if h.block[block] == MIXED:
@@ -81,7 +81,7 @@ def make_mixed(h, block):
     return np.int64(row)
 
 
-@kernel
+@kernel_called
 def drop_mixed(h, block, state):
     """Put the whole block into `state`; its row of single pages, if any, is given back."""
     if h.block[block] == MIXED:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte import context as cx
-from spte._jit import helper
+from spte._jit import helper, kernel_apart
 from spte.bits import (
     ACC_EXEC,
     ACC_WRITE,
@@ -58,7 +58,7 @@ def _next_page(t, s, h, v, m, row, i, gfn, direct, access):
     return child, True
 
 
-@helper
+@kernel_apart
 def set_leaf(t, s, v, m, k, row, i, gfn, pfn, host_writable, access, prefetch):
     """Put the leaf of `gfn` at entry `i` of `row`; returns whether the entry changed, and whether W was refused."""
     level = np.int64(t.level[row])
@@ -189,6 +189,12 @@ def shadow_map_gfn(t, s, h, v, m, k, gfn, kind, prefetch):
     return reason
 
 
+@kernel_apart
+def direct_map_gfn(t, s, h, v, m, k, gfn, kind, prefetch):
+    """As `map_gfn`, compiled once for all that the TDP MMU's own loop does not serve."""
+    return map_gfn(t, s, h, v, m, k, gfn, kind, prefetch)
+
+
 @helper
 def _descend(t, s, h, v, m, row, address, gfn, goal, fits, no_huge, access):
     """Go down from `row` to `goal` over direct pages; returns row (-1: arena full) and index. `address` finds the entries."""
@@ -216,7 +222,7 @@ def _descend(t, s, h, v, m, row, address, gfn, goal, fits, no_huge, access):
         i = index_of(address, level)
 
 
-@helper
+@kernel_apart
 def _guest_fault(t, s, h, v, m, address, kind, present, again):
     """Take the slow path for a root that shadows the guest's tables; `address` is a page number of theirs.
 
@@ -283,5 +289,5 @@ def shadow_fault(t, s, h, v, m, address, kind, spte, level):
         return cx.EXIT_MMIO
     v.stat[cx.SLOW_FAULTS] += 1 - again
     args = t, s, h, v, m, k, address, kind, False
-    reason = shadow_map_gfn(*args) if m.shadow else map_gfn(*args)
+    reason = shadow_map_gfn(*args) if m.shadow else direct_map_gfn(*args)
     return emulate_write(t, s, v, m, address) if reason == cx.EMULATED else reason

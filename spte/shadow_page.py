@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte import context as cx
-from spte._jit import helper, kernel
+from spte._jit import helper, kernel_apart, kernel_called
 from spte.bits import (
     MMU_PRESENT,
     ROLE_AD_DISABLED,
@@ -79,7 +79,7 @@ def drop_leaf(t, s, m, row, i):
     t.meta[cx.SPTES_WRITTEN] += 1
 
 
-@kernel
+@kernel_called
 def link_page(t, s, m, row, i, child):
     """Make entry `i` of `row` point to shadow page `child`."""
     link = m.lay.link
@@ -90,7 +90,7 @@ def link_page(t, s, m, row, i, child):
     t.meta[cx.SPTES_WRITTEN] += 1
 
 
-@kernel
+@kernel_called
 def unlink_page(t, s, m, row, i):
     """Make a link to a shadow page non-present; returns the page, which stays in the hash."""
     child = child_of(t.sptes[row, i])
@@ -100,7 +100,7 @@ def unlink_page(t, s, m, row, i):
     return child
 
 
-@helper
+@kernel_apart
 def protect_gfn(t, s, m, gfn):
     """Take W and MMU_WRITABLE from every leaf of any level that maps `gfn`; returns whether the caller must flush."""
     k = find_slot(s, gfn)
@@ -137,7 +137,7 @@ def count_shadowed(t, s, gfn, change):
             s.disallow[s.table[k, column] + (gfn >> shift) - (base >> shift)] += change
 
 
-@helper
+@kernel_apart
 def new_page(t, s, m, gfn, level, role):
     """Make a shadow page and write-protect the table that it shadows, with a flush if that changed; -1 if the arena is full."""
     row = alloc_row(t, level, gfn, U64(role), np.int64(-1), m.lay.nonpresent)
@@ -170,8 +170,11 @@ def is_tracked(t, gfn):
 @helper
 def may_write(t, gfn, can_unsync, prefetch):
     """Tell whether a new leaf of `gfn` may be writable; pages that shadow it at level 1 turn unsync, if they may."""
-    if t.meta[cx.INDIRECT] == 0:
-        return True
+    return t.meta[cx.INDIRECT] == 0 or _may_write(t, gfn, can_unsync, prefetch)
+
+
+@kernel_apart
+def _may_write(t, gfn, can_unsync, prefetch):
     if is_tracked(t, gfn):
         return False
     row = np.int64(t.hash[bucket_of(t, gfn)]) - 1
@@ -195,7 +198,7 @@ def set_synced(t, row):
     t.unsync[row] = 0
 
 
-@helper
+@kernel_apart
 def unsync_below(t, root, at, most):
     """Put at most `most` unsync pages below `root`, in address order, into ``t.doomed[at:]``; returns how many."""
     found = 0
@@ -249,7 +252,7 @@ def drop_entry_of(t, s, m, row, i):
     return np.int64(-1)
 
 
-@helper
+@kernel_apart
 def zap_page(t, s, m, row):
     """Zap a shadow page: what it maps, the links to it, unsync pages below; the caller flushes.
 
@@ -285,7 +288,7 @@ def zap_page(t, s, m, row):
             free_row(t, row)
 
 
-@helper
+@kernel_apart
 def find_page(t, s, m, gfn, level, role):
     """Return the shadow page of `gfn` with `role`, -1 if there is none. Above level 1 an unsync page of that table is zapped."""
     row = np.int64(t.hash[bucket_of(t, gfn)]) - 1

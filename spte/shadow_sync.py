@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte import context as cx
-from spte._jit import helper, kernel
+from spte._jit import helper, kernel_apart, kernel_called
 from spte.bits import ACC_EXEC, ACC_USER, ACC_WRITE, MMU_PRESENT, PFN_MASK, SHIFT_PAGE, WRITABLE, ZERO
 from spte.entries import make_leaf
 from spte.guest_memory import read_word
@@ -109,7 +109,7 @@ def _sync_entry(t, s, h, v, m, row, i):
     return needs_flush(m, spte, new)
 
 
-@helper
+@kernel_apart
 def sync_page(t, s, h, v, m, row):
     """Bring every entry of a level-1 page in step with the guest's; returns whether the caller must flush."""
     flush = False
@@ -119,7 +119,7 @@ def sync_page(t, s, h, v, m, row):
     return flush
 
 
-@kernel
+@kernel_called
 def sync_children(t, s, h, v, m, root):
     """Bring every unsync page below `root` in step and write-protect its table, with the flushes that this needs."""
     while t.meta[cx.UNSYNC] > 0:
@@ -139,7 +139,7 @@ def sync_children(t, s, h, v, m, root):
         t.meta[cx.FLUSHES] += flush
 
 
-@kernel
+@kernel_called
 def get_page(t, s, h, v, m, gfn, level, role):
     """Return the shadow page of `gfn` with `role`, a new one if there is none; -1 if the arena is full."""
     row = find_page(t, s, m, gfn, level, role)

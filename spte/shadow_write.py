@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte import context as cx
-from spte._jit import helper
+from spte._jit import helper, kernel_apart
 from spte.bits import MMU_PRESENT, ZERO
 from spte.shadow_page import bucket_of, drop_entry_of, is_direct, zap_page
 from spte.slots import find_slot, mark_dirty
@@ -34,7 +34,7 @@ def _track_write(t, s, m, gfn, offset):
     t.meta[cx.FLUSHES] += flush
 
 
-@helper
+@kernel_apart
 def emulate_write(t, s, v, m, gfn):
     """Do the guest's write to `gfn`, ``reg[STORE]`` bytes into the page: dirty, and seen by the pages that shadow it."""
     v.stat[cx.PF_EMULATE] += 1

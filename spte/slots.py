@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte import context as cx
-from spte._jit import helper, kernel
+from spte._jit import helper, kernel, kernel_apart
 from spte.bits import ONE, U64
 from spte.context import LOG_COLUMNS
 from spte.host import HUGE, HUGETLB_1G, HUGETLB_2M, THP, host_level
@@ -86,7 +86,7 @@ def may_collapse(s, h, m, k, gfn, level, pages):
     return level < (min(allowed, host) if m.level_clamped else host)
 
 
-@helper
+@kernel_apart
 def note(v, kind, a, b, c, d, e):
     """Append an event to the vCPU's log, if one is kept."""
     n = v.reg[cx.LOGGED]
@@ -100,7 +100,7 @@ def note(v, kind, a, b, c, d, e):
         v.reg[cx.LOGGED] = n + 1
 
 
-@helper
+@kernel_apart
 def ring_push(v, slot, offset):
     """Push an entry on the vCPU's dirty ring; asks for an exit from the soft limit on."""
     dirty = v.reg[cx.RING_DIRTY]

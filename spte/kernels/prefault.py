@@ -6,8 +6,8 @@ import numpy as np
 
 from spte._jit import kernel
 from spte.context import DONE, READ, ROOT
-from spte.fault import fast_fault, map_gfn
-from spte.shadow_fault import shadow_map_gfn
+from spte.fault import fast_fault
+from spte.shadow_fault import direct_map_gfn, shadow_map_gfn
 from spte.slots import find_slot
 from spte.tables import walk
 
@@ -23,6 +23,6 @@ def prefault(t, s, h, v, m, gfn):
     elif m.shadow:
         reason = shadow_map_gfn(t, s, h, v, m, k, gfn, np.int64(READ), True)
     else:
-        reason = map_gfn(t, s, h, v, m, k, gfn, np.int64(READ), True)
+        reason = direct_map_gfn(t, s, h, v, m, k, gfn, np.int64(READ), True)
     _, _, level = walk(t, v.reg[ROOT], gfn)
     return reason, level
