@@ -58,7 +58,7 @@ def _next_page(t, s, h, v, m, row, i, gfn, direct, access):
     return child, True
 
 
-@kernel_apart
+@helper
 def set_leaf(t, s, v, m, k, row, i, gfn, pfn, host_writable, access, prefetch):
     """Put the leaf of `gfn` at entry `i` of `row`; returns whether the entry changed, and whether W was refused."""
     level = np.int64(t.level[row])

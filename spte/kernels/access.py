@@ -18,7 +18,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte import context as cx
-from spte._jit import helper, kernel, kernel_apart, kernel_called, prefetch
+from spte._jit import helper, kernel, kernel_apart, prefetch
 from spte.bits import INDEX_BITS, MMU_PRESENT, ROLE_INVALID, SHIFT_PAGE, TYPE_DISABLED, TYPE_MASK, U64, WRITABLE, ZERO
 from spte.fault import allowed, begin_fault, fast_fault, map_gfn
 from spte.first_touch import first_touches
@@ -196,7 +196,7 @@ def _may_run_on(v, m, gfns, kinds, at):
     return plain and quiet and at + 1 < gfns.shape[0] and gfns[at + 1] == gfns[at] + 1
 
 
-@kernel_called
+@kernel
 def run(t, s, h, v, m, gfns, kinds, start):
     """Run accesses ``gfns[start:]`` as one stay in the guest; returns the index of the first access not finished.
 

@@ -10,17 +10,16 @@ import numpy as np
 
 from spte._jit import ctz, helper, kernel, kernel_apart, popcount, prefetch
 from spte.bits import INDEX_BITS, ONE, PRESENT_SHIFT, TYPE_MASK, U64, W_SHIFT, ZERO
-from spte.context import BASE, BITMAP, HARVEST_WORDS, NPAGES, RMAP1, U64s
+from spte.context import BASE, BITMAP, HARVEST_WORDS, RMAP1, U64s
 from spte.entries import log_shift
 from spte.kernels._plain import layout_of, plain, resolve
 from spte.platform import Platform
 from spte.rearm import rearm, rearm_entries
-from spte.rmap import head_of
+from spte.rearm_rmap import list_pages, rearm_rmap_words
 from spte.tables import INDEX_MASK, leaf_table
 
-LAST_BIT, WORD_SHIFT = ONE << U64(63), U64(6)
+WORD_SHIFT = U64(6)
 DENSE = U64(5)  # set bits a word from which sweeping its 64 entries is quicker than a list
-DENSE_RMAPS = 12  # the same where 64 rmap heads are read too
 
 
 @kernel_apart
@@ -57,18 +56,8 @@ def _rearm_sparse(t, m, root, base, masks, first, end):
 
     0.6 of a loop that counts zeros and stores at once, which waits for memory at each wrong guess.
     """
-    changed = count = found = ZERO
-    for w in range(U64(first), U64(end)):
-        mask = masks[w]
-        page = w << WORD_SHIFT
-        t.places[count] = page + U64(ctz(mask | LAST_BIT))
-        more = U64(mask != ZERO)
-        count += more
-        mask &= mask - more
-        while mask != ZERO:
-            t.places[count] = page + U64(ctz(mask))
-            count += ONE
-            mask &= mask - ONE
+    changed = found = ZERO
+    count = list_pages(t, masks, first, end)
     table, row = np.int64(-1), np.int64(-1)
     for c in range(count):
         gfn = base + np.int64(t.places[c])
@@ -90,37 +79,6 @@ def _rearm_sparse(t, m, root, base, masks, first, end):
 
 
 @helper
-def _first_of_run(heads, at, mask):
-    """Return the place of the entry of bit 0 if ``heads[at + b]``, b the bits of `mask`, name one SPTE each, side by side; else -1."""
-    low = ctz(mask)
-    place = heads[at + low] - low - 1
-    other = np.int64(0)
-    for b in range(64):
-        other |= (heads[at + b] ^ (place + 1 + b)) & -np.int64((mask >> U64(b)) & ONE)
-    fits = place >= 0 and (place & 511) <= 512 - 64
-    return place if other == 0 and fits else np.int64(-1)
-
-
-@kernel_apart
-def _rearm_rmaps(t, s, m, roots, k, base, masks, first, end):
-    """As _rearm_windows without roots: 64 gfns that one shadow page maps are swept; head by head, a page took 4 ns, not 0.5."""
-    changed = 0
-    row = np.int64(-1)
-    last = s.table[k, BASE] + s.table[k, NPAGES] - 64
-    for w in range(U64(first), U64(end)):
-        mask, gfn = masks[w], base + np.int64(w << WORD_SHIFT)
-        place = np.int64(-1)
-        if popcount(mask) >= DENSE_RMAPS and gfn <= last:
-            place = _first_of_run(s.rmaps, head_of(s, k, gfn, 1), mask)
-        if place >= 0:
-            changed += rearm_entries(t.sptes, place >> 9, place & 511, mask, log_shift(t, m, place >> 9))
-        elif mask != ZERO:
-            got, row = rearm(t, s, m, roots, k, gfn, mask, row)
-            changed += got
-    return changed
-
-
-@helper
 def _rearm(t, s, m, roots, k, base, masks, first, end):
     """Re-arm ``masks[first:end]`` of slot `k`; returns ``(words not 0, SPTEs changed)``."""
     found = pages = ZERO
@@ -129,7 +87,7 @@ def _rearm(t, s, m, roots, k, base, masks, first, end):
         pages += U64(popcount(masks[w]))
     changed = 0
     if s.table[k, RMAP1] >= 0 and roots.shape[0] == 0 and not m.clear_arms_huge:
-        changed = _rearm_rmaps(t, s, m, roots, k, base, masks, first, end)
+        changed = rearm_rmap_words(t, s, m, k, base, masks, first, end)
     elif m.clear_arms_huge or base & 63 or s.table[k, RMAP1] >= 0:
         changed = _rearm_windows(t, s, m, roots, k, base, masks, first, end)
     elif pages >= found * DENSE:

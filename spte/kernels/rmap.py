@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._jit import helper, kernel
-from spte.bits import ROLE_INVALID
+from spte._jit import helper, kernel, kernel_apart
+from spte.bits import MMU_PRESENT, ROLE_INVALID, U64, ZERO
 from spte.context import BASE, COLLAPSED, NPAGES, NX_SPLITS, PAGES_4K, ROWS, SLOT, SPTES_WRITTEN, ZAPPED
 from spte.entries import is_accessed, make_old
 from spte.rmap import head_of, next_of, ref_of
@@ -36,24 +36,36 @@ def zap_rmaps(t, s, m, k, start, end):
     return dropped
 
 
+@kernel_apart
+def _alone(sptes, row, lo, hi, heads, first):
+    """Tell whether entries ``[lo, hi)`` of level-1 `row` are all leaves that alone map their gfns, heads from `first` on."""
+    present, other = MMU_PRESENT, np.int64(0)
+    ref = np.int64(row * 512 + lo + 1)
+    for i in range(U64(hi - lo)):
+        present &= sptes[U64(row), U64(lo) + i]
+        other |= heads[U64(first) + i] ^ (ref + np.int64(i))
+    return present != ZERO and other == 0
+
+
 @helper
 def _drop_leaves(t, s, m, k, row, lo, hi):
-    """Drop the leaves ``[lo, hi)`` of level-1 page `row`, all of slot `k`; those that alone map their gfn take 1 ns, not 6."""
-    first, ref = head_of(s, k, t.gfn[row] + lo, 1), row * 512 + lo
-    alone = others = 0
-    for i in range(hi - lo):
-        if is_leaf(t.sptes[row, lo + i], 1):
-            if s.rmaps[first + i] == ref + i + 1:
-                s.rmaps[first + i] = 0
-                t.sptes[row, lo + i] = m.lay.nonpresent
-                alone += 1
-            else:
-                drop_leaf(t, s, m, row, lo + i)
-                others += 1
-    count_leaf(t, np.int64(1), -alone)
-    t.meta[ZAPPED] += alone
-    t.meta[SPTES_WRITTEN] += alone
-    return alone + others
+    """Drop the leaves ``[lo, hi)`` of level-1 page `row`, all of slot `k`; where all are there and alone, two fills do it."""
+    first = head_of(s, k, t.gfn[row] + lo, 1)
+    dropped = np.int64(0)
+    if _alone(t.sptes, row, lo, hi, s.rmaps, first):
+        for i in range(U64(hi - lo)):
+            s.rmaps[U64(first) + i] = 0
+            t.sptes[U64(row), U64(lo) + i] = m.lay.nonpresent
+        dropped = hi - lo
+        count_leaf(t, np.int64(1), -dropped)
+        t.meta[ZAPPED] += dropped
+        t.meta[SPTES_WRITTEN] += dropped
+        return dropped
+    for i in range(lo, hi):
+        if is_leaf(t.sptes[row, i], 1):
+            drop_leaf(t, s, m, row, i)
+            dropped += 1
+    return dropped
 
 
 @kernel
