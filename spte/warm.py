@@ -8,6 +8,7 @@ import numpy as np
 
 from spte import kernels, mm
 from spte.backing import Backing
+from spte.guest_tables import GuestTables
 from spte.memslot import USER_MEM_SLOTS
 from spte.vm import VM
 
@@ -89,6 +90,27 @@ def _shadow() -> None:
         mm.madvise(backing, 0, 4, mm.PAGEOUT, ages=True)
 
 
+def _nested() -> None:
+    """Run L2 over small and large pages of L1's EPT, with aliases; L1 changes its tables; every kind of work on such leaves."""
+    with VM("ept-pml") as vm:
+        memory, backing = Backing("4k", 16 << 12), Backing("thp", 4 << 20, populate=True)
+        vm.set_memory_region(_SLOT, 0, 4 << 20, backing)
+        vm.set_memory_region(0, 4 << 20, 16 << 12, memory)
+        tables = GuestTables(memory, 4 << 20)
+        tables.map(0, 0, 2, level=2)
+        tables.map(1024, 0, 8)
+        vcpu, (address, entry, _) = vm.vcpus[0], tables.entry(1024)
+        for flags in (0, 1, 0):
+            vm.set_memory_region(_SLOT, 0, 4 << 20, backing, flags=flags)
+            vcpu.enter_l2(tables.address())
+            vcpu.write([1, 1024])
+            vcpu.leave_l2()
+            vcpu.store(address, tables.unused(entry, accessed=False))
+            vcpu.invept()
+        mm.madvise(backing, 0, 4, mm.PAGEOUT, ages=True)
+        vm.check()
+
+
 def _plain() -> None:
     leaves = np.zeros(512, np.uint64)
     table = np.zeros((1, 512), np.uint64)
@@ -103,5 +125,5 @@ def _plain() -> None:
 
 STEPS: dict[str, Callable[[], None]] = {
     "guest access": _access, "logging": _logging, "host memory": _memory, "old policies": _old, "shadow MMU": _shadow, "rings": _rings,
-    "plain arrays": _plain,
+    "nested guests": _nested, "plain arrays": _plain,
 }  # fmt: skip

@@ -132,6 +132,7 @@ def typical_run(platform, policy):
             mm.madvise(guest.memory, 512, 8, mm.PAGEOUT, ages=True)
             guest.vm.set_memory_region(0, 0, 0)
             guest.vm.close()
+    typical_nested_run(platform, policy)
     words = np.zeros(8, np.uint64)
     kernels.write_protect(words)
     kernels.clear_dirty(words)
@@ -139,3 +140,29 @@ def typical_run(platform, policy):
     kernels.pml_flush(np.zeros(512, np.uint64), 511, words)
     kernels.split(words, np.zeros((1, 512), np.uint64))
     kernels.collapse(words, np.zeros((1, 512), np.uint64))
+
+
+def typical_nested_run(platform, policy):
+    """A guest that runs guests, or has its paging on: aliases, small and large pages, tables that change, logging, zaps."""
+    from nest import Nest
+
+    from spte import mm
+
+    for mode, level in (("get", 1), ("manual 3", 2), ("ring", 1)):
+        nest = Nest(platform, policy, mode=mode, kind="thp", level=level, views=2, vcpus=2)
+        address, entry, _ = nest.entry(0)
+        for flags in (0, LOG, 0):
+            nest.set_flags(flags)
+            for v in range(2):
+                nest.enter(v)
+                nest.write_as_l2(range(0, 1024, 3), v)
+                nest.read_as_l2(range(8), v, view=1)
+            if flags:
+                nest.harvest()
+            for v in range(2):
+                nest.leave(v)
+                nest.vm.vcpus[v].store(address, nest.tables.unused(entry, accessed=False))
+                nest.vm.vcpus[v].invept()
+            nest.vm.check()
+        mm.madvise(nest.memory, 0, 8, mm.PAGEOUT, ages=True)
+        nest.vm.close()
