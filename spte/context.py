@@ -31,7 +31,7 @@ class Tables(NamedTuple):
     shadowed: U64s  # [capacity, 512] gfn << 3 | access of each entry of a page that shadows a guest table
     unsync: npt.NDArray[np.uint8]  # 1: the guest may write the table that the row shadows
     flood: npt.NDArray[np.uint8]  # emulated writes to that table since it was last used
-    held: npt.NDArray[np.uint8]  # vCPUs that hold the shadow page as a root
+    held: npt.NDArray[np.uint16]  # vCPUs that hold the shadow page as a root
     parents: I64s  # heads of the entries that link to a shadow page, as `spte.rmap` has them
     roots: I64s  # rows of the TDP MMU's valid roots
     doomed: npt.NDArray[np.int32]  # scratch: pages to be zapped or synced

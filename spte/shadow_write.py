@@ -21,7 +21,7 @@ def _track_write(t, s, m, gfn, offset):
     row = np.int64(t.hash[bucket_of(t, gfn)]) - 1
     while row >= 0:
         following = np.int64(t.hash_next[row]) - 1
-        if t.gfn[row] == gfn and not is_direct(t, row):
+        if t.level[row] > 0 and t.gfn[row] == gfn and not is_direct(t, row):  # a zap may have freed the next one too
             t.flood[row] += t.level[row] > 1
             if t.flood[row] >= FLOOD:
                 zap_page(t, s, m, row)

@@ -30,7 +30,7 @@ def new_tables(capacity: int = CAPACITY) -> Tables:
     return Tables(
         sptes, level=res(np.uint8, n), gfn=res(np.int64, n), role=res(np.uint32, n), parent=res(np.int32, n),
         nx_disallowed=res(np.uint8, n), shadow=res(np.uint8, n), hash=res(np.int32, HASH_BUCKETS), hash_next=res(np.int32, n),
-        shadowed=res(np.uint64, n, 512), unsync=res(np.uint8, n), flood=res(np.uint8, n), held=res(np.uint8, n), parents=res(np.int64, n),
+        shadowed=res(np.uint64, n, 512), unsync=res(np.uint8, n), flood=res(np.uint8, n), held=res(np.uint16, n), parents=res(np.int64, n),
         roots=zeros(MAX_TDP_ROOTS), doomed=res(np.int32, n), path=zeros(16),
         free=res(np.int32, n), meta=zeros(META_COLUMNS), places=zeros(64 * HARVEST_WORDS + 1, np.uint64),
         flat=sptes.reshape(-1), leaf_rows=res(np.uint32, LEAF_ROWS), whole=res(np.uint8, n),

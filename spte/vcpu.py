@@ -122,15 +122,15 @@ class VirtualCpu(NestedVcpu):
         Raises
         ------
         PrefaultError
-            EINVAL: malformed, or a policy without prefault; EOPNOTSUPP: shadow paging; ENOENT: the first page is in no memslot (its MMIO
-            SPTE is made first, as KVM does); EFAULT: the host does not give it.
+            EINVAL: malformed, or a policy without prefault; EOPNOTSUPP: shadow paging, or L2 on tables of L1; ENOENT: the first page is
+            in no memslot (its MMIO SPTE is made first, as KVM does); EFAULT: the host does not give it.
         """
         vm = self._vm
         inside = 0 <= gpa < gpa + size <= 1 << vm.platform.gpa_bits
         if not vm.policy.prefault or flags or gpa % 4096 or size % 4096 or not inside:
             raise PrefaultError(f"gpa={gpa:#x}, size={size:#x}, flags={flags}: take page multiples, flags 0, a policy with prefault")
-        if vm.platform.paging == SHADOW:
-            raise PrefaultUnsupportedError("shadow paging has no prefault; take a platform with EPT or NPT")
+        if vm.platform.paging == SHADOW or self.active is self.guest_mmu:
+            raise PrefaultUnsupportedError("shadowed guest tables have no prefault; take a platform with EPT or NPT, and L1")
         self.enter_guest()
         at, end = gpa >> 12, (gpa + size) >> 12
         while at < end:

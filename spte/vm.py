@@ -33,7 +33,8 @@ class VM(Observable):
     Parameters
     ----------
     platform : str or Platform
-        What the CPU gives: ``ept-pml``, ``ept-nopml``, ``ept-noad``, ``npt``, ``npt-pml``.
+        What the CPU gives: ``ept-pml``, ``ept-nopml``, ``ept-noad``, ``npt``, ``npt-pml``; with ``-rmap`` direct roots are the shadow
+        MMU's (``tdp_mmu=N``); ``shadow``: neither EPT nor NPT.
     policy : str or Policy
         What the kernel version does: ``6.12`` or ``6.1``, or a value with single decisions replaced.
     vcpus : int

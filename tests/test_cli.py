@@ -356,6 +356,15 @@ def test_the_counts_in_the_readme_are_what_its_command_prints(capsys):
     assert {label: got[label] for label in exact} == {label: ref[label] for label in exact}
 
 
+@pytest.mark.long
+def test_the_matrix_in_the_readme_is_what_its_command_prints(capsys):
+    readme = (ROOT / "README.md").read_text()
+    shown = re.search(r"<!-- spte check --markdown tests/golden -->\n(.*?)<!-- end -->", readme, re.DOTALL)
+    code, out, _ = spte(capsys, "check", "--markdown", str(ROOT / "tests" / "golden"))
+    assert code == 1  # the walk that yielded
+    assert markdown_cells(shown[1]) == markdown_cells(out)
+
+
 def test_the_import_example_of_the_readme_runs_and_has_at_most_12_lines():
     readme = (ROOT / "README.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
