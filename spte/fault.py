@@ -12,7 +12,7 @@ from spte._jit import helper
 from spte.bits import ACC_ALL, ACC_EXEC, MMU_PRESENT, ONE, SHIFT_PAGE, U64, WRITABLE, ZERO
 from spte.entries import drop_entry, free_table, is_access_tracked, link, make_leaf, new_child, restore_access_tracked, split_entry
 from spte.host import HOST_COW, HOST_EFAULT, HOST_OK, ZERO_PFN, host_fault
-from spte.shadow_page import may_write
+from spte.page_track import may_write
 from spte.slots import mark_dirty, max_mapping_level, note
 from spte.tables import child_of, count_leaf, index_of, is_leaf, is_link, walk
 

@@ -27,8 +27,9 @@ from spte._jit import helper, kernel
 from spte.context import BASE, BEGAN_SET, BITMAP, FLAGS, LOG_DIRTY_PAGES, PAE_ROOT, PAGES_4K, PML_INDEX, READONLY, ROWS, UNARMED
 from spte.entries import log_shift, type_of
 from spte.errors import InvariantError
+from spte.page_track import is_direct
 from spte.rmap import next_of, ref_of
-from spte.shadow_page import entry_gfn, is_direct
+from spte.shadow_page import entry_gfn
 from spte.slots import find_slot
 from spte.tables import child_of, is_leaf
 

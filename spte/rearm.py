@@ -8,6 +8,7 @@ from spte._jit import ctz, helper, popcount
 from spte.bits import ONE, PRESENT_SHIFT, U64, WRITABLE, ZERO
 from spte.context import RMAP1
 from spte.entries import log_shift, split_below
+from spte.page_track import protect_rmaps
 from spte.rmap import head_of, next_of, ref_of
 from spte.shadow_split import split_rmaps
 from spte.tables import is_leaf, leaf_table, walk
@@ -110,23 +111,6 @@ def rearm_mask(t, m, root, gfn, mask, row):
 
 
 @helper
-def _protect_huge_rmaps(t, s, m, k, gfn):
-    """Take W and MMU_WRITABLE from every huge leaf of the shadow MMU that covers `gfn`; returns SPTEs changed."""
-    changed = 0
-    both = WRITABLE | m.lay.mmu_writable
-    for level in range(2, 4):
-        head = s.rmaps[head_of(s, k, gfn, level)]
-        while head != 0:
-            ref = ref_of(s, head)
-            head = next_of(s, head)
-            spte = t.sptes[ref >> 9, ref & 511]
-            if (spte & both) != ZERO:
-                t.sptes[ref >> 9, ref & 511] = spte & ~both
-                changed += 1
-    return changed
-
-
-@helper
 def rearm_rmaps(t, s, m, k, gfn, mask):
     """Make the next write to each ``gfn + b`` visible again in every SPTE that maps it under the shadow MMU; returns SPTEs changed."""
     changed = 0
@@ -134,9 +118,9 @@ def rearm_rmaps(t, s, m, k, gfn, mask):
         start, end = _ends(gfn, mask)
         if m.eager:
             split_rmaps(t, s, m, k, start, end + 1)
-        changed += _protect_huge_rmaps(t, s, m, k, start)
+        changed += protect_rmaps(t, s, m, k, start, 2)
         if start >> 9 != end >> 9:
-            changed += _protect_huge_rmaps(t, s, m, k, end)
+            changed += protect_rmaps(t, s, m, k, end, 2)
     part = mask
     while part != ZERO:
         at = gfn + ctz(part)

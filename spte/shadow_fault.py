@@ -25,8 +25,9 @@ from spte.entries import make_leaf
 from spte.fault import begin_fault, fast_fault, fault_page, map_gfn, mmio_spte, nx_holds, nx_mark_of
 from spte.guest_walk import WALK_OK, WALK_PML_FULL, walk_guest
 from spte.host import writable_now
+from spte.page_track import is_direct, is_tracked, may_write
 from spte.rmap import rmap_add
-from spte.shadow_page import drop_leaf, entry_access, entry_gfn, is_direct, is_tracked, link_page, may_write, set_shadowed, unlink_page
+from spte.shadow_page import drop_leaf, entry_access, entry_gfn, link_page, set_shadowed, unlink_page
 from spte.shadow_sync import clean_access, get_page, gpte_access, gpte_gfn, may_map_early, needs_flush, read_gpte, sync_children
 from spte.shadow_write import emulate_write
 from spte.slots import find_slot, mark_dirty, note

@@ -9,18 +9,8 @@ from spte._jit import helper, kernel_apart, kernel_called
 from spte.bits import ACC_EXEC, ACC_USER, ACC_WRITE, MMU_PRESENT, PFN_MASK, SHIFT_PAGE, WRITABLE, ZERO
 from spte.entries import make_leaf
 from spte.guest_memory import read_word
-from spte.shadow_page import (
-    drop_leaf,
-    entry_access,
-    entry_gfn,
-    find_page,
-    may_write,
-    new_page,
-    protect_gfn,
-    set_shadowed,
-    set_synced,
-    unsync_below,
-)
+from spte.page_track import may_write, protect_gfn, set_synced, unsync_below
+from spte.shadow_page import drop_leaf, entry_access, entry_gfn, find_page, new_page, set_shadowed
 from spte.slots import find_slot, mark_dirty
 
 BATCH = 16  # unsync pages that are protected and flushed together

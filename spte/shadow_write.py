@@ -7,7 +7,8 @@ import numpy as np
 from spte import context as cx
 from spte._jit import helper, kernel_apart
 from spte.bits import MMU_PRESENT, ZERO
-from spte.shadow_page import bucket_of, drop_entry_of, is_direct, zap_page
+from spte.page_track import bucket_of, is_direct
+from spte.shadow_page import drop_entry_of, zap_page
 from spte.slots import find_slot, mark_dirty
 
 FLOOD = 3  # writes in a row after which a page above level 1 is zapped whole: its table seems to be none any more

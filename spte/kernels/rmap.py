@@ -11,8 +11,9 @@ from spte._jit import helper, kernel, kernel_apart
 from spte.bits import MMU_PRESENT, ROLE_INVALID, U64, ZERO
 from spte.context import BASE, COLLAPSED, NPAGES, NX_SPLITS, PAGES_4K, ROWS, SLOT, SPTES_WRITTEN, ZAPPED
 from spte.entries import is_accessed, make_old
+from spte.page_track import count_shadowed, is_direct, set_synced
 from spte.rmap import head_of, next_of, ref_of
-from spte.shadow_page import count_shadowed, drop_leaf, is_direct, set_synced
+from spte.shadow_page import drop_leaf
 from spte.shadow_split import split_rmaps
 from spte.slots import PAGES_COMPOUND_OR_DEVICE, may_collapse
 from spte.sweep import place

@@ -1,0 +1,142 @@
+"""Guest tables that KVM shadows: no huge leaf maps them, and no write to them goes unseen.
+
+The table of a page above level 1 is write-tracked, so that writes are emulated; that of a level-1 page is write-protected until
+the guest writes it and the page turns *unsync*.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from spte import context as cx
+from spte._jit import helper, kernel_apart
+from spte.bits import ROLE_IS_DIRECT, WRITABLE, ZERO
+from spte.rmap import head_of, next_of, ref_of
+from spte.slots import find_slot
+from spte.tables import child_of, is_leaf, is_link, walk
+
+PATH = 8  # levels of a walk over pages, two columns each
+
+
+@helper
+def bucket_of(t, gfn):
+    """Return the hash bucket of the pages of `gfn`."""
+    return (gfn ^ (gfn >> 9) ^ (gfn >> 18)) & (t.hash.shape[0] - 1)
+
+
+@helper
+def is_direct(t, row):
+    """Tell whether `row` maps gfns one after the other, not what a guest table says."""
+    return np.int64(t.role[row]) & ROLE_IS_DIRECT != 0
+
+
+@helper
+def protect_rmaps(t, s, m, k, gfn, lowest):
+    """Take W and MMU_WRITABLE from every leaf of level >= `lowest` that maps `gfn` of slot `k` by rmap; returns SPTEs changed."""
+    changed = 0
+    both = WRITABLE | m.lay.mmu_writable
+    for level in range(lowest, 4):
+        head = s.rmaps[head_of(s, k, gfn, np.int64(level))]
+        while head != 0:
+            ref = ref_of(s, head)
+            head = next_of(s, head)
+            spte = t.sptes[ref >> 9, ref & 511]
+            if (spte & both) != ZERO:
+                t.sptes[ref >> 9, ref & 511] = spte & ~both
+                changed += 1
+    return changed
+
+
+@kernel_apart
+def protect_gfn(t, s, m, gfn):
+    """Take W and MMU_WRITABLE from every leaf of any level that maps `gfn`; returns whether the caller must flush."""
+    changed = protect_rmaps(t, s, m, find_slot(s, gfn), gfn, 1)
+    both = WRITABLE | m.lay.mmu_writable
+    for r in range(t.meta[cx.TDP_ROOTS]):
+        row, i, level = walk(t, t.roots[r], gfn)
+        spte = t.sptes[row, i]
+        if is_leaf(spte, level) and (spte & both) != ZERO:
+            t.sptes[row, i] = spte & ~both
+            changed += 1
+    t.meta[cx.SPTES_WRITTEN] += changed
+    return changed != 0
+
+
+@helper
+def count_shadowed(t, s, gfn, change):
+    """Count a page that shadows the table at `gfn` in or out: no huge leaf may map a guest table."""
+    t.meta[cx.INDIRECT] += change
+    k = find_slot(s, gfn)
+    if k >= 0:
+        base = s.table[k, cx.BASE]
+        for column in (cx.LPAGE2, cx.LPAGE3):
+            shift = 9 * (column - cx.LPAGE2 + 1)
+            s.disallow[s.table[k, column] + (gfn >> shift) - (base >> shift)] += change
+
+
+@helper
+def is_tracked(t, gfn):
+    """Tell whether `gfn` holds a guest table above level 1 that is shadowed: writes to it are emulated."""
+    row = np.int64(t.hash[bucket_of(t, gfn)]) - 1
+    while row >= 0:
+        if t.gfn[row] == gfn and t.level[row] > 1 and not is_direct(t, row):
+            return True
+        row = np.int64(t.hash_next[row]) - 1
+    return False
+
+
+@helper
+def may_write(t, gfn, can_unsync, prefetch):
+    """Tell whether a new leaf of `gfn` may be writable; pages that shadow it at level 1 turn unsync, if they may."""
+    return t.meta[cx.INDIRECT] == 0 or _may_write(t, gfn, can_unsync, prefetch)
+
+
+@kernel_apart
+def _may_write(t, gfn, can_unsync, prefetch):
+    if is_tracked(t, gfn):
+        return False
+    row = np.int64(t.hash[bucket_of(t, gfn)]) - 1
+    while row >= 0:
+        if t.gfn[row] == gfn and not is_direct(t, row):
+            if not can_unsync:
+                return False
+            if t.unsync[row] == 0:
+                if prefetch:
+                    return False
+                t.unsync[row] = 1
+                t.meta[cx.UNSYNC] += 1
+        row = np.int64(t.hash_next[row]) - 1
+    return True
+
+
+@helper
+def set_synced(t, row):
+    """Take the mark unsync from a page, if it has it."""
+    t.meta[cx.UNSYNC] -= np.int64(t.unsync[row])
+    t.unsync[row] = 0
+
+
+@kernel_apart
+def unsync_below(t, root, at, most):
+    """Put at most `most` unsync pages below `root`, in address order, into ``t.doomed[at:]``; returns how many."""
+    found = 0
+    depth = 0
+    t.path[0], t.path[PATH] = root, 0
+    while depth >= 0:
+        row, i = t.path[depth], t.path[PATH + depth]
+        if i == 512:
+            depth -= 1
+            continue
+        t.path[PATH + depth] = i + 1
+        if not is_link(t.sptes[row, i]):
+            continue
+        child = child_of(t.sptes[row, i])
+        if t.unsync[child]:
+            t.doomed[at + found] = child
+            found += 1
+            if found == most:
+                return found
+        elif t.level[child] > 1:
+            depth += 1
+            t.path[depth], t.path[PATH + depth] = child, 0
+    return found
