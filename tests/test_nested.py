@@ -166,6 +166,25 @@ def test_entering_again_costs_no_fault(platform):
     assert nest.faults() == before
 
 
+@pytest.mark.parametrize("into_l2", [True, False])
+def test_a_switch_ends_a_stay_in_the_guest(platform, into_l2):
+    """What follows runs on the other root, and what the CPU had logged is in the log."""
+    nest = Nest(platform)
+    nest.set_flags(LOG)
+    run = nest.vm.vcpus[0].run
+    if into_l2:
+        assert run([nest.base + 1], [spte.WRITE], stays=True) is None
+        nest.enter()
+    else:
+        nest.enter()
+        assert run(nest.at([1]), [spte.WRITE], stays=True) is None
+        nest.leave()
+    nest.vm.check()
+    assert nest.harvest() == [1]
+    assert run(nest.at([2]) if into_l2 else [nest.base + 2], [spte.WRITE]) is None
+    assert nest.harvest() == [2]
+
+
 def test_another_set_of_tables_is_found_again_without_a_fault(nested):
     nest = Nest(nested)
     nest.tables.map(L2, nest.base, 64, root=nest.tables.add_root())
