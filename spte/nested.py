@@ -96,6 +96,7 @@ class NestedVcpu:
         NestedError
             EINVAL: the vCPU runs L2, or the address is not of a page.
         """
+        self._vm.alive()
         if self.l2 is not None:
             raise NestedError("the vCPU runs L2; call leave_l2() first")
         _check_page("gpa", gpa)
@@ -133,6 +134,7 @@ class NestedVcpu:
             EINVAL: the vCPU runs L2 already; an address that is not of a page; `ept` under shadow paging, or no paging there;
             `pml` without EPT and its A/D bits.
         """
+        self._vm.alive()
         paging = self._vm.platform.paging
         has_ad = ad and self._vm.platform.ad_bits
         if self.l2 is not None:
@@ -271,8 +273,10 @@ class NestedVcpu:
             raise SlotAlignmentError(f"store of {value:#x} at {gpa:#x}: take a multiple of 8 and 64 bits")
         reg = self.arrays.reg
         reg[cx.STORE] = gpa & 0xFFF
-        stop = self._batch([gpa >> 12], np.array([cx.WRITE], np.uint8), stays=stays)
-        reg[cx.STORE] = 0
+        try:
+            stop = self._batch([gpa >> 12], np.array([cx.WRITE], np.uint8), stays=stays)
+        finally:
+            reg[cx.STORE] = 0
         if stop is None:
             contents(self._host_page(gpa >> 12))[(gpa & 0xFFF) // 8] = value
         return stop
