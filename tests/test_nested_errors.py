@@ -52,6 +52,22 @@ REFUSED = [
     ("npt", inside, lambda v, n: v.store((1 << 48) + 8, 1), SlotRangeError, "gfn 0x1000000000 is outside the 48 bits"),
 ]  # fmt: skip
 
+TABLES_REFUSED = [
+    (lambda t: t.map(1, 0, level=2), "gfn=0x1, to=0x0, level=2, perm=7: take level 1, 2 or 3, its multiples, perm 0..7"),
+    (lambda t: t.map(0, 1, level=2), "gfn=0x0, to=0x1, level=2"),
+    (lambda t: t.map(0, 0, level=4), "level=4, perm=7: take level 1, 2 or 3"),
+    (lambda t: t.map(0, 0, perm=8), "perm=8: take level 1, 2 or 3, its multiples, perm 0..7"),
+    (lambda t: t.map(-512, 0), "gfn=-0x200, to=0x0, count=1 leave 36 bits of gfn or 40 of frame"),
+    (lambda t: t.map(0, -1), "gfn=0x0, to=-0x1, count=1 leave 36 bits"),
+    (lambda t: t.map((1 << 36) - 1, 0, 2), "gfn=0xfffffffff, to=0x0, count=2 leave 36 bits of gfn"),
+    (lambda t: t.map(0, (1 << 40) - 1, 2), "to=0xffffffffff, count=2 leave 36 bits of gfn or 40 of frame"),
+    (lambda t: t.map(0, 0, -1), "count=-1 leave 36 bits"),
+    (lambda t: t.map(0, 0, root=1), "root=1 was not added; there are 1"),
+    (lambda t: t.map(0, 0, root=-1), "root=-1 was not added; there are 1"),
+    (lambda t: t.map(L2 - 512, 0, 1024), "gfn=0x10000 is mapped by a page of level 2; map it once"),
+    (lambda t: t.map(0, 0, 512 * TABLES_PAGES), f"no page left for guest tables behind gfn {TABLES_GFN + TABLES_PAGES - 1:#x}"),
+]  # fmt: skip
+
 
 @pytest.mark.parametrize(("platform", "before", "call", "error", "message"), REFUSED)
 def test_a_vcpu_refuses_and_nothing_has_changed(platform, before, call, error, message):
@@ -65,6 +81,17 @@ def test_a_vcpu_refuses_and_nothing_has_changed(platform, before, call, error, m
     assert raised.value.errno_name == "EINVAL"
     assert state(nest) == ref
     nest.vm.check()
+
+
+@pytest.mark.parametrize(("call", "message"), TABLES_REFUSED)
+def test_guest_tables_refuse_and_nothing_has_changed(call, message):
+    nest = Nest("npt", level=2)
+    ref = state(nest)
+    with pytest.raises(GuestTablesError, match=re.escape(message)):
+        call(nest.tables)
+    assert state(nest) == ref
+    nest.tables.map(0, 0, 512 * 8)  # the pages are still there
+    assert nest.tables.translate(512 * 8 - 1) == 512 * 8 - 1
 
 
 @pytest.mark.parametrize(("more", "message"), [
