@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from spte.backing import Backing
 from spte.bits import PFN_MASK
@@ -14,6 +14,7 @@ READ, WRITE, EXEC = 1, 2, 4  # permissions of an entry
 RWX = READ | WRITE | EXEC
 LARGE, NX = 1 << 7, 1 << 63
 LEVELS = 4
+GFN_BITS, FRAME_BITS = 9 * LEVELS, 40
 FRAME = int(PFN_MASK)
 
 
@@ -77,7 +78,7 @@ class GuestTables:
 
     def _new_page(self) -> int:
         if self._next >= self._end:
-            raise GuestTablesError(f"no page left for guest tables behind gfn {self._end - 1:#x}; give them more memory")
+            self._refuse()
         page, self._next = self._next, self._next + 1
         self._words(page)[:] = 0
         return page
@@ -91,7 +92,7 @@ class GuestTables:
         Parameters
         ----------
         gfn, to : int
-            First page numbers, multiples of the page size of `level` in 4 KiB pages.
+            First page numbers, multiples of the page size of `level` in 4 KiB pages; all below 36 bits, what four levels reach, and 40.
         count : int
             Pages of `level`.
         level : int
@@ -106,11 +107,17 @@ class GuestTables:
         Raises
         ------
         GuestTablesError
-            EINVAL: unaligned page numbers, a level or permission that there is not, a larger page in the way, no page left.
+            EINVAL: unaligned page numbers or too large ones, a level, permission or root that there is not, a larger page in the way,
+            no page left; nothing is changed.
         """
         size = 1 << 9 * (level - 1) if level in (1, 2, 3) else 0
         if not size or gfn % size or to % size or not 0 <= perm <= RWX:
             raise GuestTablesError(f"gfn={gfn:#x}, to={to:#x}, level={level}, perm={perm}: take level 1, 2 or 3, its multiples, perm 0..7")
+        if not (0 <= gfn <= (1 << GFN_BITS) - count * size and 0 <= to <= (1 << FRAME_BITS) - count * size and count >= 0):
+            raise GuestTablesError(f"gfn={gfn:#x}, to={to:#x}, count={count} leave {GFN_BITS} bits of gfn or {FRAME_BITS} of frame")
+        if not 0 <= root < len(self.roots):
+            raise GuestTablesError(f"root={root} was not added; there are {len(self.roots)}")
+        self._check_way(gfn, count * size, level, root)
         flags = self.permissions(self._format.leaf, perm) | (LARGE if level > 1 else 0)
         flags |= (self._format.accessed if accessed else 0) | (self._format.dirty if dirty else 0)
         for n in range(0, count * size, size):
@@ -119,10 +126,28 @@ class GuestTables:
                 entries, i = self._words(page), (gfn + n) >> 9 * (at - 1) & 511
                 if not entries[i]:
                     entries[i] = self._new_page() << 12 | self._format.link
-                elif int(entries[i]) & LARGE:
-                    raise GuestTablesError(f"gfn={gfn + n:#x} is mapped by a page of level {at}; map it once")
                 page, at = (int(entries[i]) & FRAME) >> 12, at - 1
             self._words(page)[(gfn + n) >> 9 * (level - 1) & 511] = (to + n) << 12 | flags
+
+    def _check_way(self, gfn: int, pages: int, level: int, root: int) -> None:
+        """See that no larger page is in the way of a mapping, and that there is a page for each table that it needs."""
+        span = 1 << 9 * level  # one table of `level`
+        missing = set()
+        for first in range(gfn & -span, gfn + pages, span):
+            page, at = self.roots[root], LEVELS
+            while at > level:
+                entry = int(self._words(page)[first >> 9 * (at - 1) & 511])
+                if entry & LARGE:
+                    raise GuestTablesError(f"gfn={max(first, gfn):#x} is mapped by a page of level {at}; map it once")
+                if not entry:
+                    missing |= {(n, first >> 9 * (n - 1)) for n in range(level + 1, at + 1)}
+                    break
+                page, at = (entry & FRAME) >> 12, at - 1
+        if len(missing) > self._end - self._next:
+            self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise GuestTablesError(f"no page left for guest tables behind gfn {self._end - 1:#x}; give them more memory")
 
     def permissions(self, entry: int, perm: int) -> int:
         """Return `entry` with the permissions `perm`, as for `map`: a value to store."""

@@ -25,6 +25,7 @@ from spte.context import Mode, Vcpu
 from spte.errors import NestedError, SlotAlignmentError
 from spte.exits import Exit
 from spte.guest_memory import contents
+from spte.kernels.access import STAYS
 from spte.platform import EPT, NPT, SHADOW
 from spte.roots import RootCache
 from spte.shadow_paging import ShadowPaging
@@ -95,9 +96,11 @@ class NestedVcpu:
         NestedError
             EINVAL: the vCPU runs L2, or the address is not of a page.
         """
+        self._vm.alive()
         if self.l2 is not None:
             raise NestedError("the vCPU runs L2; call leave_l2() first")
         _check_page("gpa", gpa)
+        self._end_stay()
         if self._vm.platform.paging == SHADOW:
             mmu = self._vm.mmu
             if self.cr3 is None and self.pae_root >= 0 and isinstance(mmu, ShadowPaging):
@@ -131,6 +134,7 @@ class NestedVcpu:
             EINVAL: the vCPU runs L2 already; an address that is not of a page; `ept` under shadow paging, or no paging there;
             `pml` without EPT and its A/D bits.
         """
+        self._vm.alive()
         paging = self._vm.platform.paging
         has_ad = ad and self._vm.platform.ad_bits
         if self.l2 is not None:
@@ -141,6 +145,7 @@ class NestedVcpu:
             raise NestedError("under shadow paging L2 has no EPT or NPT, and L1 its paging on: pass ept=None after load_cr3()")
         if pml is not None and not (paging == EPT and ept is not None and has_ad):
             raise NestedError(f"pml={pml:#x} needs an EPT of L1 with A/D bits; pass ept=..., ad=True on such a platform")
+        self._end_stay()
         self.l2 = L2(ept, has_ad, pml, vmcb)
         self._write_vmcb()
         if ept is None:
@@ -162,6 +167,7 @@ class NestedVcpu:
         """Go back to L1: VMCALL, VMMCALL; NestedError (EINVAL) if the vCPU does not run L2."""
         if self.l2 is None:
             raise NestedError("the vCPU does not run L2; call enter_l2() first")
+        self._end_stay()
         self._write_vmcb()
         self.l2 = None
         self.arrays.reg[cx.L1_PML_GFN] = -1
@@ -179,8 +185,14 @@ class NestedVcpu:
         ept : int, optional
             Address of the root table (single context); None: all of them (global).
         """
+        self._end_stay()
         rows = {root.row for _, root in self.guest_mmu if ept is None or root.pgd >> 12 == ept >> 12}
         self._vm.mmu.release(self.guest_mmu.drop(rows))
+
+    def _end_stay(self) -> None:
+        """Leave the guest that an access with `stays` has not left: what comes next is an exit, which drains its PML buffer."""
+        if self.arrays.reg[cx.STAY] & STAYS:
+            self._batch([], np.array([cx.READ], np.uint8))
 
     def _switch(self, cache: RootCache, role: int, pgd: int) -> None:
         """Make `cache` the active one and find the root for `role` and `pgd` in it; AMD and shadow paging sync it at the entry."""
@@ -261,8 +273,10 @@ class NestedVcpu:
             raise SlotAlignmentError(f"store of {value:#x} at {gpa:#x}: take a multiple of 8 and 64 bits")
         reg = self.arrays.reg
         reg[cx.STORE] = gpa & 0xFFF
-        stop = self._batch([gpa >> 12], np.array([cx.WRITE], np.uint8), stays=stays)
-        reg[cx.STORE] = 0
+        try:
+            stop = self._batch([gpa >> 12], np.array([cx.WRITE], np.uint8), stays=stays)
+        finally:
+            reg[cx.STORE] = 0
         if stop is None:
             contents(self._host_page(gpa >> 12))[(gpa & 0xFFF) // 8] = value
         return stop
