@@ -27,12 +27,12 @@ def both(pages):
         yield pair
 
 
-def beside(name, unit, units, pair, work, setup, at_most=SLOT_BAR, why=""):
+def beside(name, unit, units, pair, work, setup, at_most=SLOT_BAR):
     """Return the case of `work` on the first guest with the same on the second as its limit."""
     one, two = pair
     return Case(
         f"rmap: {name}", unit, units, lambda: work(one), "the direct MMU", lambda: work(two), at_most,
-        setup=lambda: setup(one), limit_setup=lambda: setup(two), why=why,
+        setup=lambda: setup(one), limit_setup=lambda: setup(two),
     )  # fmt: skip
 
 
@@ -60,8 +60,7 @@ def test_harvest(compare, both, fraction):
         return get_dirty_log(g.tables, s, g.vm.mmu.mode, roots, k, g.out)
 
     count = int(np.bitwise_count(dirty).sum(dtype=np.int64))
-    why = "a page's head and the entry that it names are waited for in turn; the direct MMU asks for entries beforehand"
-    compare(beside(f"harvest, {100 * fraction:g} % dirty", "page", max(count, 1), both, harvest, refill, why=why))
+    compare(beside(f"harvest, {100 * fraction:g} % dirty", "page", max(count, 1), both, harvest, refill))
 
 
 def fill(guest):

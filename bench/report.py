@@ -14,16 +14,21 @@ START, END = "<!-- pytest bench -->", "<!-- end of pytest bench -->"
 HEAD = ("work", "ns", "per", "limit", "ns of limit", "ratio", "at most", "")
 
 
+def figure_of(ns: float) -> str:
+    """Return three digits of a small figure, and a large one without an exponent."""
+    return f"{ns:,.0f}" if ns >= 1000 else f"{ns:.3g}"
+
+
 def row(info: dict[str, Any]) -> tuple[str, ...]:
     """Return the cells of one benchmark."""
-    ns = f"{info['ns_per_unit']:.3g}"
+    ns = figure_of(info["ns_per_unit"])
     if "ratio" not in info:
         return info["name"], ns, info["unit"], "", "", "", "", ""
     bar = "" if info["at_most"] is None else f"{info['at_most']:g}x"
     verdict = {True: "met", False: "missed", None: ""}[info["met"]]
     if info["met"] is False and info["why"]:
         verdict += f": {info['why']}"
-    return info["name"], ns, info["unit"], info["limit"], f"{info['limit_ns_per_unit']:.3g}", f"{info['ratio']:.2f}x", bar, verdict
+    return info["name"], ns, info["unit"], info["limit"], figure_of(info["limit_ns_per_unit"]), f"{info['ratio']:.2f}x", bar, verdict
 
 
 def table(benchmarks: list[dict[str, Any]]) -> str:
