@@ -49,7 +49,7 @@ def test_the_report_prints_every_figure_and_whether_it_is_met(tmp_path, capsys):
     assert lines[2] == "| harvest | 1.25 | page | a loop | 1 | 1.25x | 1x | missed |"
     assert report.row(info | {"why": "two lines"})[-1] == "missed: two lines"
     assert report.row(info | {"why": "two lines", "met": True})[-1] == "met"
-    assert lines[3].startswith("| import | 5e+07 | process |")
+    assert lines[3].startswith("| import | 50,000,000 | process |")
     assert len(lines) == 4
     chart = tmp_path / "chart.png"
     assert report.main([str(path), str(chart)]) == 0
