@@ -160,7 +160,7 @@ class GuestTables:
         return entry & ~(self._format.dirty | (self._format.accessed if accessed else 0))
 
     def walk(self, gfn: int, root: int = 0) -> tuple[list[int], int, int]:
-        """Return the gfns of the tables on the way to page `gfn`, the level of the last entry and its index there."""
+        """Return the gfns of the tables on the way from `root` to page `gfn`, the level of the last entry and its index there."""
         page, level, pages = self.roots[root], LEVELS, []
         while True:
             pages.append(page)
@@ -171,11 +171,11 @@ class GuestTables:
             page, level = (entry & FRAME) >> 12, level - 1
 
     def entry(self, gfn: int, root: int = 0) -> tuple[int, int, int]:
-        """Return the last entry on the way to page `gfn`: its guest-physical address (for `store`), its value, its level."""
+        """Return the last entry on the way from `root` to page `gfn`: its guest-physical address (for `store`), its value, its level."""
         pages, level, i = self.walk(gfn, root)
         return (pages[-1] << 12) + 8 * i, int(self._words(pages[-1])[i]), level
 
     def translate(self, gfn: int, root: int = 0) -> int:
-        """Return the gfn that page `gfn` is mapped to; 0 and on where it is not."""
+        """Return the gfn that page `gfn` is mapped to under `root`; 0 and on where it is not."""
         _, entry, level = self.entry(gfn, root)
         return ((entry & FRAME) >> 12) + (gfn & ((1 << 9 * (level - 1)) - 1))
