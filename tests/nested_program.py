@@ -13,7 +13,7 @@ from nest import L2, TABLES_GFN, TABLES_PAGES, Nest, kind_of, violation_of
 
 import spte
 from spte import mm
-from spte.bits import PFN_MASK
+from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, SHIFT_PAGE
 from spte.context import UNSYNC
 
 NPAGES, VIEWS, ROOTS, VCPUS = 1024, 3, 2, 2
@@ -39,6 +39,8 @@ class Program(Nest):
         self.tables.map(TABLES_GFN, TABLES_GFN, TABLES_PAGES, root=1)
         self.pml = platform.startswith("ept") and self.ad and self.vm.platform.ad_bits and rng.random() < 0.3
         self.root = [None] * VCPUS  # whose tables the vCPU runs on
+        self.hot = 0, L2  # root and address that most steps are about
+        self.plain = set()  # vCPUs in an L2 that has no tables of its own
         self.seen = {(v, root, gfn): {self.says(root, gfn)} for v in range(VCPUS) for root in range(ROOTS) for gfn in self.addresses()}
         self.flushed = [set() for _ in range(VCPUS)]
         self.logs = [False, False]
@@ -52,6 +54,12 @@ class Program(Nest):
 
     def addresses(self):
         return [L2 + view * self.span + page for view in range(VIEWS) for page in PAGES]
+
+    def choose(self):
+        """Root and address: those of the last step, or others."""
+        if self.rng.random() < 0.25:
+            self.hot = self.rng.randrange(ROOTS), self.rng.choice(self.addresses())
+        return self.hot
 
     def says(self, root, gfn):
         """What the tables say of an address now: gfn, permissions, D; nothing of an absent one."""
@@ -114,7 +122,7 @@ class Program(Nest):
             if kind == spte.WRITE:
                 self.wrote(0, [page])
             return
-        gfn = L2 + self.rng.randrange(VIEWS) * self.span + page
+        _, gfn = self.choose()
         stop = self.finish(v, lambda: vcpu.run([gfn], [kind]))
         self.after()
         seen = self.seen[v, root, gfn]
@@ -153,30 +161,46 @@ class Program(Nest):
             self.hear(flushed=(v, root))
 
     def enter(self):
-        v, root = self.rng.randrange(VCPUS), self.rng.randrange(ROOTS)
-        if self.root[v] is None:
+        v, (root, _) = self.rng.randrange(VCPUS), self.choose()
+        if self.root[v] is None and v not in self.plain:
             self.enter_root(v, root)
+
+    def enter_plain(self):
+        """An L2 without EPT: on L1's memory, or under shadow paging on the tables that L1 itself runs on."""
+        v = self.rng.randrange(VCPUS)
+        if v not in self.plain and (self.root[v] is not None) == (self.platform == "shadow"):
+            self.vm.vcpus[v].enter_l2()
+            self.plain.add(v)
+            self.hear(flushed=(v, self.root[v]))
 
     def leave(self):
         v = self.rng.randrange(VCPUS)
-        if self.root[v] is not None:
+        if v in self.plain:
+            self.vm.vcpus[v].leave_l2()
+            self.plain.remove(v)
+        elif self.root[v] is not None:
             super().leave(v)
             self.root[v] = None
 
     def flush(self):
-        v, root = self.rng.randrange(VCPUS), self.rng.randrange(ROOTS)
-        if self.platform == "shadow":
-            if self.root[v] is not None:
-                self.enter_root(v, self.root[v])
-        elif self.root[v] is None:
+        """The guest flushes, at times only what L1 has of one root; a vCPU in L2 leaves it and comes back."""
+        v, (hot, _) = self.rng.randrange(VCPUS), self.choose()
+        root = self.root[v]
+        if v in self.plain or (root is None and self.platform == "shadow"):
+            return
+        if self.platform != "shadow":
             every = self.rng.random() < 0.5
-            self.vm.vcpus[v].invept(None if every else self.tables.address(root))
-            self.flushed[v] |= set(range(ROOTS)) if every else {root}
+            if root is not None:
+                self.vm.vcpus[v].leave_l2()
+            self.vm.vcpus[v].invept(None if every else self.tables.address(hot))
+            self.flushed[v] |= set(range(ROOTS)) if every else {hot}
+        if root is not None:
+            self.enter_root(v, root)
 
     def store(self):
         """Change an entry on the way to a page: mostly the last one, else a link, which may go and come back."""
         rng, tables = self.rng, self.tables
-        v, root, gfn = rng.randrange(VCPUS), rng.randrange(ROOTS), rng.choice(self.addresses())
+        v, (root, gfn) = rng.randrange(VCPUS), self.choose()
         address, old, level = tables.entry(gfn, root)
         size = 1 << 9 * (level - 1)
         to = self.base + (rng.choice(PAGES) & -size)
@@ -242,11 +266,17 @@ class Program(Nest):
             self.written[slot] = set()
 
     def unmap(self):
-        advice = self.rng.choice((mm.DONTNEED, mm.PAGEOUT))
-        if self.kind == "hugetlb2m":
-            mm.madvise(self.memory, 512 * self.rng.randrange(2), 512)
-        else:
-            mm.madvise(self.memory, self.rng.choice(PAGES), 1, advice, ages=True)
+        first, count = (512 * self.rng.randrange(2), 512) if self.kind == "hugetlb2m" else (self.rng.choice(PAGES), 1)
+        if count == 1 and self.rng.random() < 0.5:
+            mm.madvise(self.memory, first, 1, mm.PAGEOUT, ages=True)
+            return
+        mm.madvise(self.memory, first, count)
+        t, hpage = self.vm.mmu.tables, self.memory.hpage + first
+        for level in (1, 2):
+            sptes = t.sptes[t.level == level]
+            frames = ((sptes & PFN_MASK) >> SHIFT_PAGE).astype(np.int64)
+            leaf = (sptes & MMU_PRESENT != 0) & ((level == 1) | (sptes & LARGE != 0))
+            assert not (leaf & (frames >> 9 * (level - 1) == hpage >> 9 * (level - 1))).any()
 
     def eager(self):
         self.vm.set_param("eager_page_split", self.rng.random() < 0.5)
@@ -264,6 +294,11 @@ class Program(Nest):
             self.got[0].clear()
         self.set_flags(LOG * self.logs[0])
 
+    def prefault(self):
+        v = self.rng.randrange(VCPUS)
+        if self.platform != "shadow" and self.root[v] is None and v not in self.plain:
+            self.vm.vcpus[v].prefault((self.base + self.rng.choice(PAGES)) * PAGE, PAGE)
+
     def kernel_write(self):
         page = self.rng.choice(PAGES)
         self.vm.kernel_write(self.base + page, self.rng.randrange(VCPUS))
@@ -271,8 +306,8 @@ class Program(Nest):
 
 
 STEPS = {
-    "access": 30, "store": 14, "enter": 8, "leave": 3, "flush": 6, "harvest": 6, "toggle": 3, "unmap": 2, "eager": 1, "mitigate": 1,
-    "move": 1, "kernel_write": 1,
+    "access": 30, "store": 10, "enter": 8, "leave": 2, "flush": 8, "harvest": 6, "toggle": 3, "unmap": 2, "eager": 1, "mitigate": 1,
+    "move": 1, "kernel_write": 1, "enter_plain": 3, "prefault": 1,
 }  # fmt: skip
 
 
