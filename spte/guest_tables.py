@@ -98,7 +98,7 @@ class GuestTables:
         level : int
             1 (4 KiB), 2 (2 MiB) or 3 (1 GiB).
         perm : int
-            1 READ, 2 WRITE, 4 EXEC, added up; READ can not be taken away in NPT and 64-bit tables.
+            1 READ, 2 WRITE, 4 EXEC, added up; READ can not be taken away in NPT and 64-bit tables; EPT has no WRITE without it.
         accessed, dirty : bool
             A and D are set already.
         root : int
@@ -113,6 +113,8 @@ class GuestTables:
         size = 1 << 9 * (level - 1) if level in (1, 2, 3) else 0
         if not size or gfn % size or to % size or not 0 <= perm <= RWX:
             raise GuestTablesError(f"gfn={gfn:#x}, to={to:#x}, level={level}, perm={perm}: take level 1, 2 or 3, its multiples, perm 0..7")
+        if not self._format.nx and perm & (READ | WRITE) == WRITE:
+            raise GuestTablesError(f"perm={perm} writes what it can not read, an EPT misconfiguration; add READ (1)")
         if not (0 <= gfn <= (1 << GFN_BITS) - count * size and 0 <= to <= (1 << FRAME_BITS) - count * size and count >= 0):
             raise GuestTablesError(f"gfn={gfn:#x}, to={to:#x}, count={count} leave {GFN_BITS} bits of gfn or {FRAME_BITS} of frame")
         if not 0 <= root < len(self.roots):

@@ -66,7 +66,10 @@ def allows(access, kind):
 
 @kernel_apart
 def walk_guest(t, s, h, v, m, gfn, kind):
-    """Walk the guest's tables for `gfn`, an address of theirs; fills ``v.guest``. After WALK_FAULT its access is the entry's."""
+    """Walk the guest's tables for `gfn`, an address of theirs; fills ``v.guest``. After WALK_FAULT its access is the entry's.
+
+    Reserved bits are not looked at: tables that have some set, or a large page at level 4, are mapped as if they were valid.
+    """
     table = v.reg[cx.PGD]
     access = np.int64(ACC_ALL)
     level = np.int64(TOP)

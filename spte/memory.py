@@ -93,6 +93,18 @@ class Pool:
         self._high += count
         return self._high - count
 
+    def take_all(self, counts: list[int]) -> list[int]:
+        """Return the offsets of ranges of `counts` elements; OutOfTablesError, and none is taken, if there is no room for one."""
+        offsets: list[int] = []
+        try:
+            for count in counts:
+                offsets.append(self.take(count))  # noqa: PERF401
+        except OutOfTablesError:
+            for offset, count in zip(offsets, counts, strict=False):
+                self.give(offset, count)
+            raise
+        return offsets
+
     def give(self, offset: int, count: int) -> None:
         """Take the range back, zero it and join it with its free neighbours."""
         if count == 0:

@@ -114,6 +114,8 @@ class Memslots:
 
     def insert(self, slot: Memslot) -> None:
         """Add `slot`: counters of levels 2 and 3 set as its alignment asks."""
+        if self._rmaps:
+            self._take_rmaps([slot])
         offsets = []
         for level in (2, 3):
             pages = 1 << (9 * (level - 1))
@@ -129,8 +131,6 @@ class Memslots:
                     entries[-1] = 1
             offsets.append(offset)
         slot.lpage = (offsets[0], offsets[1])
-        if self._rmaps:
-            self._take_rmaps(slot)
         s = self.spaces[slot.as_id]
         n = int(s.meta[cx.COUNT])
         at = int(np.searchsorted(s.table[:n, cx.BASE], slot.base_gfn))
@@ -200,16 +200,18 @@ class Memslots:
         offset = slot.lpage[level - 2]
         return [int(x) for x in self._disallow.array[offset : offset + slot.lpage_count(level)]]
 
-    def _take_rmaps(self, slot: Memslot) -> None:
-        slot.rmaps = tuple(self._heads.take(slot.lpage_count(level)) for level in (1, 2, 3))
+    def _take_rmaps(self, slots: list[Memslot]) -> None:
+        taken = self._heads.take_all([slot.lpage_count(level) for slot in slots for level in (1, 2, 3)])
+        for n, slot in enumerate(slots):
+            slot.rmaps = tuple(taken[3 * n : 3 * n + 3])
 
     def allocate_rmaps(self) -> None:
-        """Give every slot, and those to come, rmaps."""
+        """Give every slot, and those to come, rmaps; OutOfTablesError (ENOMEM), and none has any, if there is no room."""
+        slots = [slot for slot in self if not self.has_rmaps(slot)]
+        self._take_rmaps(slots)
         self._rmaps = True
-        for slot in self:
-            if not self.has_rmaps(slot):
-                self._take_rmaps(slot)
-                self.update(slot)
+        for slot in slots:
+            self.update(slot)
 
     @staticmethod
     def has_rmaps(slot: Memslot) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 
 from spte.bits import ROLE_AD_DISABLED, ROLE_DIRECT, ROLE_INVALID, ROLE_IS_DIRECT
 from spte.context import FLUSHES, PGD, ROOT, TDP_ROOTS, I64s, Mode
-from spte.errors import OutOfTablesError
+from spte.errors import NestedError, OutOfTablesError
 from spte.events import EventLog
 from spte.host import the_host
 from spte.kernels.age import age_range
@@ -76,6 +76,7 @@ class Mmu:
     def _new_root(self, vcpu: NestedVcpu) -> int:
         role = vcpu.role
         if not role & ROLE_IS_DIRECT:
+            self.check_root(vcpu.pgd)
             self._first_shadow_root()
         if self.mode.shadow or not role & ROLE_IS_DIRECT:
             gfn = 0 if role & ROLE_IS_DIRECT else vcpu.pgd >> 12
@@ -89,6 +90,11 @@ class Mmu:
             return row
         return self._tdp[role]
 
+    def check_root(self, pgd: int) -> None:
+        """Refuse the guest's root table at `pgd` (bytes; flags below 4096) with NestedError (EINVAL) if no memslot has it."""
+        if self.memslots.at(pgd >> 12) is None:
+            raise NestedError(f"root table {pgd & ~0xFFF:#x} of the guest is in no memslot; create one there first")
+
     def _list_roots(self) -> None:
         rows = list(self._tdp.values())[::-1]
         self.tables.roots[: len(rows)] = rows
@@ -97,8 +103,8 @@ class Mmu:
     def _first_shadow_root(self) -> None:
         """Give every slot rmaps when the first root is loaded that needs them."""
         if not self.shadow_root_allocated:
-            self.shadow_root_allocated = True
             self.memslots.allocate_rmaps()
+            self.shadow_root_allocated = True
 
     def sync(self, vcpu: NestedVcpu) -> None:
         """Bring the pages below the vCPU's root in step with the guest tables that they shadow, as a guest's TLB flush asks."""

@@ -20,12 +20,14 @@ from spte.bits import (
     ROLE_IS_DIRECT,
     ROLE_LONG,
     ROLE_NPT12,
+    WRITABLE,
 )
 from spte.context import Mode, Vcpu
-from spte.errors import NestedError, SlotAlignmentError
+from spte.errors import NestedError, OutOfTablesError, SlotAlignmentError
 from spte.exits import Exit
 from spte.guest_memory import contents
 from spte.kernels.access import STAYS
+from spte.notifier import host_write
 from spte.platform import EPT, NPT, SHADOW
 from spte.roots import RootCache
 from spte.shadow_paging import ShadowPaging
@@ -94,13 +96,15 @@ class NestedVcpu:
         Raises
         ------
         NestedError
-            EINVAL: the vCPU runs L2, or the address is not of a page.
+            EINVAL: the vCPU runs L2; the address is not of a page, or of one in no memslot where KVM shadows the tables.
         """
         self._vm.alive()
         if self.l2 is not None:
             raise NestedError("the vCPU runs L2; call leave_l2() first")
         _check_page("gpa", gpa)
-        self._end_stay()
+        if self._vm.platform.paging == SHADOW and gpa is not None:
+            self._vm.mmu.check_root(gpa)
+        self.end_stay()
         if self._vm.platform.paging == SHADOW:
             mmu = self._vm.mmu
             if self.cr3 is None and self.pae_root >= 0 and isinstance(mmu, ShadowPaging):
@@ -131,8 +135,8 @@ class NestedVcpu:
         Raises
         ------
         NestedError
-            EINVAL: the vCPU runs L2 already; an address that is not of a page; `ept` under shadow paging, or no paging there;
-            `pml` without EPT and its A/D bits.
+            EINVAL: the vCPU runs L2 already; an address that is not of a page; `ept` in no memslot, or under shadow paging; there without
+            `load_cr3`; `pml` without EPT and its A/D bits; `vmcb` on Intel.
         """
         self._vm.alive()
         paging = self._vm.platform.paging
@@ -143,9 +147,17 @@ class NestedVcpu:
             _check_page(name, gpa)
         if paging == SHADOW and (ept is not None or self.cr3 is None):
             raise NestedError("under shadow paging L2 has no EPT or NPT, and L1 its paging on: pass ept=None after load_cr3()")
+        if vmcb is not None and paging == EPT:
+            raise NestedError(f"vmcb={vmcb:#x} is AMD's; leave it out where L1 has EPT")
         if pml is not None and not (paging == EPT and ept is not None and has_ad):
             raise NestedError(f"pml={pml:#x} needs an EPT of L1 with A/D bits; pass ept=..., ad=True on such a platform")
-        self._end_stay()
+        if ept is not None:
+            self._vm.mmu.check_root(ept)
+        log = self._vm.memslots.at(pml >> 12) if pml is not None else None
+        if log is not None and pml is not None:
+            contents((log.hva >> 12) + (pml >> 12) - log.base_gfn)
+        self.end_stay()
+        before = self.active, self.role, self.pgd
         self.l2 = L2(ept, has_ad, pml, vmcb)
         self._write_vmcb()
         if ept is None:
@@ -156,18 +168,19 @@ class NestedVcpu:
         else:
             role = ROLE_EPT12 | 4 | ROLE_GUEST_MODE | (0 if has_ad else ROLE_AD_DISABLED)
             self._switch(self.guest_mmu, role, ept | EPTP_WALK_4_WB | (EPTP_AD if has_ad else 0))
-        if pml is not None:
-            slot = self._vm.memslots.at(pml >> 12)
-            if slot is not None:
-                contents((slot.hva >> 12) + (pml >> 12) - slot.base_gfn)
         self.arrays.reg[cx.L1_PML_GFN] = -1 if pml is None else pml >> 12
-        self.enter_guest()
+        try:
+            self.enter_guest()
+        except OutOfTablesError:
+            self.l2, self.arrays.reg[cx.L1_PML_GFN] = None, -1
+            self.active, self.role, self.pgd = before
+            raise
 
     def leave_l2(self) -> None:
         """Go back to L1: VMCALL, VMMCALL; NestedError (EINVAL) if the vCPU does not run L2."""
         if self.l2 is None:
             raise NestedError("the vCPU does not run L2; call enter_l2() first")
-        self._end_stay()
+        self.end_stay()
         self._write_vmcb()
         self.l2 = None
         self.arrays.reg[cx.L1_PML_GFN] = -1
@@ -185,11 +198,11 @@ class NestedVcpu:
         ept : int, optional
             Address of the root table (single context); None: all of them (global).
         """
-        self._end_stay()
+        self.end_stay()
         rows = {root.row for _, root in self.guest_mmu if ept is None or root.pgd >> 12 == ept >> 12}
         self._vm.mmu.release(self.guest_mmu.drop(rows))
 
-    def _end_stay(self) -> None:
+    def end_stay(self) -> None:
         """Leave the guest that an access with `stays` has not left: what comes next is an exit, which drains its PML buffer."""
         if self.arrays.reg[cx.STAY] & STAYS:
             self._batch([], np.array([cx.READ], np.uint8))
@@ -286,11 +299,15 @@ class NestedVcpu:
         t, reg = self._vm.mmu.tables, self.arrays.reg
         row, i, level = walk(t, reg[cx.ROOT], np.int64(gfn))
         spte = t.sptes[row, i]
-        if is_leaf(spte, level):
+        if is_leaf(spte, level) and spte & WRITABLE:
             return (int(spte & PFN_MASK) >> 12) + (gfn & ((1 << (9 * (int(level) - 1))) - 1))
-        slot = self._vm.memslots.at(gfn if reg[cx.PGD] < 0 else int(self.arrays.guest[cx.GW_GFN]))
+        gfn = gfn if reg[cx.PGD] < 0 else int(self.arrays.guest[cx.GW_GFN])  # KVM did the write itself
+        slot = self._vm.memslots.at(gfn)
         assert slot is not None
-        return (slot.hva >> 12) + gfn - slot.base_gfn
+        assert slot.backing is not None
+        hpage = (slot.hva >> 12) + gfn - slot.base_gfn
+        host_write(hpage, slot.backing.users)
+        return hpage
 
 
 def _check_page(name: str, gpa: int | None) -> None:

@@ -50,7 +50,8 @@ def protect_rmaps(t, s, m, k, gfn, lowest):
 @kernel_apart
 def protect_gfn(t, s, m, gfn):
     """Take W and MMU_WRITABLE from every leaf of any level that maps `gfn`; returns whether the caller must flush."""
-    changed = protect_rmaps(t, s, m, find_slot(s, gfn), gfn, 1)
+    k = find_slot(s, gfn)
+    changed = protect_rmaps(t, s, m, k, gfn, 1) if k >= 0 else 0
     both = WRITABLE | m.lay.mmu_writable
     for r in range(t.meta[cx.TDP_ROOTS]):
         row, i, level = walk(t, t.roots[r], gfn)

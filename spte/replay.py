@@ -7,10 +7,11 @@ from typing import Any
 
 from spte.bits import ROLE_INVALID
 from spte.context import PAE_ROOT, ROOT
+from spte.errors import KvmError
 from spte.payload import CODE_SLOT, HIDDEN, TABLE_SLOT
 from spte.platform import EPT
 from spte.recording import Recording
-from spte.recording_ops import OPS, short, unknown_args, with_defaults
+from spte.recording_ops import OPS, RecordingError, short, unknown_args, with_defaults
 from spte.replay_guest import UnsupportedOp
 from spte.replay_machine import Machine
 from spte.replay_nested import NestedGuest
@@ -72,7 +73,10 @@ class Replay:
         given = with_defaults(op, args)
         if op == "set":
             self._traced = bool(given["trace"])
-        out |= HANDLERS[op](self.machine, given, record)
+        try:
+            out |= HANDLERS[op](self.machine, given, record)
+        except KvmError as error:
+            raise RecordingError(f"op {record['i']}, {op}, can not be performed: {error}") from None
         if self.machine.has_vm:
             self._observe(out, new=op == "new_vm")
         return out

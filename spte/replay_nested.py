@@ -11,6 +11,7 @@ from spte.exits import Exit
 from spte.guest_tables import FRAME, RWX
 from spte.payload import CODE, EXEC, READ, STRING_IO, WRITE, Accesses, Command, Payload
 from spte.payload_tables import L1Tables
+from spte.recording_ops import RecordingError
 from spte.recording_seq import Step
 from spte.replay_guest import HALT, RING_FULL, Exits, Guest, Memory, UnsupportedOp, elided
 from spte.vcpu import VirtualCpu
@@ -21,6 +22,7 @@ VMCALL, VMMCALL, EPT_VIOLATION, NPF, PML_FULL = 18, 129, 48, 1024, 62
 QUALIFICATION = {READ: 1, WRITE: 2, EXEC: 4}
 FROM_WALK, FROM_ADDRESS = 0x80, 0x180  # of a qualification: the access is a page walk's, or the one after it
 PFERR_USER, PFERR_PRESENT, PFERR_FINAL, PFERR_WALK = 4, 1, 1 << 32, 1 << 33
+STORES = 1 << 17  # pages of one change of L1's tables; keeps a forged count from running for hours
 PFERR = {READ: 0, WRITE: 2, EXEC: 16}
 
 
@@ -106,6 +108,8 @@ class NestedGuest(Guest):
             elif step.kind == "invept":
                 yield from self._invept(vcpu)
             elif step.kind == "switch":
+                if step.value and (self._tables is None or step.value >= len(self._tables.roots)):
+                    raise RecordingError(f"root {step.value} of a sequence does not exist; new_vm made fewer")
                 self._root[vcpu] = step.value
             else:
                 yield from self._access(vcpu, step, off)
@@ -188,11 +192,16 @@ class NestedGuest(Guest):
             self._touch(vcpu, (CONTROL, WRITE))
 
     def _change_tables(self, vcpu: int, step: Step) -> Iterator[dict[str, Any]]:
-        assert self._tables is not None
+        if self._tables is None:
+            raise RecordingError("a step on L1's tables for L2 stands in a VM that was made with l2_ept=0")
+        if sum(count for _, count in step.runs) > STORES:
+            raise RecordingError(f"a change of L1's tables has more than {STORES} pages; L1's memory has fewer entries")
         self._push(vcpu)
         for first, count in step.runs:
             for n in range(count):
                 place, value, _ = self._tables.entry(first + n, self._root[vcpu])
+                if not value:
+                    raise UnsupportedOp(f"L1 changes its entry for page {first + n:#x}, which it has not mapped")
                 moved = value & ~FRAME | (step.value + n) << 12
                 value = moved if step.kind == "remap" else self._tables.recorded(value, step.value)
                 if step.clears:

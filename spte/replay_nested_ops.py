@@ -24,6 +24,8 @@ def load(machine: Machine, args: Args) -> Result:
     setup = L2Setup(bool(args["l2_ept"]), bool(args["l2_ad"]), bool(args["l2_pml"]))
     if setup.ept and platform.paging == SHADOW:
         raise RecordingError("l2_ept=1 needs EPT or NPT of the machine; this one has neither")
+    if setup.pml and not (platform.paging == EPT and setup.ept and setup.ad and platform.ad_bits):
+        raise RecordingError("l2_pml=1 needs EPT with A/D bits, of the machine and of L1 (l2_ept=1, l2_ad=1)")
     machine.load_code(CODE_PAGES)
     machine.load_tables(small_pages=small_pages, used=True)
     ad_in_l2 = platform.paging != EPT or (setup.ept and setup.ad and platform.ad_bits)

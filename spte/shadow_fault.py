@@ -82,7 +82,8 @@ def set_leaf(t, s, v, m, k, row, i, gfn, pfn, host_writable, access, prefetch):
     new = make_leaf(m, level, pfn, old, prefetch, host_writable, np.int64(t.role[row]), allowed, write)
     if write and s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES:
         mark_dirty(t, s, v, k, gfn)
-    set_shadowed(t, row, i, gfn, access)
+    # An entry that keeps its pfn stays in the rmap where it is: only what the guest allows is new.
+    set_shadowed(t, row, i, entry_gfn(t, row, i) if mapped else gfn, access)
     if new == old:
         return False, wants and not write
     t.sptes[row, i] = new

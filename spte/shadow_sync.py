@@ -75,9 +75,11 @@ def _sync_entry(t, s, h, v, m, row, i):
         else:
             t.sptes[row, i] = m.lay.nonpresent
         return True
-    if not present:  # an MMIO SPTE is looked at when it is used
-        return False
     gfn = gpte_gfn(gpte)
+    if not present:  # an MMIO SPTE, which stays that of the same gfn
+        if gfn != entry_gfn(t, row, i):
+            t.sptes[row, i] = m.lay.nonpresent
+        return False
     role = np.int64(t.role[row])
     access = clean_access(m, gpte, gpte_access(m, gpte) & (role >> 8))
     if gfn != entry_gfn(t, row, i) or (access == 0 and (m.lay.present & m.lay.readable) == ZERO):

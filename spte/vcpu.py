@@ -92,7 +92,7 @@ class VirtualCpu(NestedVcpu):
         kinds : array_like of uint8, shape (n,)
             `spte.READ`, `spte.WRITE` or `spte.EXEC` for each access; not changed.
         stays : bool
-            The guest is not left after the last access: the next batch goes on with the same stay.
+            The guest is not left after the last access: the next batch goes on with the same stay, if no ioctl of the VM ended it.
 
         Returns
         -------
@@ -161,7 +161,7 @@ class VirtualCpu(NestedVcpu):
         vm, v = self._vm, self.arrays
         stayed = v.reg[cx.STAY] & STAYS
         v.reg[cx.STAY] = (STAYS if stays else 0) | (STAYED if stayed else 0)
-        if not stayed:
+        if not stayed or vm.mmu.is_invalid(int(v.reg[cx.ROOT])):
             self.enter_guest()
         run = run_shadow if vm.mmu.has_shadow_pages else run_guest
         while True:

@@ -97,7 +97,7 @@ class VM(Observable):
         KvmError
             The first broken rule in KVM's order: EINVAL, EEXIST (overlap), ENOMEM. Nothing is changed.
         """
-        self.alive()
+        self._kick()
         change, old, new = region.plan(self.memslots, self.platform.gpa_bits, slot, gpa, size, backing, hva, offset, flags)
         if change == region.NOTHING:
             return
@@ -168,7 +168,7 @@ class VM(Observable):
         BufferFaultError
             EFAULT: `out` is not a writable uint64 array of that size.
         """
-        self.alive()
+        self._kick()
         return dirty_log.get(self, slot, out)
 
     def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, bitmap: U64s) -> None:
@@ -190,7 +190,7 @@ class VM(Observable):
         DirtyRingInUseError, SlotIdError, ClearRangeError, NoDirtyLogError, BufferFaultError
             ENXIO, EINVAL, EINVAL, ENOENT, EFAULT; nothing is changed.
         """
-        self.alive()
+        self._kick()
         dirty_log.clear(self, slot, first_page, num_pages, bitmap)
 
     def reset_dirty_rings(self) -> int:
@@ -206,7 +206,7 @@ class VM(Observable):
         RingDisabledError
             EINVAL: the VM has no rings.
         """
-        self.alive()
+        self._kick()
         return dirty_log.reset_rings(self)
 
     # -- capabilities and parameters --------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ class VM(Observable):
         CapabilityError
             EINVAL (E2BIG for a ring that is too large); nothing is changed. A ring is always too late here: vCPUs exist.
         """
-        self.alive()
+        self._kick()
         if number(name) == MANUAL_PROTECT:
             check_manual_protect(arg0)
             self.manual = arg0
@@ -246,6 +246,7 @@ class VM(Observable):
         """Set module parameter `name` (``eager_page_split`` or ``nx_huge_pages``) to `value`; nx_huge_pages zaps everything."""
         if name not in ("eager_page_split", "nx_huge_pages"):
             raise CapabilityError(f"parameter {name!r} can not be set; take eager_page_split or nx_huge_pages")
+        self._kick()
         if getattr(self.policy, name) != value:
             self.policy = dataclasses.replace(self.policy, **{name: value})  # type: ignore[arg-type]
             self._set_mode()
@@ -262,24 +263,18 @@ class VM(Observable):
 
     def kernel_write(self, gfn: int, vcpu: int = 0) -> None:
         """Write page `gfn` as KVM itself does (string I/O, clocks) while `vcpu` runs: dirty in the log of its slot, no SPTE, no fault."""
-        self.alive()
+        self._kick()
         notifier.kernel_write(self, gfn, vcpu)
 
     def set_tss_addr(self, gpa: int) -> None:
         """Give KVM three pages at `gpa` (bytes) for a TSS, as internal memslots: KVM_SET_TSS_ADDR; KvmError if they are not free."""
-        self.alive()
+        self._kick()
         for slot in region.plan_internal(self.memslots, self.platform.gpa_bits, TSS_SLOT, gpa, Backing("4k", TSS_PAGES * 4096)):
             self.memslots.insert(slot)
             self._advance_generation(slot.as_id, 2)
 
     def set_nr_mmu_pages(self, n: int) -> None:
-        """Limit the shadow pages to `n`: KVM_SET_NR_MMU_PAGES. Tables of the TDP MMU do not count.
-
-        Raises
-        ------
-        MmuPagesError
-            EINVAL: below 64.
-        """
+        """Limit the shadow pages to `n`: KVM_SET_NR_MMU_PAGES; MmuPagesError (EINVAL) below 64. Tables of the TDP MMU do not count."""
         if n < MIN_MMU_PAGES:
             raise MmuPagesError(f"n={n} is below {MIN_MMU_PAGES}, the least that KVM works with")
 
@@ -295,6 +290,11 @@ class VM(Observable):
         if self._closed:
             raise ClosedError("the VM was closed; make a new one")
 
+    def _kick(self) -> None:
+        self.alive()  # an ioctl finds no vCPU in the guest
+        for vcpu in self.vcpus:
+            vcpu.end_stay()
+
     def close(self) -> int:
         """Destroy the VM: every SPTE is dropped without a flush, nobody can run.
 
@@ -305,11 +305,12 @@ class VM(Observable):
             emits a `DirtyLoggingLeak` warning.
         """
         if not self._closed:
+            self._kick()
             self.mmu.zap_all()
             self._closed = True
             if self.nr_memslots_dirty_logging and self.policy.warn_on_destroy:
-                text = f"VM destroyed while {self.nr_memslots_dirty_logging} memslots log; clear their LOG_DIRTY_PAGES first"
-                warnings.warn(text, DirtyLoggingLeak, stacklevel=2)
+                n = self.nr_memslots_dirty_logging
+                warnings.warn(f"VM destroyed while {n} memslots log; clear their LOG_DIRTY_PAGES first", DirtyLoggingLeak, stacklevel=2)
         return self.nr_memslots_dirty_logging
 
     def __enter__(self) -> VM:

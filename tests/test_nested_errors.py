@@ -133,3 +133,9 @@ def test_a_store_that_is_refused_leaves_no_offset_behind(platform):
     nest.write_as_l2([5])
     assert nest.faults(0) == before
     assert address >> 12 != table
+
+
+def test_ept_has_no_write_without_read():
+    nest = Nest("ept-pml")
+    with pytest.raises(GuestTablesError, match=re.escape("perm=2 writes what it can not read, an EPT misconfiguration; add READ (1)")):
+        nest.tables.map(0, 0, perm=2)

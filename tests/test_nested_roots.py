@@ -5,6 +5,7 @@ from conftest import LOG, PLATFORMS
 from nest import L2, Nest
 
 import spte
+from spte.errors import ClosedError, NestedError
 
 NESTED = [name for name in PLATFORMS if name != "shadow"]
 
@@ -83,3 +84,22 @@ def test_invept_finds_the_shadow_pages_again(nested, single):
     nest.enter()
     nest.write_as_l2(range(64))
     assert nest.faults() == before
+
+
+def test_an_ioctl_ends_a_stay_in_the_guest():
+    nest = Nest("ept-pml")
+    nest.set_flags(LOG)
+    vcpu = nest.vm.vcpus[0]
+    assert vcpu.run([nest.base + 1], [spte.WRITE], stays=True) is None
+    assert nest.harvest() == [1]
+    assert vcpu.run([nest.base + 1], [spte.WRITE], stays=True) is None
+    nest.vm.close()
+    with pytest.raises(ClosedError):
+        vcpu.write([nest.base + 1])
+
+
+def test_a_vmcb_is_amds():
+    nest = Nest("ept-pml")
+    vcpu = nest.vm.vcpus[0]
+    with pytest.raises(NestedError, match="AMD"):
+        vcpu.enter_l2(nest.tables.address(), vmcb=nest.base << 12)

@@ -298,6 +298,8 @@ def run_shadow(t, s, h, v, m, gfns, kinds, start):
         if reason == cx.EMULATED:
             at += 1
             reason = cx.DONE
+        if reason == cx.DONE and soft_full(v):
+            reason = cx.EXIT_RING_FULL
         if reason == cx.DONE and np.int64(t.role[v.reg[cx.ROOT]]) & ROLE_INVALID:
             reason = cx.EXIT_ROOT
         if reason == cx.DONE and v.log.shape[0] > 0 and v.reg[cx.LOGGED] + LOG_ROOM > v.log.shape[0]:
