@@ -118,24 +118,36 @@ def set_synced(t, row):
 
 
 @kernel_apart
-def unsync_below(t, root, at, most):
-    """Put at most `most` unsync pages below `root`, in address order, into ``t.doomed[at:]``; returns how many."""
+def unsync_below(t, root, at, room, parents):
+    """Put unsync pages below `root`, in address order, into ``t.doomed[at:]``; returns how many.
+
+    At most `room`, in which with `parents` each page on the way to them takes a place too.
+    """
     found = 0
+    taken = 0
     depth = 0
+    counted = 0  # pages of the path that have taken their place
     t.path[0], t.path[PATH] = root, 0
     while depth >= 0:
         row, i = t.path[depth], t.path[PATH + depth]
         if i == 512:
             depth -= 1
+            counted = min(counted, depth)
             continue
         t.path[PATH + depth] = i + 1
         if not is_link(t.sptes[row, i]):
             continue
         child = child_of(t.sptes[row, i])
         if t.unsync[child]:
+            if parents:
+                taken += depth - counted
+                counted = depth
+                if taken >= room:
+                    return found
             t.doomed[at + found] = child
             found += 1
-            if found == most:
+            taken += 1
+            if taken == room:
                 return found
         elif t.level[child] > 1:
             depth += 1

@@ -135,7 +135,7 @@ def zap_page(t, s, m, row):
         if t.level[row] == 0:  # came up twice
             count -= 1
             continue
-        if t.level[row] > 1 and t.meta[cx.UNSYNC] > 0 and unsync_below(t, row, count, 1):
+        if t.level[row] > 1 and t.meta[cx.UNSYNC] > 0 and unsync_below(t, row, count, 1, False):
             count += 1
             continue
         count -= 1

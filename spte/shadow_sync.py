@@ -13,7 +13,7 @@ from spte.page_track import may_write, protect_gfn, set_synced, unsync_below
 from spte.shadow_page import drop_leaf, entry_access, entry_gfn, find_page, new_page, set_shadowed
 from spte.slots import find_slot, mark_dirty
 
-BATCH = 16  # unsync pages that are protected and flushed together
+BATCH = 15  # unsync pages, and pages on the way to them from the root, that are gone through together
 
 
 @helper
@@ -113,22 +113,26 @@ def sync_page(t, s, h, v, m, row):
 
 @kernel_called
 def sync_children(t, s, h, v, m, root):
-    """Bring every unsync page below `root` in step and write-protect its table, with the flushes that this needs."""
+    """Bring every unsync page below `root` in step and write-protect its table, with the flushes that this needs.
+
+    A flush for tables that are protected serves what was synced before them too.
+    """
+    flush = False
     while t.meta[cx.UNSYNC] > 0:
-        count = unsync_below(t, root, 0, BATCH)
+        count = unsync_below(t, root, 0, BATCH, True)
         if count == 0:
-            return
+            break
         protected = False
         for n in range(count):
             if protect_gfn(t, s, m, t.gfn[t.doomed[n]]):
                 protected = True
         t.meta[cx.FLUSHES] += protected
-        flush = False
+        flush = flush and not protected
         for n in range(count):
             set_synced(t, t.doomed[n])
             if sync_page(t, s, h, v, m, np.int64(t.doomed[n])):
                 flush = True
-        t.meta[cx.FLUSHES] += flush
+    t.meta[cx.FLUSHES] += flush
 
 
 @kernel_called

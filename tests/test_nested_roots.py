@@ -103,3 +103,18 @@ def test_a_vmcb_is_amds():
     vcpu = nest.vm.vcpus[0]
     with pytest.raises(NestedError, match="AMD"):
         vcpu.enter_l2(nest.tables.address(), vmcb=nest.base << 12)
+
+
+def test_many_unsync_tables_are_synced_in_batches_that_share_flushes():
+    """Two batches (13 tables beside the three pages on the way to them, and 7): each is protected, the last one synced, by a flush."""
+    nest = Nest("npt", npages=20 * 512)
+    pages = range(0, 20 * 512, 512)
+    nest.enter()
+    nest.write_as_l2(pages)
+    nest.leave()
+    for page in pages:
+        place, value, _ = nest.entry(page)
+        nest.vm.vcpus[0].store(place, nest.tables.permissions(value, 5))
+    before = nest.stats("remote_tlb_flush_requests", "vm")
+    nest.enter()
+    assert nest.stats("remote_tlb_flush_requests", "vm") - before == 3
