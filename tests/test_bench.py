@@ -84,6 +84,7 @@ def test_what_is_no_benchmark_run_gets_one_line_and_exit_2(tmp_path, capsys, tex
     assert report.main([str(path), "chart.txt"]) == 2
 
 
+@pytest.mark.long
 @pytest.mark.skipif(_jit.PLAIN, reason="takes minutes in plain Python")
 def test_every_benchmark_runs_once_as_a_test():
     """On the smallest guest: collection, fixtures, refills and the C baselines, where a compiler is found."""

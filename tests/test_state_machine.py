@@ -96,6 +96,7 @@ def test_the_state_machine_finds_no_difference_in_many_programs(platform, policy
     run_state_machine_as_test(machine(platform, policy, rings), settings=settings(max_examples=8, stateful_step_count=25))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("mutant", "platform", "policy"), [
     *((flush, "npt", "6.1") for flush in ("enable", "GET", "CLEAR", "collapse", "unmap", "link replaced", "RESET")),
     *((flush, "npt-rmap", "6.12") for flush in ("zap-all", "remake", "lazy zap", "link replaced")),
@@ -119,6 +120,7 @@ SEEN_ON = {  # a decision, and a platform and version whose programs show it
 }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("decision", SEEN_ON)
 def test_the_comparison_sees_each_wrong_decision_of_a_version(decision, monkeypatch):
     platform, policy = SEEN_ON[decision]
