@@ -40,7 +40,7 @@ class Program(Nest):
         self.pml = platform.startswith("ept") and self.ad and self.vm.platform.ad_bits and rng.random() < 0.3
         if self.pml:
             for vcpu in self.vm.vcpus:
-                vcpu.l1_pml_index = 40  # L1's buffer fills early
+                vcpu.l1_pml_index = 1  # L1's buffer fills with the second write
         self.root = [None] * VCPUS  # whose tables the vCPU runs on
         self.hot = 0, L2  # root and address that most steps are about
         self.plain = set()  # vCPUs in an L2 that has no tables of its own
