@@ -98,7 +98,7 @@ def test_collapse_of_a_slot(compare, pages):
 @pytest.mark.parametrize("order", ratios.ORDERS)
 def test_slow_fault(compare, pages, platform, order):
     """In a slot that logs: there each page faults alone under both, without runs of first touches and without prefetch."""
-    pages = min(pages, SHADOW_REACH) if platform == "shadow" else pages
+    pages = min(pages, SHADOW_REACH if platform == "shadow" else REFILLED)  # a second pair beside `both`: memory
     pair = Guest(pages, PLATFORMS[platform]), Guest(pages)
     gfns = ratios.random_gfns(pair[0], 1 << 22) if order == "random" else np.arange(min(pages, 1 << 22))
     tables = np.arange(0, pages, HUGE_PAGE >> 12)
