@@ -1,7 +1,7 @@
 """Benchmarks: each kernel beside a limit measured in the same process.
 
     pytest bench                                    sizes that take seconds
-    pytest bench --guest 1T                         the size of the bars; needs 8 GiB
+    pytest bench --guest 1T                         the size of the bars; needs 12 GiB
     pytest bench --benchmark-json=now.json          keep the figures
     python -m bench.report now.json [chart.png]     make a table, and a chart, of them; README.md as well puts the table there
     pytest bench --benchmark-save=base              keep them under a name; `--benchmark-compare=base` sets a later run beside them
