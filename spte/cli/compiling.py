@@ -10,4 +10,4 @@ from spte import _jit
 def announce_compilation() -> None:
     """Say on stderr that kernels will be compiled, unless the cache has them."""
     if not _jit.is_warm():
-        click.echo("spte: first run: compiling the kernels for this machine, about 20 s, once", err=True)
+        click.echo("spte: first run: compiling the kernels for this machine, about half a minute, once", err=True)
