@@ -29,6 +29,15 @@ print(max(took))
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def bytecode(tmp_path_factory):
+    """Processes find the bytecode that one before them left, as after an installation, whatever the environment says."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+        patch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path_factory.mktemp("bytecode")))
+        yield
+
+
 def fresh(code: str, **env: str) -> float:
     """Return the seconds that `code` prints in a process of its own."""
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env={**os.environ, **env})

@@ -56,7 +56,7 @@ CACHE_DIR = None if PLAIN else _cache_dir()
 def kernel(func: Callable[..., Any], *, apart: bool = False, inner: bool = False) -> Callable[..., Any]:
     """Compile `func` lazily, without the GIL, cached under the key of all sources; plain Python with NUMBA_DISABLE_JIT=1.
 
-    It becomes part of its callers, unless `apart`; Python can not call it if it is `inner`.
+    It becomes part of its callers, unless `apart`; Python can not call it if it is `inner`, and it is cached with its callers.
     """
     if PLAIN:
         KERNELS.append(func)
@@ -69,7 +69,8 @@ def kernel(func: Callable[..., Any], *, apart: bool = False, inner: bool = False
         options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False}
         # No wrapper for C, which nobody calls: a fifth off the time to compile everything.
         options |= {"forceinline": not apart, "no_cpython_wrapper": inner, "no_cfunc_wrapper": True}
-        dispatcher = numba.njit(cache=CACHE_DIR is not None, **options)(func)
+        # What only kernels call is cached within them: an entry of its own cost import a sixth.
+        dispatcher = numba.njit(cache=CACHE_DIR is not None and not inner, **options)(func)
     finally:
         CONFIG.CACHE_DIR = old
     KERNELS.append(dispatcher)

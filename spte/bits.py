@@ -115,11 +115,6 @@ def layout(platform: Platform, era: str) -> Layout:
     )  # fmt: skip
 
 
-def is_mmio(spte: np.uint64, lay: Layout) -> bool:
-    """Tell whether `spte` is an MMIO SPTE of layout `lay`."""
-    return bool((U64(spte) & lay.mmio_mask) == lay.mmio_test)
-
-
 def _check_overlaps() -> None:
     from spte import platform as _p
 

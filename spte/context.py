@@ -113,8 +113,8 @@ L1_PML_GFN, L1_PML_INDEX = 16, 17  # L1's own PML buffer while L2 runs with it, 
 PML_BARRED = 18  # L2 runs with PML off: a full buffer is an exit that must not happen
 REG_COLUMNS = 19
 # Columns of Vcpu.guest: level and gfn that the walk came to, access allowed there; table and access on the way by level.
-GW_LEVEL, GW_GFN, GW_ACCESS, GW_GPTE, GW_TABLE, GW_TABLE_ACCESS = 0, 1, 2, 3, 4, 10
-GW_COLUMNS = 16
+GW_LEVEL, GW_GFN, GW_ACCESS, GW_TABLE, GW_TABLE_ACCESS = 0, 1, 2, 3, 9
+GW_COLUMNS = 14
 # Columns of Vcpu.stat.
 PF_TAKEN, PF_FIXED, PF_FAST, PF_EMULATE, PF_SPURIOUS, PF_MMIO_SPTE_CREATED = 0, 1, 2, 3, 4, 5
 EXITS, PML_ENTRIES, PML_FULLS, RING_FULLS, SLOW_FAULTS, VIOLATIONS, MISCONFIGS = 6, 7, 8, 9, 10, 11, 12

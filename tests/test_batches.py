@@ -28,7 +28,7 @@ def state(vm: spte.VM, log: np.ndarray) -> list[object]:
 
 
 @pytest.mark.parametrize("platform", ["ept-pml", "ept-noad", "npt", "npt-pml"])
-@pytest.mark.parametrize("policy", ["5.11", "6.13"])
+@pytest.mark.parametrize("policy", ["5.11", pytest.param("6.12", marks=pytest.mark.long), "6.13"])
 @pytest.mark.parametrize("logs", [0, 1])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_large_batch_does_what_small_ones_do(platform, policy, logs, mixed):

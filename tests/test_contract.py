@@ -51,7 +51,7 @@ def test_each_written_page_is_reported_at_least_once(platform, policy, kind, mod
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", ["4k", "thp"])  # from here on every leaf is of 4 KiB, whatever the kind
+@pytest.mark.parametrize("kind", [kind if kind in ("4k", "thp") else pytest.param(kind, marks=pytest.mark.long) for kind in KINDS])
 def test_in_a_steady_state_each_written_page_is_reported_exactly_once(platform, policy, kind, mode):
     """Steady: every leaf is 4 KiB and present, no page was mended since the last harvest but not yet logged."""
     rng = random.Random(f"{platform} {policy} {kind} {mode}")
