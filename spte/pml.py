@@ -17,7 +17,7 @@ def _mark_run(words, pml, first, base, npages, start):
     """Mark entries from `first` on in the bitmap that starts at word `start`; returns the first whose gfn is not in its slot, else 512."""
     # Asked for beforehand, the words of a buffer took 1.2 times as long; with the lookup of the slot in this loop 1.5.
     for at in range(U64(first), U64(512)):
-        offset = (pml[at] >> SHIFT_PAGE) - base
+        offset = U64(np.int64(pml[at] >> SHIFT_PAGE) - base)  # before its slot: wraps, and is past its end
         if offset >= npages:
             return np.int64(at)
         words[start + (offset >> WORD_SHIFT)] |= ONE << (offset & WORD_MASK)
@@ -33,7 +33,7 @@ def _mark_in_bitmaps(t, s, v, first):
         if k < 0 or s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES == 0:
             at += 1
             continue
-        end = _mark_run(s.words, v.pml, at, U64(s.table[k, cx.BASE]), U64(s.table[k, cx.NPAGES]), U64(s.table[k, cx.BITMAP]))
+        end = _mark_run(s.words, v.pml, at, s.table[k, cx.BASE], U64(s.table[k, cx.NPAGES]), U64(s.table[k, cx.BITMAP]))
         t.meta[cx.DIRTY_MARKS] += end - at
         at = end
 
