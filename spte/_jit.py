@@ -1,4 +1,4 @@
-"""The only place that knows numba: options, cache directory and its key, intrinsics with their plain-Python twins, warm-up."""
+"""All that knows numba, with `spte._link`: options, cache directory and its key, intrinsics with their plain-Python twins."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from spte import _link
+
 CONFIG: Any = numba.config
 PLAIN = bool(CONFIG.DISABLE_JIT)  # NUMBA_DISABLE_JIT=1: every kernel is its plain-Python twin
-KERNELS: list[Any] = []  # every dispatcher, in order of definition
+KERNELS: list[Any] = []  # all, in order of definition
 HERE = Path(__file__).parent
 
 
@@ -29,7 +31,7 @@ def _digest() -> str:
     sources = sorted([*HERE.glob("*.py"), *HERE.glob("kernels/*.py")])
     h = hashlib.sha256()
     for path in sources:
-        if "spte._jit import" in (text := path.read_text()) or path.name in ("_jit.py", "bits.py", "context.py"):
+        if "spte._jit import" in (text := path.read_text()) or path.name in ("_jit.py", "_link.py", "bits.py", "context.py"):
             h.update(f"{path.name}\0{text}\0".encode())
     for part in (numba.__version__, np.__version__, sys.version, str(bool(CONFIG.BOUNDSCHECK))):
         h.update(part.encode())
@@ -53,28 +55,33 @@ def _cache_dir() -> str | None:
 CACHE_DIR = None if PLAIN else _cache_dir()
 
 
+def _enable_cache(dispatcher: Any) -> None:
+    if CACHE_DIR is None:
+        return
+    old, CONFIG.CACHE_DIR = CONFIG.CACHE_DIR, CACHE_DIR
+    try:
+        dispatcher.enable_caching()
+    finally:
+        CONFIG.CACHE_DIR = old
+
+
 def kernel(func: Callable[..., Any], *, apart: bool = False, inner: bool = False) -> Callable[..., Any]:
     """Compile `func` lazily, without the GIL, cached under the key of all sources; plain Python with NUMBA_DISABLE_JIT=1.
 
-    It becomes part of its callers, unless `apart`; Python can not call it if it is `inner`, and it is cached with its callers.
+    It becomes part of its callers, unless `apart`; Python can not call it if it is `inner`.
     """
     if PLAIN:
         KERNELS.append(func)
         return func
-    old = CONFIG.CACHE_DIR
-    CONFIG.CACHE_DIR = CACHE_DIR or old
-    try:
-        # No reference counts: kernels allocate nothing, and counting each array of a NamedTuple at each call made a faulting write
-        # take 950 ns instead of 21 ns.
-        options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False}
-        # No wrapper for C, which nobody calls: a fifth off the time to compile everything.
-        options |= {"forceinline": not apart, "no_cpython_wrapper": inner, "no_cfunc_wrapper": True}
-        # What only kernels call is cached within them: an entry of its own cost import a sixth.
-        dispatcher = numba.njit(cache=CACHE_DIR is not None and not inner, **options)(func)
-    finally:
-        CONFIG.CACHE_DIR = old
-    KERNELS.append(dispatcher)
-    return cast(Callable[..., Any], dispatcher)
+    # No reference counts: kernels allocate nothing, and counting each array of a NamedTuple at each call made a faulting write
+    # take 950 ns instead of 21 ns.
+    options: dict[str, Any] = {"nopython": True, "nogil": True, "error_model": "numpy", "_nrt": False, "no_cfunc_wrapper": True}
+    made: Any = _link.Part(func, options | {"forceinline": not apart, "no_cpython_wrapper": True})
+    if not inner:
+        made = _link.Kernel(func, options, made)
+        _enable_cache(made)
+    KERNELS.append(made)
+    return cast(Callable[..., Any], made)
 
 
 def kernel_apart(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,7 +95,7 @@ def kernel_called(func: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def helper(func: Callable[..., Any]) -> Callable[..., Any]:
-    """As `kernel`, for other kernels only: no wrapper for Python, a fifth off the time to compile everything."""
+    """As `kernel`, for other kernels only."""
     return kernel(func, inner=True)
 
 

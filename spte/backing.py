@@ -49,7 +49,7 @@ def _release(first_block: int, blocks: int, unit: int, units: int) -> None:
     h = hostmm.the_host()
     guest_memory.forget(first_block, blocks)
     for block in first_block + np.flatnonzero(h.block[first_block : first_block + blocks] == hostmm.MIXED):
-        hostmm.drop_mixed(h, block, hostmm.EMPTY)
+        hostmm.drop_mixed(h, block, np.uint8(hostmm.EMPTY))
     h.block[first_block : first_block + blocks] = hostmm.EMPTY
     h.kind[first_block : first_block + blocks] = hostmm.UNMAPPED
     _units().give(unit, units)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte import bits as bt
-from spte._jit import helper, kernel
+from spte._jit import helper
 from spte.context import NX_SPLITS, SPLITS_1G, SPLITS_2M, SPTES_WRITTEN, ZAPPED
 from spte.tables import alloc_row, child_of, count_leaf, free_row, is_leaf, is_link, take_row
 
@@ -92,7 +92,7 @@ def set_executable(spte, lay, on):
     return (spte | x) & ~lay.nx if on else (spte & ~x) | lay.nx
 
 
-@kernel
+@helper
 def link(t, m, row, i, child):
     """Make entry `i` of `row` point to table `child`."""
     t.sptes[row, i] = m.lay.link | (bt.U64(child) << bt.SHIFT_PAGE)

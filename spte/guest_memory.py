@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte import host as hostmm
-from spte._jit import helper, kernel
+from spte._jit import helper
 from spte.bits import ZERO
 from spte.context import U64s
 from spte.errors import OutOfTablesError
@@ -31,7 +31,7 @@ def read_word(h, hpage, i):
     return ZERO if row < 0 else h.words[row, i]
 
 
-@kernel
+@helper
 def write_word(h, hpage, i, value):
     """Set 64-bit word `i` of `hpage`, if its contents are kept."""
     row = words_row(h, hpage)

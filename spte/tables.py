@@ -89,7 +89,7 @@ def is_link(spte):
     return (spte & (MMU_PRESENT | LARGE)) == MMU_PRESENT
 
 
-@kernel
+@helper
 def child_of(spte):
     """Return the row that a link names."""
     return np.int64((spte & PFN_MASK) >> SHIFT_PAGE)

@@ -9,7 +9,9 @@ import numpy as np
 from spte import kernels, mm
 from spte.backing import Backing
 from spte.guest_tables import GuestTables
+from spte.host import the_host
 from spte.memslot import USER_MEM_SLOTS
+from spte.slots import max_mapping_level
 from spte.vm import VM
 
 _SLOT = USER_MEM_SLOTS - 1
@@ -46,6 +48,8 @@ def _memory() -> None:
         vm.vcpus[0].write(np.arange(4))
         vm.vcpus[0].prefault(8 << 12, 4096)
         mm.madvise(backing, 0, 4, mm.PAGEOUT, ages=True)
+        vm.kernel_write(0)
+        max_mapping_level(vm.memslots.spaces[0], the_host(), 0, np.int64(0), np.int64(1))
         vm.check()
 
 
@@ -88,6 +92,12 @@ def _shadow() -> None:
             vm.set_memory_region(_SLOT, 0, 4 << 20, backing, flags=flags)
             vm.vcpus[0].write(np.arange(8))
         mm.madvise(backing, 0, 4, mm.PAGEOUT, ages=True)
+    with VM("shadow") as vm:
+        for size in (4 << 20, 0, 4 << 20):  # the root's pages go with the slot, and new ones as the guest turns paging on
+            vm.set_memory_region(_SLOT, 0, size, backing if size else None)
+            if size:
+                vm.vcpus[0].write([1])
+        vm.vcpus[0].load_cr3(0)
 
 
 def _nested() -> None:
@@ -104,6 +114,7 @@ def _nested() -> None:
             vm.set_memory_region(_SLOT, 0, 4 << 20, backing, flags=flags)
             vcpu.enter_l2(tables.address())
             vcpu.write([1, 1024])
+            vm.leafs()
             vcpu.leave_l2()
             vcpu.store(address, tables.unused(entry, accessed=False))
             vcpu.invept()

@@ -21,7 +21,7 @@ REPORT = """
 import json, sys
 import numba
 from conftest import PLATFORMS, typical_run
-from spte import _jit, policy
+from spte import _jit, _link, policy
 from spte.warm import warmup
 
 
@@ -36,12 +36,14 @@ def arrays(args):
 
 def report():
     for k in _jit.KERNELS:
-        maps = [k.overloads[sig].type_annotation.typemap for sig in k.signatures]
+        for_python = isinstance(k, _link.Kernel)
+        both = [k, k.part.dispatcher] if for_python else [k.dispatcher]  # as Python calls it, as kernels take it in
+        maps = [d.overloads[sig].type_annotation.typemap for d in both for sig in d.signatures]
         yield {
             "name": k.py_func.__module__ + "." + k.py_func.__name__,
-            "calls": list(k.py_func.__code__.co_names),
-            "signatures": [str(sig) for sig in k.signatures],
-            "layouts": sorted({str(tuple(arrays(sig))) for sig in k.signatures}),
+            "for_python": for_python,
+            "signatures": [str(sig) for sig in both[0].signatures],
+            "layouts": sorted({str(tuple(arrays(sig))) for d in both for sig in d.signatures}),
             "floats": [v for m in maps for v, ty in m.items() if isinstance(ty, numba.types.Float)],
         }
 
@@ -65,9 +67,8 @@ def reports(tmp_path_factory):
 
 
 def entry_points(report):
-    """Kernels that no other kernel calls."""
-    inner = {name for kernel in report for name in kernel["calls"]}
-    return {k["name"]: k for k in report if k["name"].rsplit(".", 1)[1] not in inner}
+    """Kernels for Python."""
+    return {k["name"]: k for k in report if k["for_python"]}
 
 
 @compiled
@@ -110,13 +111,14 @@ RUN = """
 import sys, warnings
 warnings.simplefilter("error")
 import spte
-from spte import _jit
+from spte import _jit, _link
 assert spte.__file__.startswith({copy!r}), spte.__file__
 vm = spte.VM("npt")
 vm.set_memory_region(0, 0, 1 << 22, spte.Backing("thp", 1 << 22))
 vm.vcpus[0].write(range(8))
-hits = sum(sum(k.stats.cache_hits.values()) for k in _jit.KERNELS)
-misses = sum(sum(k.stats.cache_misses.values()) for k in _jit.KERNELS)
+cached = [k for k in _jit.KERNELS if isinstance(k, _link.Kernel)]
+hits = sum(sum(k.stats.cache_hits.values()) for k in cached)
+misses = sum(sum(k.stats.cache_misses.values()) for k in cached)
 print(hits, misses, vm.leafs()[0][1:3])
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._jit import kernel
+from spte._jit import helper, kernel
 from spte.bits import ONE, U64, ZERO
 from spte.context import BASE, COUNT, NPAGES, RING_RESET, RING_SIZE, SLOT
 from spte.rearm import rearm
@@ -14,7 +14,7 @@ HARVESTED = U64(2)
 FLAGS_MASK = U64(0xFFFF_FFFF)
 
 
-@kernel
+@helper
 def _rearm(t, s, m, roots, slot, offset, mask):
     """Re-arm one mask; a slot or offset that does not exist (userspace may write the ring) is passed over."""
     last = np.int64(63)
