@@ -92,17 +92,18 @@ def _scan(t, s, m, count):
             continue
         for i in range(512):
             spte = t.sptes[row, i]
-            gfn = entry_gfn(t, row, np.int64(i))
-            broken = 0
+            if spte == m.lay.nonpresent and not t.whole[row]:
+                continue
             if (spte & bt.MMU_PRESENT) == bt.ZERO:
                 mmio = (spte & m.lay.mmio_mask) == m.lay.mmio_test
-                broken = S9 if t.whole[row] else 0 if spte == m.lay.nonpresent or mmio else S5
+                broken = S9 if t.whole[row] else 0 if mmio else S5
             elif is_leaf(spte, level):
                 if level <= 3:
                     count[level - 1] += 1
+                gfn = entry_gfn(t, row, np.int64(i))
                 broken = S3 if level == 1 and (spte & bt.LARGE) != bt.ZERO else _leaf_breaks(t, s, m, row, spte, gfn, level)
             else:
-                child = child_of(spte)
+                child, gfn = child_of(spte), entry_gfn(t, row, np.int64(i))
                 ours = linked(t, s, child, row * 512 + i) if t.shadow[row] else t.parent[child] == row
                 # A page that shadows a guest table has the gfn of that table, not of what is mapped below it.
                 same = t.gfn[child] == gfn or not is_direct(t, child) or not is_direct(t, row)
