@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, NoReturn
 
+import numpy as np
+
 from spte.backing import Backing
-from spte.bits import PFN_MASK
+from spte.bits import PFN_MASK, SHIFT_PAGE
 from spte.context import U64s
 from spte.errors import GuestTablesError
 
@@ -122,14 +124,20 @@ class GuestTables:
         self._check_way(gfn, count * size, level, root)
         flags = self.permissions(self._format.leaf, perm) | (LARGE if level > 1 else 0)
         flags |= (self._format.accessed if accessed else 0) | (self._format.dirty if dirty else 0)
-        for n in range(0, count * size, size):
+        n = 0
+        while n < count:
+            first = gfn + n * size
             page, at = self.roots[root], LEVELS
             while at > level:
-                entries, i = self._words(page), (gfn + n) >> 9 * (at - 1) & 511
+                entries, i = self._words(page), first >> 9 * (at - 1) & 511
                 if not entries[i]:
                     entries[i] = self._new_page() << 12 | self._format.link
                 page, at = (int(entries[i]) & FRAME) >> 12, at - 1
-            self._words(page)[(gfn + n) >> 9 * (level - 1) & 511] = (to + n) << 12 | flags
+            i = first >> 9 * (level - 1) & 511
+            some = min(512 - i, count - n)  # what lies in one table
+            frames = np.arange(to + n * size, to + (n + some) * size, size, dtype=np.uint64)
+            self._words(page)[i : i + some] = frames << SHIFT_PAGE | np.uint64(flags)
+            n += some
 
     def _check_way(self, gfn: int, pages: int, level: int, root: int) -> None:
         """See that no larger page is in the way of a mapping, and that there is a page for each table that it needs."""
