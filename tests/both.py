@@ -31,10 +31,10 @@ def leaf_flags(oracle, level, leaf):
     return f"{flags | a * leaf.a | d * leaf.d | hw * leaf.hw | mw * leaf.mw | leaf.w << 1 | (level > 1) << 7:x}"
 
 
-def leaf_runs(oracle):
-    """The oracle's leaves in the shape of `VM.leafs`."""
+def leaf_runs(oracle, leafs):
+    """The oracle's leaves that a walk may meet, in the shape of `VM.leafs`."""
     runs = []
-    for (level, gfn), leaf in sorted(oracle.seen()[0].items(), key=lambda item: item[0][1]):
+    for (level, gfn), leaf in sorted(leafs.items(), key=lambda item: item[0][1]):
         flags = leaf_flags(oracle, level, leaf)
         last = runs[-1] if runs else None
         if last and last[0] == level and last[3] == flags and last[1] + last[2] * PAGES[level] == gfn:
@@ -44,9 +44,9 @@ def leaf_runs(oracle):
     return runs
 
 
-def mmio_sptes(oracle):
+def mmio_sptes(oracle, mmio):
     fixed = 6 if oracle.kind.ept else 1 << 51 | 7
-    return {g: f"{fixed | g << 12 | (gen & 0xFF) << 3 | (gen >> 8 & 0x7FF) << 52:x}" for g, gen in oracle.seen()[2].items()}
+    return {g: f"{fixed | g << 12 | (gen & 0xFF) << 3 | (gen >> 8 & 0x7FF) << 52:x}" for g, gen in mmio.items()}
 
 
 def unpack(bitmap):
@@ -194,11 +194,11 @@ class Both:
         """Leaves, MMIO SPTEs, tables, bitmaps and counters of both; the oracle's guest loses no write, nor does it use what is gone."""
         vm, ref = self.vm, self.ref
         vm.check()
-        views = range(len(vm.vcpus))
-        assert max((vm.leafs(v) for v in views), key=len) == leaf_runs(ref)
-        assert {g: value for v in views for _, g, value in vm.other(v)} == mmio_sptes(ref)
+        views, (seen_leafs, seen_tables, seen_mmio) = range(len(vm.vcpus)), ref.seen()
+        assert max((vm.leafs(v) for v in views), key=len) == leaf_runs(ref, seen_leafs)
+        assert {g: value for v in views for _, g, value in vm.other(v)} == mmio_sptes(ref, seen_mmio)
         tables = {(lv, g + i * PAGES[lv + 1]): nx for v in views for lv, g, n, *_, nx, _ in vm.tables(v) for i in range(n) if lv < 4}
-        assert tables == {t: int(t in ref.nx_marks) for t in ref.seen()[1]}
+        assert tables == {t: int(t in ref.nx_marks) for t in seen_tables}
         logs = {s["as"] << 16 | s["id"]: s["kbitmap"] for s in vm.slots() if s["kbitmap"] is not None}
         dirty = {sid: {f + i for f, n in runs for i in range(n)} for sid, runs in logs.items()}
         assert dirty == {s.id: s.dirty for s in ref.slots.values() if s.dirty is not None}

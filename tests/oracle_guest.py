@@ -96,7 +96,7 @@ class Guest:
 
     def fault(self, vcpu, gfn, kind):
         slot, stats = self.slot_of(gfn), vcpu.stats
-        generation = self.seen()[2].get(gfn)
+        generation = self.seen_mmio(gfn)
         if generation == self.gen:
             return "mmio"
         if generation is not None and self.kind.ept:

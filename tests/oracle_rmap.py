@@ -71,6 +71,10 @@ class RmapOracle(Oracle):
         tables = {table for table in self.tables if reached(*table)}
         return leafs, tables, {at: gen for at, gen in self.mmio.items() if reached(1, at)}
 
+    def seen_mmio(self, at):
+        """As `seen`, for one address: a fault asks it, and there are many."""
+        return self.mmio.get(at) if at in self.mmio and self.tables_to(at)[-1][0] == 1 else None
+
     def walk(self, gfn, goal, fits, no_huge):
         goal = min(goal, self.top - 1)
         for level in range(self.top, 0, -1):

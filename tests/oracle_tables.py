@@ -40,6 +40,10 @@ class Tables:
         """Leaves, tables and MMIO SPTEs that a walk may meet: all."""
         return self.leafs, self.tables, self.mmio
 
+    def seen_mmio(self, at):
+        """The generation of the MMIO SPTE that a walk to `at` meets, None if it meets none."""
+        return self.mmio.get(at)
+
     def leafs_of(self, slot):
         """[(level, first address, leaf)] of what the slot maps."""
         if slot.as_id:
