@@ -14,7 +14,7 @@ from nest import L2, TABLES_GFN, TABLES_PAGES, Nest, kind_of, violation_of
 import spte
 from spte import mm
 from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, SHIFT_PAGE
-from spte.context import UNSYNC
+from spte.context import ROWS, UNSYNC
 
 NPAGES, VIEWS, ROOTS, VCPUS = 1024, 3, 2, 2
 PAGES = (0, 1, 7, 8, 511, 512, 600, 1023)
@@ -49,6 +49,7 @@ class Program(Nest):
         self.logs = [False, False]
         self.written = [set(), set()]  # of each slot since its last harvest
         self.got = [set(), set()]  # taken from rings meanwhile
+        self.pages = [self.table_memory.table(page) for page in range(TABLES_PAGES)]  # views, in which each step's changes appear
         self.words = self.contents()
         self.links = {}  # entries that were emptied, by their address
         self.reached = set()
@@ -81,7 +82,7 @@ class Program(Nest):
             seen.add(self.says(root, gfn))
 
     def contents(self):
-        return np.stack([self.table_memory.table(page) for page in range(TABLES_PAGES)])
+        return np.stack(self.pages)
 
     def after(self):
         """What KVM or the guest changed in the tables is written, and may be used from now on."""
@@ -276,7 +277,7 @@ class Program(Nest):
         mm.madvise(self.memory, first, count)
         t, hpage = self.vm.mmu.tables, self.memory.hpage + first
         for level in (1, 2):
-            sptes = t.sptes[t.level == level]
+            sptes = t.sptes[: t.meta[ROWS]][t.level[: t.meta[ROWS]] == level]
             frames = ((sptes & PFN_MASK) >> SHIFT_PAGE).astype(np.int64)
             leaf = (sptes & MMU_PRESENT != 0) & ((level == 1) | (sptes & LARGE != 0))
             assert not (leaf & (frames >> 9 * (level - 1) == hpage >> 9 * (level - 1))).any()
