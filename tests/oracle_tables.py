@@ -3,7 +3,7 @@
 import dataclasses
 
 from oracle_host import PAGES, align
-from oracle_memory import SPAN
+from oracle_memory import SPAN, Leaf
 
 
 class Tables:
@@ -64,7 +64,7 @@ class Tables:
         self.tables.add((level - 1, gfn))
         child = dataclasses.replace(parent, x=parent.x or (level == 2 and self.nx))
         step = PAGES[level - 1]
-        self.leafs |= {(level - 1, gfn + i * step): dataclasses.replace(child) for i in range(512)}
+        self.leafs |= {(level - 1, gfn + i * step): Leaf(**vars(child)) for i in range(512)}
 
     def split_range(self, start, end):
         for level in (3, 2):
