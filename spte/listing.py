@@ -12,10 +12,11 @@ from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, Layout
 from spte.context import PAE_ROOT, Tables
 from spte.sweep import GFN_SHIFT, is_scattered
 
+_PRESENT, _LARGE, _FRAME, _NO_FRAME = int(MMU_PRESENT), int(LARGE), int(PFN_MASK), ~PFN_MASK
 _TOP_BIT = 1 << 63  # of an entry that is not present: suppress-#VE of EPT, or the non-present value of NPT
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
     """Neighbouring entries of one row that are alike: a ``table`` (count 1), ``leaf`` runs, an ``other`` entry (count 1)."""
 
     what: str
@@ -48,36 +49,46 @@ def _edges(t: Tables, row: int, flags: np.ndarray[Any, np.dtype[np.uint64]], shi
     return [0, *(np.flatnonzero(changes) + 1).tolist(), len(flags)]
 
 
-def _walk(t: Tables, row: int, hide: tuple[int, int] | None, address: int = 0) -> Iterator[_Run]:
-    """Yield what hangs below `row`, which translates `address` on, depth-first and ascending, a table before what it holds."""
+def walk(t: Tables, root: int, hide: tuple[int, int] | None = None) -> list[Run]:
+    """Return what hangs below `root`, depth-first and ascending, a table before what it holds; `hide` leaves addresses ``[a, b)`` out."""
+    found: list[Run] = []
+    if root >= 0:  # a vCPU may have none yet
+        _collect(t, root, hide, 0, found)
+    return found
+
+
+def _collect(t: Tables, row: int, hide: tuple[int, int] | None, address: int, found: list[Run]) -> None:
+    """Add to `found` what hangs below `row`, which translates `address` on."""
     level = int(t.level[row])
     if t.shadow[row] != PAE_ROOT and (hide is None or not hide[0] <= address < hide[1]):
-        yield _Run("table", level, int(t.gfn[row]), 1, row)
+        found.append(Run("table", level, int(t.gfn[row]), 1, row))
     shift = 9 * (level - 1)
     entries = t.sptes[row]
-    flags = entries & ~PFN_MASK
+    flags = entries & _NO_FRAME
     for first, end in pairwise(_edges(t, row, flags, shift)):
         bits = int(flags[first])
-        if bits & int(MMU_PRESENT) and (level == 1 or bits & int(LARGE)):
+        if not bits & ~_TOP_BIT:
+            continue
+        if bits & _PRESENT and (level == 1 or bits & _LARGE):
             mapped = int(t.shadowed[row, first] >> GFN_SHIFT) if is_scattered(t, row) else int(t.gfn[row]) + (first << shift)
             for gfn, count in _visible(level, address + (first << shift), end - first, hide):
-                yield _Run("leaf", level, gfn, count, bits, mapped + gfn - address - (first << shift))
-        elif bits & int(MMU_PRESENT):
-            for i, entry in enumerate(entries[first:end], first):
-                yield from _walk(t, int(entry & PFN_MASK) >> 12, hide, address + (i << shift))
-        elif bits & ~_TOP_BIT:
+                found.append(Run("leaf", level, gfn, count, bits, mapped + gfn - address - (first << shift)))
+        elif bits & _PRESENT:
+            for i, entry in enumerate(entries[first:end].tolist(), first):
+                _collect(t, (entry & _FRAME) >> 12, hide, address + (i << shift), found)
+        else:
             for i in range(first, end):
                 for gfn, _ in _visible(level, address + (i << shift), 1, hide):
-                    yield _Run("other", level, gfn, 1, int(entries[i]))
+                    found.append(Run("other", level, gfn, 1, int(entries[i])))
 
 
-def leafs(t: Tables, root: int, hide: tuple[int, int] | None = None, *, mapped: bool = False) -> list[list[Any]]:
-    """Return ``[level, first_gfn, count, flags]`` runs of leaves that follow each other with equal bits but for the frame.
+def leafs(walked: list[Run], *, mapped: bool = False) -> list[list[Any]]:
+    """Return ``[level, first_gfn, count, flags]`` runs of the leaves of a walk that follow each other with equal bits but for the frame.
 
     `mapped` adds the gfn that the first one maps, where the tables translate other addresses than gfns.
     """
     runs: list[list[Any]] = []
-    for run in _walk(t, root, hide):
+    for run in walked:
         if run.what != "leaf":
             continue
         level, flags = run.level, f"{run.value:x}"
@@ -91,10 +102,10 @@ def leafs(t: Tables, root: int, hide: tuple[int, int] | None = None, *, mapped: 
     return runs
 
 
-def tables(t: Tables, root: int, hide: tuple[int, int] | None = None) -> list[list[Any]]:
-    """Return ``[level, gfn, count, role, tdp, nx_disallowed, unsync]`` runs of page-table pages, parents before children."""
+def tables(t: Tables, walked: list[Run]) -> list[list[Any]]:
+    """Return ``[level, gfn, count, role, tdp, nx_disallowed, unsync]`` runs of the page-table pages of a walk, parents before children."""
     runs: list[list[Any]] = []
-    for run in _walk(t, root, hide):
+    for run in walked:
         if run.what != "table":
             continue
         level, gfn, row = run.level, run.gfn, run.value
@@ -107,10 +118,10 @@ def tables(t: Tables, root: int, hide: tuple[int, int] | None = None) -> list[li
     return runs
 
 
-def other(t: Tables, root: int, lay: Layout, hide: tuple[int, int] | None = None) -> list[list[Any]]:
-    """Return ``[level, gfn, full hex]`` of the entries that are neither present nor empty: MMIO and frozen ones."""
+def other(walked: list[Run], lay: Layout) -> list[list[Any]]:
+    """Return ``[level, gfn, full hex]`` of the entries of a walk that are neither present nor empty: MMIO and frozen ones."""
     empty = int(lay.nonpresent)
-    return [[r.level, r.gfn, f"{r.value:x}"] for r in _walk(t, root, hide) if r.what == "other" and r.value != empty]
+    return [[r.level, r.gfn, f"{r.value:x}"] for r in walked if r.what == "other" and r.value != empty]
 
 
 def runs_of(values: list[int]) -> list[list[int]]:

@@ -35,18 +35,18 @@ class Observable:
 
     def leafs(self, vcpu: int = 0, *, hide: tuple[int, int] | None = None) -> list[list[Any]]:
         """Return the leaves of a vCPU's root as ``[level, first_gfn, count, flags]`` runs; `hide` leaves gfns ``[a, b)`` out."""
-        return listing.leafs(self.mmu.tables, root, hide) if (root := self._root_of(vcpu)) >= 0 else []
+        return listing.leafs(self._walk(vcpu, hide))
 
     def tables(self, vcpu: int = 0, *, hide: tuple[int, int] | None = None) -> list[list[Any]]:
         """Return its page-table pages as ``[level, gfn, count, role, tdp, nx_disallowed, unsync]`` runs."""
-        return listing.tables(self.mmu.tables, root, hide) if (root := self._root_of(vcpu)) >= 0 else []
+        return listing.tables(self.mmu.tables, self._walk(vcpu, hide))
 
     def other(self, vcpu: int = 0, *, hide: tuple[int, int] | None = None) -> list[list[Any]]:
         """Return its MMIO and frozen entries as ``[level, gfn, hex]``."""
-        return listing.other(self.mmu.tables, root, self.mmu.mode.lay, hide) if (root := self._root_of(vcpu)) >= 0 else []
+        return listing.other(self._walk(vcpu, hide), self.mmu.mode.lay)
 
-    def _root_of(self, vcpu: int) -> int:
-        return int(self.vcpus[vcpu].arrays.reg[ROOT])
+    def _walk(self, vcpu: int, hide: tuple[int, int] | None) -> list[listing.Run]:
+        return listing.walk(self.mmu.tables, int(self.vcpus[vcpu].arrays.reg[ROOT]), hide)
 
     def roots(self, *, hide: tuple[int, int] | None = None) -> list[dict[str, Any]]:
         """Return every root that a vCPU keeps, in the shape of the nested recordings: where it is kept, its role, what it maps.
@@ -67,12 +67,13 @@ class Observable:
                         found.append({**entry, "root": f"same as {seen[root.row]}"})
                         continue
                     seen[root.row] = f"{vcpu.index} {name} {which}"
+                    walked = listing.walk(t, root.row, hide)
                     entry |= {
                         "root_role": f"{role:x}", "direct": int(role & ROLE_IS_DIRECT != 0), "guest_mode": int(role & ROLE_GUEST_MODE != 0),
                         "root_invalid": int(role & ROLE_INVALID != 0),
-                        "leafs": listing.leafs(t, root.row, hide, mapped=name == "guest_mmu"), "tables": listing.tables(t, root.row, hide),
+                        "leafs": listing.leafs(walked, mapped=name == "guest_mmu"), "tables": listing.tables(t, walked),
                     }  # fmt: skip
-                    other = listing.other(t, root.row, self.mmu.mode.lay, hide)
+                    other = listing.other(walked, self.mmu.mode.lay)
                     found.append({**entry, "other": other} if other else entry)
         return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from spte import listing
 from spte.bits import ROLE_INVALID
 from spte.context import PAE_ROOT, ROOT
 from spte.errors import KvmError
@@ -142,9 +143,9 @@ class Replay:
         if root in roots[:vcpu]:
             return {**entry, "root": f"same as vcpu {roots.index(root)}"}
         entry["root_invalid"] = -1 if vm.mmu.tables.shadow[root] == PAE_ROOT else int(role & ROLE_INVALID != 0)
-        entry["leafs"] = vm.leafs(vcpu, hide=HIDDEN)
-        entry["tables"] = vm.tables(vcpu, hide=HIDDEN)
-        other = vm.other(vcpu, hide=HIDDEN)
+        walked = listing.walk(vm.mmu.tables, root, HIDDEN)
+        entry["leafs"], entry["tables"] = listing.leafs(walked), listing.tables(vm.mmu.tables, walked)
+        other = listing.other(walked, vm.mmu.mode.lay)
         if other:
             entry["other"] = other
         return entry
