@@ -65,7 +65,7 @@ def test_in_a_steady_state_each_written_page_is_reported_exactly_once(platform, 
         guest.write(range(guest.npages))
         guest.harvest()
     guest.harvest()
-    for _ in range(4):
+    for _ in range(HARVESTS):
         written = random_pages(rng)
         guest.write(written)
         guest.write(written)
