@@ -34,7 +34,10 @@ class Oracle(Tables, Guest, DirtyLog):
     def slot_of(self, gfn):
         """The slot that a vCPU sees at an address: none is ever in SMM, so address space 0."""
         gfn %= SPAN
-        return next((s for s in self.slots.values() if not s.as_id and s.base <= gfn < s.end), None)
+        for slot in self.slots.values():  # asked for each access and each translation
+            if slot.base <= gfn < slot.end and not slot.as_id:
+                return slot
+        return None
 
     def set_region(self, sid, base=0, npages=0, host=None, off=0, flags=0):
         old, as_id = self.slots.get(sid), sid >> 16
