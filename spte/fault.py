@@ -14,7 +14,7 @@ from spte.entries import drop_entry, free_table, is_access_tracked, link, make_l
 from spte.host import HOST_COW, HOST_EFAULT, HOST_OK, ZERO_PFN, host_fault
 from spte.page_track import may_write
 from spte.slots import mark_dirty, max_mapping_level, note
-from spte.tables import child_of, count_leaf, index_of, is_leaf, is_link, walk
+from spte.tables import child_of, count_leaf, index_of, is_leaf, is_link
 
 MMIO_GEN_LOW, MMIO_GEN_HIGH = U64(0xFF), U64(0x7FF)
 MMIO_GENERATION = (MMIO_GEN_LOW << U64(3)) | (MMIO_GEN_HIGH << U64(52))
@@ -143,9 +143,8 @@ def allowed(m, spte, kind):
 
 
 @helper
-def fast_fault(t, s, v, m, k, gfn, kind, prefetch):
-    """Mend a write-protected or access-tracked leaf without mmu_lock; True if the access may go on."""
-    row, i, level = walk(t, v.reg[cx.ROOT], gfn)
+def fast_fault(t, s, v, m, k, gfn, kind, prefetch, row, i, level):
+    """Mend a write-protected or access-tracked leaf, where the walk ended, without mmu_lock; True if the access may go on."""
     old = t.sptes[row, i]
     if not is_leaf(old, level):
         return False
@@ -174,8 +173,8 @@ def fast_fault(t, s, v, m, k, gfn, kind, prefetch):
 
 
 @helper
-def map_gfn(t, s, h, v, m, k, gfn, kind, prefetch):
-    """Take the slow path: host page, goal level, walk, leaf. Returns an exit reason, DONE if the leaf is there.
+def map_gfn(t, s, h, v, m, k, gfn, kind, prefetch, row, i, level):
+    """Take the slow path from where the walk ended: host page, goal level, tables, leaf. Returns an exit reason, DONE if it is there.
 
     EMULATED asks the caller to do the write for the guest: the page holds a guest table that must not change unseen.
     """
@@ -184,7 +183,6 @@ def map_gfn(t, s, h, v, m, k, gfn, kind, prefetch):
         return reason
     no_huge = m.nx and kind == cx.EXEC
     goal = np.int64(1) if no_huge else fits
-    row, i, level = walk(t, v.reg[cx.ROOT], gfn)
     if level < goal:  # tables below the entry to be set
         row = v.reg[cx.ROOT]
         level = np.int64(t.level[row])

@@ -192,9 +192,9 @@ def shadow_map_gfn(t, s, h, v, m, k, gfn, kind, prefetch):
 
 
 @kernel_apart
-def direct_map_gfn(t, s, h, v, m, k, gfn, kind, prefetch):
+def direct_map_gfn(t, s, h, v, m, k, gfn, kind, prefetch, row, i, level):
     """As `map_gfn`, compiled once for all that the TDP MMU's own loop does not serve."""
-    return map_gfn(t, s, h, v, m, k, gfn, kind, prefetch)
+    return map_gfn(t, s, h, v, m, k, gfn, kind, prefetch, row, i, level)
 
 
 @helper
@@ -269,12 +269,12 @@ def _guest_fault(t, s, h, v, m, address, kind, present, again):
 
 
 @helper
-def shadow_fault(t, s, h, v, m, address, kind, spte, level):
-    """Handle a violation or misconfiguration where the shadow MMU has pages; returns an exit reason.
+def shadow_fault(t, s, h, v, m, address, kind, row, i, level):
+    """Handle a violation or misconfiguration at the end of a walk where the shadow MMU has pages; returns an exit reason.
 
     DONE: enter again; EMULATED: KVM did the write itself, because the page holds a guest table.
     """
-    mmio, kind, present, again = begin_fault(m, s, v, address, kind, spte, level)
+    mmio, kind, present, again = begin_fault(m, s, v, address, kind, t.sptes[row, i], level)
     if mmio:
         return cx.EXIT_MMIO
     if v.reg[cx.PGD] >= 0:
@@ -284,12 +284,12 @@ def shadow_fault(t, s, h, v, m, address, kind, spte, level):
         return emulate_write(t, s, v, m, address)
     k = find_slot(s, address)
     may_be_fast = not again and k >= 0 and (m.fast_fault or m.shadow) and ((present and kind == cx.WRITE) or (not m.ad and not present))
-    if may_be_fast and fast_fault(t, s, v, m, k, address, kind, False):
+    if may_be_fast and fast_fault(t, s, v, m, k, address, kind, False, row, i, level):
         return cx.DONE
     if k >= 0 and kind == cx.WRITE and s.table[k, cx.FLAGS] & cx.READONLY:
         v.stat[cx.PF_EMULATE] += 1
         return cx.EXIT_MMIO
     v.stat[cx.SLOW_FAULTS] += 1 - again
     args = t, s, h, v, m, k, address, kind, False
-    reason = shadow_map_gfn(*args) if m.shadow else direct_map_gfn(*args)
+    reason = shadow_map_gfn(*args) if m.shadow else direct_map_gfn(*args, row, i, level)
     return emulate_write(t, s, v, m, address) if reason == cx.EMULATED else reason

@@ -18,7 +18,7 @@ FLOORS = {
     "_version": 0, "errors": 0, "bits": 0, "platform": 0, "policy": 0,
     "_jit": 1, "_link": 1, "context": 1, "memory": 1,
     "tables": 2, "entries": 2, "host": 2, "slots": 2, "pml": 2, "rearm": 2, "rearm_rmap": 2, "sweep": 2, "fault": 2,
-    "first_touch": 2, "rmap": 2,
+    "first_touch": 2, "walk_ahead": 2, "rmap": 2,
     "guest_memory": 2, "page_track": 2, "shadow_page": 2, "shadow_sync": 2, "shadow_split": 2, "shadow_write": 2,
     "guest_walk": 2, "shadow_fault": 2,
     "kernels": 3,

@@ -18,20 +18,18 @@ from __future__ import annotations
 import numpy as np
 
 from spte import context as cx
-from spte._jit import helper, kernel, kernel_apart, prefetch
-from spte.bits import INDEX_BITS, MMU_PRESENT, ROLE_INVALID, SHIFT_PAGE, TYPE_DISABLED, TYPE_MASK, U64, WRITABLE, ZERO
+from spte._jit import helper, kernel
+from spte.bits import ROLE_INVALID, SHIFT_PAGE, TYPE_DISABLED, TYPE_MASK, U64, ZERO
 from spte.fault import allowed, begin_fault, fast_fault, map_gfn
 from spte.first_touch import first_touches
 from spte.pml import drain
 from spte.shadow_fault import shadow_fault
 from spte.slots import U32_MASK, find_slot, note
-from spte.tables import INDEX_MASK, forget_leaf_rows, is_leaf, list_leaf_rows, place_of, walk
+from spte.tables import forget_leaf_rows, is_leaf, list_leaf_rows, walk
+from spte.walk_ahead import AHEAD, APART, ASK, ASK_BEFORE, ask_for_faults, run_ahead
 
 DONE, PML_FULL, VIOLATION = 0, 1, 2  # outcomes of an access in hardware
 STAYS, STAYED = 1, 2  # of a run: the guest is not left at its end; it was not left before it
-AHEAD = np.int64(cx.WALKS_AHEAD)
-APART = 2 * AHEAD  # accesses done one by one after a block that got nowhere, as faults come in flocks: those already asked for
-ROW_ONE = U64(512)
 LEAST_TO_LIST = 512  # tables; at most one for each four accesses, before and after, that fault in none
 LOG_ROOM = 2048  # events that one access may add: a drain of 512 marks and pushes, and its faults
 
@@ -60,99 +58,6 @@ def _hardware(t, v, m, gfn, kind, row, i, level):
 
 
 @helper
-def _asks(m, kind):
-    """Return for accesses of `kind`: the bits hardware looks at, what they are where it lets them through, the bits that it sets."""
-    lay = m.lay
-    accessed, dirty = (lay.accessed, lay.dirty) if m.hw_ad else (ZERO, ZERO)
-    if kind == cx.WRITE:
-        return MMU_PRESENT | WRITABLE, MMU_PRESENT | WRITABLE, accessed | dirty
-    if kind == cx.EXEC:
-        return MMU_PRESENT | lay.x | lay.nx, MMU_PRESENT | lay.x, accessed
-    return MMU_PRESENT | lay.readable, MMU_PRESENT | lay.readable, accessed
-
-
-@kernel_apart
-def _look_up(flat, leaf_rows, listed, gfns, first, end, places):
-    """Put the places of the level-1 entries of ``gfns[first:end]`` into `places` and ask for them; returns the lowest."""
-    lowest, last = ~ZERO, U64(listed)
-    for j in range(U64(first), U64(end)):
-        gfn = U64(gfns[j])
-        place = (U64(leaf_rows[min(gfn >> INDEX_BITS, last)]) << INDEX_BITS) | (gfn & INDEX_MASK)
-        lowest = min(lowest, place)
-        prefetch(flat, np.int64(place))
-        places[j - U64(first)] = place
-    return lowest
-
-
-@kernel_apart
-def _walk_rest(t, root, gfns, first, end, places):
-    """Put the places where the walks of ``gfns[first:end]`` end into `places` and ask for them, where there is none beyond row 0."""
-    for j in range(U64(first), U64(end)):
-        if places[j - U64(first)] < ROW_ONE:
-            place, _ = place_of(t, root, gfns[j])
-            prefetch(t.flat, np.int64(place))
-            places[j - U64(first)] = place
-
-
-@kernel_apart
-def _let_through(flat, gfns, first, end, places, looks, permission, sets, logs, pml, index, words, first_bit):
-    """Do accesses of one kind, whose walks ended at `places`, up to the first that exits; returns that one and the PML index."""
-    care, want = looks | sets, permission | sets
-    for j in range(U64(first), U64(end)):
-        place = places[j - U64(first)]
-        spte = flat[place]  # at any level: a walk ends at no link, and what is present and no link is a leaf
-        if (spte & care) != want:
-            if (spte & looks) != permission or (logs != ZERO and index > 511):
-                return np.int64(j), index
-            if (spte & TYPE_MASK) != TYPE_DISABLED:
-                if (sets & ~spte & logs) != ZERO:
-                    pml[U64(index)] = U64(gfns[j]) << SHIFT_PAGE
-                    prefetch(words, (gfns[j] + first_bit) >> 6)  # for the drain: a logged write takes 2.6 times a bare scatter, else 3.2
-                    index = (index - 1) & 0xFFFF
-                flat[place] = spte | sets
-    return end, index
-
-
-@helper
-def _alike(kinds, at, end):
-    """Return the first access after `at`, at most `end`, of another kind."""
-    if kinds.shape[0] == 1:
-        return end
-    same = at + 1
-    while same < end and kinds[same] == kinds[at]:
-        same += 1
-    return same
-
-
-@kernel_apart
-def _run_ahead(t, s, v, m, gfns, kinds, at, end, listed):
-    """Let hardware do accesses ``[at, end)`` up to the first that exits; returns that one's place in the batch, else `end`.
-
-    A block's entries are asked for while those of the block before arrive.
-    """
-    root, index = v.reg[cx.ROOT], v.reg[cx.PML_INDEX]
-    logs = m.lay.dirty if v.reg[cx.PML_ON] else ZERO
-    first_bit = s.table[s.meta[cx.LAST_HIT], cx.BITMAP] * 64 - s.table[s.meta[cx.LAST_HIT], cx.BASE]
-    half, stop, after = np.int64(0), at, min(at + AHEAD, end)
-    exits = False
-    while at < end and not exits:
-        # Short loops of their own, so that many looked-up rows are on their way at once: 1.3 times a bare scatter, in one loop 1.7.
-        if _look_up(t.flat, t.leaf_rows, listed, gfns, stop, after, v.walked[AHEAD - half :]) < ROW_ONE:
-            _walk_rest(t, root, gfns, stop, after, v.walked[AHEAD - half :])
-        begin = at
-        while at < stop and not exits:
-            same = _alike(kinds, at, stop)
-            looks, permission, sets = _asks(m, np.int64(kinds[at if kinds.shape[0] > 1 else 0]))
-            places = v.walked[half + at - begin :]
-            at, index = _let_through(t.flat, gfns, at, same, places, looks, permission, sets, logs, v.pml, index, s.words, first_bit)
-            exits = at != same
-        half, stop, after = AHEAD - half, after, min(after + AHEAD, end)
-    v.stat[cx.PML_ENTRIES] += (v.reg[cx.PML_INDEX] - index) & 0xFFFF
-    v.reg[cx.PML_INDEX] = index
-    return at
-
-
-@helper
 def _room(v):
     """Return how many accesses may be walked together: no more than the PML buffer takes, else walks are thrown away at the exit."""
     if v.reg[cx.PML_ON]:
@@ -172,20 +77,20 @@ def soft_full(v):
 
 
 @helper
-def _fault(t, s, h, v, m, gfn, kind, spte, level):
+def _fault(t, s, h, v, m, gfn, kind, row, i, level):
     """Handle a violation or misconfiguration of a TDP MMU's root; returns an exit reason, cx.DONE to enter again."""
-    mmio, kind, present, again = begin_fault(m, s, v, gfn, kind, spte, level)
+    mmio, kind, present, again = begin_fault(m, s, v, gfn, kind, t.sptes[row, i], level)
     if mmio:
         return cx.EXIT_MMIO
     k = find_slot(s, gfn)
     may_be_fast = not again and k >= 0 and m.fast_fault and ((present and kind == cx.WRITE) or (not m.ad and not present))
-    if may_be_fast and fast_fault(t, s, v, m, k, gfn, kind, False):
+    if may_be_fast and fast_fault(t, s, v, m, k, gfn, kind, False, row, i, level):
         return cx.DONE
     if k >= 0 and kind == cx.WRITE and s.table[k, cx.FLAGS] & cx.READONLY:
         v.stat[cx.PF_EMULATE] += 1
         return cx.EXIT_MMIO
     v.stat[cx.SLOW_FAULTS] += 1 - again
-    return map_gfn(t, s, h, v, m, k, gfn, kind, False)
+    return map_gfn(t, s, h, v, m, k, gfn, kind, False, row, i, level)
 
 
 @helper
@@ -207,6 +112,7 @@ def run(t, s, h, v, m, gfns, kinds, start):
     kind = np.int64(kinds[0]) if kinds.shape[0] else np.int64(cx.READ)
     reason = cx.DONE
     at = start
+    asked = max(start, v.reg[cx.ASKED])
     ahead, resumed = max(start, v.reg[cx.AHEAD]), v.reg[cx.AHEAD] > 0
     listed, unlisted = forget_leaf_rows(t), start if resumed else start - n
     shadowed = m.shadow or v.reg[cx.PGD] >= 0 or t.meta[cx.INDIRECT] > 0
@@ -219,9 +125,13 @@ def run(t, s, h, v, m, gfns, kinds, start):
             most = min(n - at, at - unlisted) >> 2
             if listed == 0 and most >= LEAST_TO_LIST:
                 listed = list_leaf_rows(t, v.reg[cx.ROOT], most)
-            at = _run_ahead(t, s, v, m, gfns, kinds, first, end, listed)
+            at = run_ahead(t, s, v, m, gfns, kinds, first, end, listed)
             ahead = at if at == end else at + 1 if at - first >= AHEAD else at + APART
+            asked = max(asked, at)
             continue
+        if ahead > at + 1 and at + ASK_BEFORE >= asked and v.log.shape[0] == 0:
+            ask_for_faults(t, s, h, v.reg[cx.ROOT], gfns, asked, min(n, asked + ASK))
+            asked += ASK
         gfn = np.int64(gfns[at])
         if kinds.shape[0] > 1:
             kind = np.int64(kinds[at])
@@ -256,15 +166,16 @@ def run(t, s, h, v, m, gfns, kinds, start):
         v.stat[cx.EXITS] += 1 - v.reg[cx.COUNTED]
         drain(t, s, v, m)
         slow = v.stat[cx.SLOW_FAULTS]
-        reason = cx.EXIT_SHADOW if shadowed else _fault(t, s, h, v, m, gfn, kind, spte, level)
+        reason = cx.EXIT_SHADOW if shadowed else _fault(t, s, h, v, m, gfn, kind, row, i, level)
         if v.stat[cx.SLOW_FAULTS] != slow:
             listed, unlisted = forget_leaf_rows(t), at
+        ahead = max(ahead, at + ASK_BEFORE)
         if reason == cx.DONE:
             if soft_full(v):
                 reason = cx.EXIT_RING_FULL
             elif v.log.shape[0] > 0 and v.reg[cx.LOGGED] + LOG_ROOM > v.log.shape[0]:
                 reason = cx.EXIT_LOG
-    v.reg[cx.AHEAD] = max(ahead, 1)
+    v.reg[cx.AHEAD], v.reg[cx.ASKED] = max(ahead, 1), asked
     _leave(t, s, v, m, gfns, at, reason)
     return at
 
@@ -281,7 +192,7 @@ def _leave(t, s, v, m, gfns, at, reason):
         v.stat[cx.EXITS] += reason == cx.DONE
         drain(t, s, v, m)
     if reason != cx.EXIT_SHADOW:
-        v.reg[cx.AHEAD] = 0
+        v.reg[cx.AHEAD] = v.reg[cx.ASKED] = 0
     v.reg[cx.EXIT_REASON] = reason
     v.reg[cx.EXIT_GFN] = np.int64(gfns[at]) if at < gfns.shape[0] else -1
 
@@ -289,12 +200,15 @@ def _leave(t, s, v, m, gfns, at, reason):
 @kernel
 def run_shadow(t, s, h, v, m, gfns, kinds, start):
     """As `run`, where the shadow MMU has pages: its faults are handled here, so that the TDP MMU's loop stays small."""
-    at = run(t, s, h, v, m, gfns, kinds, start)
-    while v.reg[cx.EXIT_REASON] == cx.EXIT_SHADOW:
+    at, reason = start, cx.DONE
+    while reason == cx.DONE:
+        at = run(t, s, h, v, m, gfns, kinds, at)
+        if v.reg[cx.EXIT_REASON] != cx.EXIT_SHADOW:
+            return at
         gfn = np.int64(gfns[at])
         kind = np.int64(kinds[at] if kinds.shape[0] > 1 else kinds[0])
         row, i, level = walk(t, v.reg[cx.ROOT], gfn)
-        reason = shadow_fault(t, s, h, v, m, gfn, kind, t.sptes[row, i], level)
+        reason = shadow_fault(t, s, h, v, m, gfn, kind, row, i, level)
         if reason == cx.EMULATED:
             at += 1
             reason = cx.DONE
@@ -304,8 +218,5 @@ def run_shadow(t, s, h, v, m, gfns, kinds, start):
             reason = cx.EXIT_ROOT
         if reason == cx.DONE and v.log.shape[0] > 0 and v.reg[cx.LOGGED] + LOG_ROOM > v.log.shape[0]:
             reason = cx.EXIT_LOG
-        if reason != cx.DONE:
-            _leave(t, s, v, m, gfns, at, reason)
-            return at
-        at = run(t, s, h, v, m, gfns, kinds, at)
+    _leave(t, s, v, m, gfns, at, reason)
     return at

@@ -18,11 +18,12 @@ def prefault(t, s, h, v, m, gfn):
     k = find_slot(s, gfn)
     # Without A/D bits a fault on an absent entry may be fast, and a prefault counts as one: what may be read stays as it is.
     may_be_fast = k >= 0 and (m.fast_fault or m.shadow) and not m.ad
-    if may_be_fast and fast_fault(t, s, v, m, k, gfn, np.int64(READ), True):
+    row, i, level = walk(t, v.reg[ROOT], gfn)
+    if may_be_fast and fast_fault(t, s, v, m, k, gfn, np.int64(READ), True, row, i, level):
         reason = DONE
     elif m.shadow:
         reason = shadow_map_gfn(t, s, h, v, m, k, gfn, np.int64(READ), True)
     else:
-        reason = direct_map_gfn(t, s, h, v, m, k, gfn, np.int64(READ), True)
+        reason = direct_map_gfn(t, s, h, v, m, k, gfn, np.int64(READ), True, row, i, level)
     _, _, level = walk(t, v.reg[ROOT], gfn)
     return reason, level
