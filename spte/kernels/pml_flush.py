@@ -5,33 +5,40 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from spte._jit import kernel, kernel_apart
+from spte._jit import kernel, kernel_apart, prefetch
 from spte.bits import ONE, SHIFT_PAGE, U64, ZERO
 from spte.context import U64s
 from spte.kernels._plain import plain
 
 WORD_SHIFT, WORD_MASK = U64(6), U64(63)
+AHEAD = U64(32)  # entries
 
 
 @kernel_apart
-def _flush_one(buffer, first, bitmap, base_gfn, npages):
-    """Set the bits of ``buffer[first:]``; returns those that were clear."""
+def _flush_one(entries, first, end, bitmap, base_gfn, npages):
+    """Set the bits of ``entries[first:end]``; returns those that were clear.
+
+    Words are asked for as the loop goes, across buffers: 1.2 times a bare scatter in 1 TiB, without 2.0, a buffer at once before it 2.6.
+    """
     marked = ZERO
-    for at in range(U64(first), U64(512)):  # with its words asked for beforehand a buffer took 1.3 times as long, in 1 TiB and in 4 GiB
-        page = U64(np.int64(buffer[at] >> SHIFT_PAGE) - base_gfn)  # below the slot: wraps, and is past its end
+    last = U64(entries.shape[0] - 1)
+    for at in range(U64(first), U64(end)):
+        ahead = U64(np.int64(entries[min(at + AHEAD, last)] >> SHIFT_PAGE) - base_gfn)
+        prefetch(bitmap, np.int64(ahead >> WORD_SHIFT))
+        page = U64(np.int64(entries[at] >> SHIFT_PAGE) - base_gfn)  # below the slot: wraps, and is past its end
         if page < npages:
-            word, bit = bitmap[page >> WORD_SHIFT], ONE << (page & WORD_MASK)
-            marked += U64((word & bit) == ZERO)
-            bitmap[page >> WORD_SHIFT] = word | bit
+            word, bit = bitmap[page >> WORD_SHIFT], page & WORD_MASK
+            marked += ~(word >> bit) & ONE
+            bitmap[page >> WORD_SHIFT] = word | (ONE << bit)
     return marked
 
 
 @kernel
-def _flush(buffers, index, bitmap, base_gfn, npages):
+def _flush(entries, index, bitmap, base_gfn, npages):
     marked = ZERO
-    for n in range(buffers.shape[0]):
+    for n in range(index.shape[0]):
         first = np.int64(0) if index[n] > 511 else index[n] + 1
-        marked += _flush_one(buffers[n], first, bitmap, np.int64(base_gfn), U64(npages))
+        marked += _flush_one(entries, n * 512 + first, n * 512 + 512, bitmap, np.int64(base_gfn), U64(npages))
     return np.int64(marked)
 
 
@@ -69,4 +76,4 @@ def pml_flush(buffer: U64s, index: int | npt.ArrayLike, bitmap: U64s, base_gfn: 
     if len(wrong):
         raise ValueError(f"index={wrong[0]} is not in 0..511 or 0xFFFF")
     flat = plain(bitmap, "bitmap").reshape(-1)
-    return int(_flush(buffers, indices, flat, base_gfn, len(flat) * 64))
+    return int(_flush(buffers.reshape(-1), indices, flat, base_gfn, len(flat) * 64))
