@@ -1,7 +1,10 @@
 """Recovery of 2 MiB leaves in place."""
 
+import pytest
+
 from spte import ratios
 
 
-def test_recover_in_place(compare, huge_guest):
-    compare(ratios.collapse(huge_guest))
+@pytest.mark.parametrize("beside_leaves", [False, True], ids=["parents", "leaves"])
+def test_recover_in_place(compare, huge_guest, beside_leaves):
+    compare(ratios.collapse(huge_guest, beside_leaves=beside_leaves))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from spte._jit import ctz, kernel
+from spte._jit import ctz, kernel, prefetch
 from spte.bits import ONE, PRESENT_SHIFT, U64, ZERO
 from spte.context import ROWS, I64s, Tables, U64s
 from spte.kernels.write_protect import protect_entries
@@ -59,6 +59,14 @@ def scatter_bits(bitmap: U64s, gfns: I64s) -> None:
     for i in range(gfns.shape[0]):
         gfn = U64(gfns[i])
         bitmap[gfn >> U64(6)] |= ONE << (gfn & U64(63))
+
+
+@kernel
+def read_first(sptes: U64s, parents: U64s, ahead: np.int64) -> None:
+    """``parents[row] = sptes[512 * row]`` for each row, asked for `ahead` rows before."""
+    for row in range(parents.shape[0]):
+        prefetch(sptes, min(row + ahead, parents.shape[0] - 1) * 512)
+        parents[row] = sptes[U64(row) << U64(9)]
 
 
 @kernel

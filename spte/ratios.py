@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from spte.bare_loops import any_set, protect_by_walk, rearm_by_zeros, scatter_bits, scatter_or, scatter_store, sweep
+from spte.bare_loops import any_set, protect_by_walk, read_first, rearm_by_zeros, scatter_bits, scatter_or, scatter_store, sweep
 from spte.bits import SHIFT_PAGE, WRITABLE
 from spte.context import LOG_DIRTY_PAGES, I64s, U64s
 from spte.host import the_host
 from spte.kernels.clear_dirty import clear_dirty_slot
-from spte.kernels.collapse import collapse_slot
+from spte.kernels.collapse import AHEAD, collapse_slot
 from spte.kernels.harvest import get_dirty_log
 from spte.kernels.pml_flush import pml_flush
 from spte.kernels.split import split_slot
@@ -28,7 +28,7 @@ KVM_RECOVER_NS = 37_000.0  # per 2 MiB, commit message of 13e2e4f62a4b
 ALL_ONES = ~np.uint64(0)
 _PML_WHY = "two random lines a write, the SPTE and the word of the bitmap, are read and written back, where the limit has one"
 _DRAIN_WHY = "it also looks whether a page is in the slot and counts the bits that were clear"
-_RECOVER_WHY = "beside its parent of 8 bytes each table has a first leaf, attributes and a block of the host, in lines of their own"
+_RECOVER_WHY = "a leaf takes its bits from the first one of its table, which lies on a page of its own: the next row has that as its limit"
 _LEAVES, _FILL = "np.bitwise_and in place", "filling the rows"
 _HARVEST_BARS = {1.0: 1.5, 0.5: 1.0, 0.1: 1.0, 0.01: 0.8, 0.001: 0.8, 0.0: 1.2}
 _TOUCH_BARS = {"ascending": 6.0, "random": 12.0}
@@ -37,7 +37,7 @@ _TOUCH_BARS = {"ascending": 6.0, "random": 12.0}
 def write_protect(guest: Guest) -> Case:
     """Write-protect of the slot, rows in arena order."""
     work = lambda: write_protect_slot(guest.tables, 0, 0, guest.pages, 1)  # noqa: E731
-    return _sweep(guest, "write-protect, arena order", work, 1.25)
+    return _sweep(guest, f"write-protect, arena order, {guest.vm.platform.name}", work, 1.25)
 
 
 def clear_dirty(guest: Guest) -> Case:
@@ -171,13 +171,16 @@ def split(guest: Guest) -> Case:
     )
 
 
-def collapse(guest: Guest) -> Case:
-    """Recovery of 2 MiB leaves in place; `guest` as for `split`."""
-    parents = guest.flat[: guest.pages // 512]
-    limit = lambda: sweep(parents, ~WRITABLE)  # noqa: E731
-    name = "a pass over the parents"
+def collapse(guest: Guest, *, beside_leaves: bool = False) -> Case:
+    """Recovery of 2 MiB leaves in place, beside a pass over the parents or over the first leaf of each table; `guest` as for `split`."""
+    parents, first = guest.flat[: guest.pages // 512], np.zeros(guest.pages // 512, np.uint64)
     work, refill = (lambda: _collapse(guest)), (lambda: _split(guest))
-    return Case("recover in place", "2 MiB", len(parents), work, name, limit, 3.0, refill, why=_RECOVER_WHY)
+    if beside_leaves:
+        leaves = lambda: read_first(guest.flat, first, np.int64(AHEAD))  # noqa: E731
+        name = "reading the first leaf of each table"
+        return Case("recover in place, again", "2 MiB", len(parents), work, name, leaves, None, refill, guest.set_flat)
+    limit = lambda: sweep(parents, ~WRITABLE)  # noqa: E731
+    return Case("recover in place", "2 MiB", len(parents), work, "a pass over the parents", limit, 3.0, refill, why=_RECOVER_WHY)
 
 
 def _split(guest: Guest) -> None:

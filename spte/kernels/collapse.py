@@ -77,12 +77,13 @@ def collapse_slot(t, s, h, m, roots, k):
                 if row < 0:
                     gfn = (gfn | ((span << 9) - 1)) + 1
                     continue
-                i = index_of(gfn, level)
-                if i + AHEAD < 512:
-                    prefetch(t.flat, child_of(t.sptes[row, i + AHEAD]) * 512)
-                if is_link(t.sptes[row, i]) and max_mapping_level(s, h, k, gfn, m.max_level) >= level:
-                    done += _collapse_entry(t, m, row, i)
-                gfn += span
+                first = index_of(gfn, level)
+                for i in range(first, min(np.int64(512), first + ((end - gfn + span - 1) >> (9 * (level - 1))))):
+                    if i + AHEAD < 512:
+                        prefetch(t.flat, child_of(t.sptes[row, i + AHEAD]) * 512)
+                    if is_link(t.sptes[row, i]) and max_mapping_level(s, h, k, gfn, m.max_level) >= level:
+                        done += _collapse_entry(t, m, row, i)
+                    gfn += span
     return done
 
 
