@@ -50,7 +50,7 @@ SPTES_WRITTEN, SPLITS_2M, SPLITS_1G, ZAPPED, COLLAPSED, DIRTY_MARKS = 7, 8, 9, 1
 CPU_DIRTY_LOGGING_REQUESTS, VCPU_KICKS = 13, 14
 TDP_ROOTS, INDIRECT, UNSYNC = 15, 16, 17  # valid roots in `roots`; pages that shadow guest tables; those of them that are unsync
 META_COLUMNS = 18
-HARVEST_WORDS = 512  # words of a dirty bitmap looked at together: 32768 gfns
+HARVEST_WORDS = 2048  # words of a dirty bitmap looked at together: 131072 gfns
 
 
 class Slots(NamedTuple):
@@ -120,7 +120,7 @@ GW_COLUMNS = 14
 PF_TAKEN, PF_FIXED, PF_FAST, PF_EMULATE, PF_SPURIOUS, PF_MMIO_SPTE_CREATED = 0, 1, 2, 3, 4, 5
 EXITS, PML_ENTRIES, PML_FULLS, RING_FULLS, SLOW_FAULTS, VIOLATIONS, MISCONFIGS = 6, 7, 8, 9, 10, 11, 12
 STAT_COLUMNS = 13
-WALKS_AHEAD = 32
+WALKS_AHEAD = 16
 # Exit reasons of a stay in the guest.
 DONE, EXIT_RING_FULL, EXIT_MMIO, EXIT_HOST, EXIT_EFAULT, EXIT_NOMEM, EXIT_LOG = 0, 1, 2, 3, 4, 5, 6
 EXIT_GUEST_FAULT, EXIT_GUEST_PML_FULL = 7, 8  # the guest's own tables do not allow the access; L1's PML buffer is full

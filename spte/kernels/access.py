@@ -26,7 +26,7 @@ from spte.pml import drain
 from spte.shadow_fault import shadow_fault
 from spte.slots import U32_MASK, find_slot, note
 from spte.tables import forget_leaf_rows, is_leaf, list_leaf_rows, walk
-from spte.walk_ahead import AHEAD, APART, ASK, ASK_BEFORE, ask_for_faults, run_ahead
+from spte.walk_ahead import AHEAD, APART, ASK, ASK_BEFORE, NEAR, ask_for_faults, run_ahead
 
 DONE, PML_FULL, VIOLATION = 0, 1, 2  # outcomes of an access in hardware
 STAYS, STAYED = 1, 2  # of a run: the guest is not left at its end; it was not left before it
@@ -129,9 +129,11 @@ def run(t, s, h, v, m, gfns, kinds, start):
             ahead = at if at == end else at + 1 if at - first >= AHEAD else at + APART
             asked = max(asked, at)
             continue
-        if ahead > at + 1 and at + ASK_BEFORE >= asked and v.log.shape[0] == 0:
-            ask_for_faults(t, s, h, v.reg[cx.ROOT], gfns, asked, min(n, asked + ASK))
-            asked += ASK
+        if ahead > at + 1 and at + ASK_BEFORE >= asked and asked < n and v.log.shape[0] == 0:
+            end = min(n, asked + ASK)
+            if U64(gfns[end - 1] - gfns[asked]) >= NEAR:
+                ask_for_faults(t, s, h, v.reg[cx.ROOT], gfns, asked, end)
+            asked = end
         gfn = np.int64(gfns[at])
         if kinds.shape[0] > 1:
             kind = np.int64(kinds[at])

@@ -19,6 +19,7 @@ from spte.rearm_rmap import list_pages, rearm_rmap_words
 from spte.tables import INDEX_MASK, leaf_table
 
 WORD_SHIFT = U64(6)
+ASKED = U64(16)  # entries on their way from memory at once; of a whole block's some get lost
 DENSE = U64(5)  # set bits a word from which sweeping its 64 entries is quicker than a list
 
 
@@ -52,9 +53,10 @@ def _rearm_dense(t, m, root, base, masks, first, end):
 
 @kernel_apart
 def _rearm_sparse(t, m, root, base, masks, first, end):
-    """As _rearm_dense, by a list of pages made without a branch on bits; its entries are asked for, then re-armed.
+    """As _rearm_dense, by a list of pages made without a branch on bits; its entries are asked for as they are re-armed.
 
-    0.6 of a loop that counts zeros and stores at once, which waits for memory at each wrong guess.
+    0.6 of a loop that counts zeros and stores at once, which waits for memory at each wrong guess, where a tenth is dirty. At a
+    hundredth both wait for the same lines, five of a table: 18 ns a page in 1 TiB, asked for by 8, 16 or 32.
     """
     changed = found = ZERO
     count = list_pages(t, masks, first, end)
@@ -65,11 +67,13 @@ def _rearm_sparse(t, m, root, base, masks, first, end):
             table = gfn >> 9
             row = leaf_table(t, root, gfn)
         place = row * 512 + (gfn & 511)
-        prefetch(t.sptes, place)
+        if found < ASKED:
+            prefetch(t.flat, place)
         t.places[found] = U64(place)
         found += U64(row >= 0)
     shift = log_shift(t, m, root)
     for c in range(found):
+        prefetch(t.flat, np.int64(t.places[min(c + ASKED, found - ONE)]))
         row_c, i = t.places[c] >> INDEX_BITS, t.places[c] & INDEX_MASK
         s = t.sptes[row_c, i]
         d = (s >> shift) & (s >> PRESENT_SHIFT) & ONE
