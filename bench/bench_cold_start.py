@@ -57,7 +57,7 @@ def fresh(code: str, **env: str) -> float:
     return float(done.stdout)
 
 
-def best(benchmark, name: str, run, at_most_s: float | None, rounds: int = 3, why: str = "") -> None:
+def best(benchmark, name: str, run, at_most_s: float | None, rounds: int = 9, why: str = "") -> None:
     found = []
     benchmark.pedantic(lambda: found.append(run()), rounds=rounds)
     info = {"name": name, "unit": "process", "units": 1, "ns_per_unit": min(found) * 1e9}
