@@ -70,7 +70,8 @@ def best(benchmark, name: str, run, at_most_s: float | None, rounds: int = 9, wh
 
 def test_import_over_numba(benchmark):
     fresh(IMPORT)
-    best(benchmark, "import spte, numba imported before", lambda: fresh(IMPORT), 0.06)
+    why = "a third of it is a full garbage collection of numba's objects, which falls into it"
+    best(benchmark, "import spte, numba imported before", lambda: fresh(IMPORT), 0.06, why=why)
 
 
 def test_every_kernel_from_the_cache(benchmark):
