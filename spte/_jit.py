@@ -139,7 +139,7 @@ else:
 
     @intrinsic
     def prefetch(typingctx: Any, array: Any, index: Any) -> Any:
-        """Ask for the cache line of ``array.flat[index]`` of a C-contiguous uint64 array."""
+        """Ask for the cache line of ``array.flat[index]`` of a C-contiguous array."""
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             view = context.make_array(signature.args[0])(context, builder, args[0])

@@ -111,7 +111,7 @@ ROOT, EXIT_REASON, COUNTED, LOGGED, EXIT_GFN = 7, 8, 9, 10, 11
 PGD, STORE, AHEAD, STAY = 12, 13, 14, 15  # gfn of the guest's root table if KVM shadows it, else -1; bytes into the page of a write ...
 L1_PML_GFN, L1_PML_INDEX = 16, 17  # L1's own PML buffer while L2 runs with it, else -1; its index
 PML_BARRED = 18  # L2 runs with PML off: a full buffer is an exit that must not happen
-ASKED = 19  # AHEAD and ASKED: accesses of the batch up to which none is walked ahead, and for which faults' lines were asked for
+ASKED = 19  # AHEAD, ASKED: accesses up to which none is walked ahead, and whose faults' lines were asked for; kept over EXIT_SHADOW
 REG_COLUMNS = 20
 # Columns of Vcpu.guest: level and gfn that the walk came to, access allowed there; table and access on the way by level.
 GW_LEVEL, GW_GFN, GW_ACCESS, GW_TABLE, GW_TABLE_ACCESS = 0, 1, 2, 3, 9

@@ -1,4 +1,4 @@
-"""Accesses of a batch walked together, ahead of their turn, so that the entries they meet are on their way from memory at once."""
+"""Accesses of a batch walked together, ahead of their turn: the entries they meet, and what faults read, come from memory at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ APART = 64  # accesses done one by one after a block that got nowhere, as faults
 # Faults of a flock are asked for by 16, 32 accesses before their turn: 86 ns each in 1 TiB, 108 without the entries of level 2 of
 # the next 16, unasked 200. By 8 it took 1.7 times as long, by 32 1.2.
 ASK, ASK_BEFORE = 16, np.int64(32)
-NEAR = U64(1024)  # gfns: so close together the caches do as well, and asking cost a fifth of a fast fault
+NEAR = np.int64(1024)  # gfns: so close together the caches do as well, and asking cost a fifth of a fast fault
 ROW_ONE = U64(512)
 
 
@@ -113,7 +113,10 @@ def run_ahead(t, s, v, m, gfns, kinds, at, end, listed):
 
 @kernel_apart
 def ask_for_faults(t, s, h, root, gfns, first, end):
-    """Ask for what faults of ``gfns[first:end]`` will read: entry, role, the bitmap or the host page, rmap."""
+    """Ask for what faults of ``gfns[first:end]`` will read: entry, role, host block, bitmap or lpage counter, rmap.
+
+    Of as many after them, for the entries of level 2.
+    """
     k = s.meta[cx.LAST_HIT]
     base, npages, logs = s.table[k, cx.BASE], U64(s.table[k, cx.NPAGES]), s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES
     word, hpage, lpage, rmap = s.table[k, cx.BITMAP], s.table[k, cx.HPAGE], s.table[k, cx.LPAGE2], s.table[k, cx.RMAP1]

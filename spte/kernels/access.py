@@ -131,7 +131,7 @@ def run(t, s, h, v, m, gfns, kinds, start):
             continue
         if ahead > at + 1 and at + ASK_BEFORE >= asked and asked < n and v.log.shape[0] == 0:
             end = min(n, asked + ASK)
-            if U64(gfns[end - 1] - gfns[asked]) >= NEAR:
+            if abs(gfns[end - 1] - gfns[asked]) >= NEAR:
                 ask_for_faults(t, s, h, v.reg[cx.ROOT], gfns, asked, end)
             asked = end
         gfn = np.int64(gfns[at])
@@ -162,6 +162,7 @@ def run(t, s, h, v, m, gfns, kinds, start):
             drain(t, s, v, m)
             count = first_touches(t, s, h, v, m, gfns, at, kind, row, i)
             at += count
+            asked = max(asked, at)
             if count > 0:
                 ahead = max(ahead, at + 2)  # the next table and the run in it, before walking ahead again
                 continue
