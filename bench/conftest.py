@@ -26,6 +26,10 @@ def guest_pages(text: str) -> int:
     return int(number) * unit >> 12
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    guest_pages(config.getoption("--guest"))  # a wrong size ends the run at once
+
+
 @pytest.fixture(scope="session")
 def pages(request: pytest.FixtureRequest) -> int:
     return guest_pages(request.config.getoption("--guest"))
