@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from bench.limits import c_loops, pointer
-from spte import ratios
-from spte.limits import Case
+from bench.c_loops import c_loops, pointer
+from spte.limits import cases as ratios
+from spte.limits.measure import Case
 
 
 @pytest.fixture

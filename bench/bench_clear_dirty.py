@@ -1,6 +1,6 @@
 """Clear-dirty of a slot."""
 
-from spte import ratios
+from spte.limits import cases as ratios
 
 
 def test_clear_dirty_in_arena_order(compare, guest):

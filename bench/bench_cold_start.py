@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from spte import _jit
+from spte._numba import jit as _jit
 
 IMPORT = "import time, numba; t = time.perf_counter(); import spte; print(time.perf_counter() - t)"
 WARM = "import time, spte.warm; t = time.perf_counter(); spte.warm.warmup(); print(time.perf_counter() - t)"
@@ -14,7 +14,7 @@ WARM = "import time, spte.warm; t = time.perf_counter(); spte.warm.warmup(); pri
 START = """
 import time
 import numpy as np
-from spte.tables import is_link
+from spte.mmu.walk import is_link
 
 start = time.perf_counter()
 is_link(np.uint64(0))
@@ -25,7 +25,7 @@ import time
 import numpy as np
 from numba.core.caching import Cache
 import spte.warm
-from spte.tables import is_link
+from spte.mmu.walk import is_link
 
 is_link(np.uint64(0))
 load, took = Cache.load_overload, []

@@ -2,7 +2,7 @@
 
 import pytest
 
-from spte import ratios
+from spte.limits import cases as ratios
 
 
 @pytest.mark.parametrize("logs", [False, True], ids=["set", "pml"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from spte import ratios
+from spte.limits import cases as ratios
 
 CASES = [(f, p) for f in ratios.FRACTIONS for p in ratios.PATTERNS if p == "random" or 0 < f < 1]
 

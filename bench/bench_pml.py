@@ -1,6 +1,6 @@
 """Flush of PML buffers."""
 
-from spte import ratios
+from spte.limits import cases as ratios
 
 
 def test_pml_drain(compare, guest):

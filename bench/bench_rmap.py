@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from bench.conftest import HUGE_PAGE
-from spte import ratios
-from spte.kernels.clear_dirty import clear_dirty_slot
-from spte.kernels.harvest import get_dirty_log
-from spte.kernels.rmap import zap_rmaps
-from spte.kernels.write_protect import write_protect_slot
-from spte.kernels.zap import zap_range
-from spte.limits import Case, Guest
+from spte.kernels._clear_dirty import clear_dirty_slot
+from spte.kernels._harvest import get_dirty_log
+from spte.kernels._write_protect import write_protect_slot
+from spte.limits import cases as ratios
+from spte.limits.measure import Case, Guest
+from spte.mmu.slot.rmap import zap_rmaps
+from spte.mmu.slot.zap import zap_range
 from spte.platform import named
 
 SLOT_BAR, FAULT_BAR = 3.0, 4.0

@@ -1,6 +1,6 @@
 """Eager split of 2 MiB leaves."""
 
-from spte import ratios
+from spte.limits import cases as ratios
 
 
 def test_eager_split(compare, huge_guest):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from spte import ratios
+from spte.limits import cases as ratios
 
 BOTH_VENDORS = pytest.mark.parametrize("guest", ["ept-pml", "npt"], indirect=True)
 

@@ -1,4 +1,4 @@
-"""The same loops in C, where a compiler is found: a check that the limits of `spte.bare_loops` are no slower than they need be."""
+"""The same loops in C, where a compiler is found: a check that the limits of `spte.limits.bare_loops` are no slower than they need be."""
 
 from __future__ import annotations
 

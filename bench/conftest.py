@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from spte import ratios
-from spte.limits import Case, Guest, limit_seconds, ratio_of
+from spte.limits import cases as ratios
+from spte.limits.measure import Case, Guest, limit_seconds, ratio_of
 
 ROUNDS = 5
 UNITS = {"M": 1 << 20, "G": 1 << 30, "T": 1 << 40}

@@ -2,14 +2,14 @@
 
 from spte import kernels, policy
 from spte._version import __version__
-from spte.backing import Backing
-from spte.context import EXEC, READ, WRITE
+from spte.arrays.context import EXEC, READ, WRITE
 from spte.errors import DirtyLoggingLeak, InvariantError, KvmError
 from spte.exits import Exit
 from spte.guest_tables import GuestTables
+from spte.host.backing import Backing
 from spte.platform import Platform
 from spte.policy import Policy
-from spte.vm import VM
+from spte.vm.vm import VM
 
 __all__ = [
     "EXEC",

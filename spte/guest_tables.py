@@ -7,10 +7,10 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from spte.backing import Backing
+from spte.arrays.context import U64s
 from spte.bits import PFN_MASK, SHIFT_PAGE
-from spte.context import U64s
 from spte.errors import GuestTablesError
+from spte.host.backing import Backing
 
 READ, WRITE, EXEC = 1, 2, 4  # permissions of an entry
 RWX = READ | WRITE | EXEC

@@ -11,11 +11,11 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from spte import host as hostmm
-from spte.backing import Backing
 from spte.errors import HostRangeError
-from spte.host import the_host
-from spte.notifier import Ranges, age, unmap
+from spte.host import pages as hostmm
+from spte.host.backing import Backing
+from spte.host.pages import the_host
+from spte.vm.notifier import Ranges, age, unmap
 
 DONTNEED, FREE, COLD, PAGEOUT = 4, 8, 20, 21
 PROT_READ, PROT_READ_WRITE = 1, 3

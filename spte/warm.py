@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from spte import kernels, mm
-from spte.backing import Backing
 from spte.guest_tables import GuestTables
-from spte.host import the_host
-from spte.memslot import USER_MEM_SLOTS
-from spte.slots import max_mapping_level
-from spte.vm import VM
+from spte.host.backing import Backing
+from spte.host.pages import the_host
+from spte.mmu.memslot import max_mapping_level
+from spte.vm.memslots import USER_MEM_SLOTS
+from spte.vm.vm import VM
 
 _SLOT = USER_MEM_SLOTS - 1
 

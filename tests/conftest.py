@@ -144,7 +144,7 @@ def typical_run(platform, policy):
 
 def typical_nested_run(platform, policy):
     """A guest that runs guests, or has its paging on: aliases, small and large pages, tables that change, logging, zaps."""
-    from nest import Nest
+    from programs.nest import Nest
 
     from spte import mm
 

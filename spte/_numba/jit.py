@@ -1,4 +1,4 @@
-"""All that knows numba, with `spte._link`: options, cache directory and its key, intrinsics with their plain-Python twins."""
+"""All that knows numba, with `spte._numba.link`: options, cache directory and its key, intrinsics with their plain-Python twins."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from spte import _link
+from spte._numba import link as _link
 
 CONFIG: Any = numba.config
 PLAIN = bool(CONFIG.DISABLE_JIT)  # NUMBA_DISABLE_JIT=1: every kernel is its plain-Python twin
 KERNELS: list[Any] = []  # all, in order of definition
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
+WITHOUT_KERNELS = ("bits.py", "_numba/", "arrays/")  # what kernels are made of beside the files with kernels
 
 
 def _digest() -> str:
     """Return a key over all sources that machine code depends on: numba stamps only the file of the kernel itself."""
-    sources = sorted([*HERE.glob("*.py"), *HERE.glob("kernels/*.py")])
     h = hashlib.sha256()
-    for path in sources:
-        if "spte._jit import" in (text := path.read_text()) or path.name in ("_jit.py", "_link.py", "bits.py", "context.py"):
-            h.update(f"{path.name}\0{text}\0".encode())
+    for path in sorted(HERE.rglob("*.py")):
+        name = path.relative_to(HERE).as_posix()
+        if "spte._numba.jit import" in (text := path.read_text()) or name.startswith(WITHOUT_KERNELS):
+            h.update(f"{name}\0{text}\0".encode())
     for part in (numba.__version__, np.__version__, sys.version, str(bool(CONFIG.BOUNDSCHECK))):
         h.update(part.encode())
     return h.hexdigest()[:20]

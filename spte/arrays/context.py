@@ -32,7 +32,7 @@ class Tables(NamedTuple):
     unsync: npt.NDArray[np.uint8]  # 1: the guest may write the table that the row shadows
     flood: npt.NDArray[np.uint8]  # emulated writes to that table since it was last used
     held: npt.NDArray[np.uint16]  # vCPUs that hold the shadow page as a root
-    parents: I64s  # heads of the entries that link to a shadow page, as `spte.rmap` has them
+    parents: I64s  # heads of the entries that link to a shadow page, as `spte.mmu.rmap` has them
     roots: I64s  # rows of the TDP MMU's valid roots
     doomed: npt.NDArray[np.int32]  # scratch: pages to be zapped or synced
     path: I64s  # scratch of a walk over the pages below a root
@@ -78,7 +78,7 @@ UNARMED = 1 << 18  # internal: and initially-set was turned off since, so that C
 
 
 class Host(NamedTuple):
-    """The host's mappings by host page number; see `spte.host` for the states."""
+    """The host's mappings by host page number; see `spte.host.pages` for the states."""
 
     kind: npt.NDArray[np.uint8]  # backing kind of each 2 MiB block
     device: npt.NDArray[np.uint8]  # 1: device memory (DAX)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from spte.arrays.context import Mode
 from spte.bits import GUEST_LONG, SOFT_ACCESSED, SOFT_DIRTY, layout
-from spte.context import Mode
 from spte.platform import SHADOW, Platform
 from spte.policy import COLLAPSE_PAGES, Policy
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from spte.compare_mmu import Root, Roots, root_differences, unknown_mmu_keys
-from spte.difference import Difference, Json, first_in_runs
-from spte.recording_ops import VCPU_LIMIT
+from spte.check.compare_mmu import Root, Roots, root_differences, unknown_mmu_keys
+from spte.check.difference import Difference, Json, first_in_runs
+from spte.recording.ops import VCPU_LIMIT
 
 INPUT = frozenset({"i", "op", "args", "hva_mod_1g", "hva_mod_2m", "thp_kb", "now"})
 DIRECT = frozenset({

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from spte.difference import Difference, Json, first_in_runs
+from spte.check.difference import Difference, Json, first_in_runs
 
 SHARED_KEYS = ("root_level", "role", "root")  # of a root that is listed elsewhere
 MMU_KEYS = ("root_level", "role", "root", "root_invalid", "leafs", "tables", "other", "pfn_mismatch")

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from spte.compare import InForce, differences, fields_of
-from spte.difference import Difference
-from spte.recording import Recording
-from spte.recording_ops import RUN_OPS
-from spte.replay import Replay
-from spte.replay_guest import UnsupportedOp
-from spte.replay_machine import PLATFORMS
+from spte.check.compare import InForce, differences, fields_of
+from spte.check.difference import Difference
+from spte.recording.file import Recording
+from spte.recording.ops import RUN_OPS
+from spte.replay.guest import UnsupportedOp
+from spte.replay.machine import PLATFORMS
+from spte.replay.run import Replay
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,8 @@ def check(paths: tuple[str, ...], as_json: bool, markdown: bool) -> int:
     Prints the first difference of each recording that has one, then the totals. Exit code 1 on any difference or if
     nothing was compared, 2 if a file is not a recording.
     """
-    from spte import check as model
-    from spte import recording as rec
+    from spte.check import run as model
+    from spte.recording import file as rec
 
     if as_json and markdown:
         raise click.UsageError("--json and --markdown exclude each other; take one")

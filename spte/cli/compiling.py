@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from spte import _jit
+from spte._numba import jit as _jit
 
 
 def announce_compilation() -> None:

@@ -15,8 +15,8 @@ from spte._version import __version__
 from spte.cli import EXIT_OK
 from spte.cli.compiling import announce_compilation
 from spte.cli.params import spell_size
-from spte.limits import Ratio
-from spte.ratios import measure_all
+from spte.limits.cases import measure_all
+from spte.limits.measure import Ratio
 from spte.trace import PAGE_SIZE
 
 SCHEMA = "spte-limits/1"

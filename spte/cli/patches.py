@@ -15,9 +15,9 @@ from spte._version import __version__
 from spte.cli import EXIT_DIFFERENCE, EXIT_OK
 from spte.cli.compiling import announce_compilation
 from spte.cli.table import FALLBACK_WIDTH
-from spte.patch_states import PATCHES, around
-from spte.patch_trial import COUNTS, Outcome, Value
-from spte.patches import Group, of_patches, of_versions
+from spte.patches.groups import Group, of_patches, of_versions
+from spte.patches.states import PATCHES, around
+from spte.patches.trial import COUNTS, Outcome, Value
 from spte.policy import spell
 from spte.trace import default_trace
 

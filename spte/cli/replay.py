@@ -17,9 +17,9 @@ def replay(file: str, output: str | None, events: bool) -> int:
     Writes records of the same format, to stdout or with -o to a file that `spte check` takes in its turn. An op that
     the model does not know ends it with exit code 1.
     """
-    from spte import recording as rec
-    from spte.replay import replay as run
-    from spte.replay_guest import UnsupportedOp
+    from spte.recording import file as rec
+    from spte.replay.guest import UnsupportedOp
+    from spte.replay.run import replay as run
 
     records = []
     try:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spte.cli.metrics import COUNTS, MEASURED, RATES, Metric, shown, spell
-from spte.phases import Row
+from spte.profile.report import Row
 
 FALLBACK_WIDTH = 120
 UNLIMITED = 1 << 16

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._jit import kernel
-from spte.context import DONE, READ, ROOT
-from spte.fault import fast_fault
-from spte.shadow_fault import direct_map_gfn, shadow_map_gfn
-from spte.slots import find_slot
-from spte.tables import walk
+from spte._numba.jit import kernel
+from spte.arrays.context import DONE, READ, ROOT
+from spte.mmu.memslot import find_slot
+from spte.mmu.page_fault import fast_fault
+from spte.mmu.shadow.page_fault import direct_map_gfn, shadow_map_gfn
+from spte.mmu.walk import walk
 
 
 @kernel

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte import context as cx
-from spte._jit import helper, kernel_apart, prefetch
+from spte._numba.jit import helper, kernel_apart, prefetch
+from spte.arrays import context as cx
 from spte.bits import INDEX_BITS, MMU_PRESENT, SHIFT_PAGE, TYPE_DISABLED, TYPE_MASK, U64, WRITABLE, ZERO
-from spte.tables import INDEX_MASK, place_above, place_of
+from spte.mmu.walk import INDEX_MASK, place_above, place_of
 
 AHEAD = np.int64(cx.WALKS_AHEAD)  # by 32, of which some get lost on their way, a logged write in 1 TiB took 36 ns, not 29
 APART = 64  # accesses done one by one after a block that got nowhere, as faults come in flocks

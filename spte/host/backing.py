@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spte import guest_memory, notifier
-from spte import host as hostmm
-from spte.context import U64s
+from spte.arrays.context import U64s
+from spte.arrays.reserve import Pool
 from spte.errors import SlotAlignmentError, SlotRangeError
-from spte.memory import Pool
+from spte.host import guest_memory
+from spte.host import pages as hostmm
+from spte.vm import notifier
 
 if TYPE_CHECKING:
-    from spte.vm import VM
+    from spte.vm.vm import VM
 
 PAGE = 4096
 _BLOCK = 2 << 20

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte import host as hostmm
-from spte._jit import helper
+from spte._numba.jit import helper
+from spte.arrays.context import U64s
 from spte.bits import ZERO
-from spte.context import U64s
 from spte.errors import OutOfTablesError
+from spte.host import pages as hostmm
 
 _free_blocks: list[int] = []
 _free_pages: list[int] = []

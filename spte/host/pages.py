@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte import memory
-from spte._jit import helper, kernel, kernel_called
-from spte.context import Host, zeros
+from spte._numba.jit import helper, kernel, kernel_called
+from spte.arrays import reserve as memory
+from spte.arrays.context import Host, zeros
 
 UNMAPPED, SMALL, THP, HUGETLB_2M, HUGETLB_1G, SHM = 0, 1, 2, 3, 4, 5  # kinds of memory of a block
 EMPTY, OWN, MIXED, EMPTY_RO = 0, 1, 2, 3
@@ -131,7 +131,7 @@ def fault_in_huge(h, block, kind, state):
 def host_fault(h, hpage, write):
     """Make the host map `hpage` as an access needs it; returns ``(code, writable, zero)``.
 
-    HOST_COW: the host must copy a zero page, with a notifier; the caller lets `spte.backing` do it and asks again.
+    HOST_COW: the host must copy a zero page, with a notifier; the caller lets `spte.host.backing` do it and asks again.
     """
     block = hpage >> 9
     kind = h.kind[block]

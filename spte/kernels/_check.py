@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from spte.arrays.context import U64s
 from spte.bits import Layout, layout
-from spte.context import U64s
 from spte.platform import Platform, named
 
 

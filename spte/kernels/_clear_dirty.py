@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._jit import helper, kernel
+from spte._numba.jit import helper, kernel
+from spte.arrays.context import ROWS, U64s
 from spte.bits import LARGE_SHIFT, ONE, PRESENT_SHIFT, TYPE_MASK, U64, W_SHIFT, ZERO
-from spte.context import ROWS, U64s
-from spte.entries import log_shift
-from spte.kernels._plain import layout_of, rows
+from spte.kernels._check import layout_of, rows
+from spte.mmu.slot.sweep import clear_scattered, is_scattered, place
+from spte.mmu.tdp_mmu import log_shift
 from spte.platform import Platform
-from spte.sweep import clear_scattered, is_scattered, place
 
 
 @helper

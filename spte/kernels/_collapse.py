@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._jit import helper, kernel, prefetch
+from spte._numba.jit import helper, kernel, prefetch
+from spte.arrays.context import BASE, COLLAPSED, FLUSHES, NPAGES, SPTES_WRITTEN, U64s
 from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, SHIFT_PAGE, U64, ZERO
-from spte.context import BASE, COLLAPSED, FLUSHES, NPAGES, SPTES_WRITTEN, U64s
-from spte.entries import drop_entry, free_table, set_executable
-from spte.kernels._plain import plain, rows
-from spte.slots import max_mapping_level
-from spte.tables import child_of, count_leaf, index_of, is_leaf, is_link, table_at
+from spte.kernels._check import plain, rows
+from spte.mmu.memslot import max_mapping_level
+from spte.mmu.tdp_mmu import drop_entry, free_table, set_executable
+from spte.mmu.walk import child_of, count_leaf, index_of, is_leaf, is_link, table_at
 
 AHEAD = 16  # entries; the first leaf of a table that far on is asked for
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._jit import ctz, helper, kernel, kernel_apart, popcount, prefetch
+from spte._numba.jit import ctz, helper, kernel, kernel_apart, popcount, prefetch
+from spte.arrays.context import BASE, BITMAP, HARVEST_WORDS, RMAP1, U64s
 from spte.bits import INDEX_BITS, ONE, PRESENT_SHIFT, TYPE_MASK, U64, W_SHIFT, ZERO
-from spte.context import BASE, BITMAP, HARVEST_WORDS, RMAP1, U64s
-from spte.entries import log_shift
-from spte.kernels._plain import layout_of, plain, resolve
+from spte.kernels._check import layout_of, plain, resolve
+from spte.mmu.dirty_log.pt_masked import rearm, rearm_entries
+from spte.mmu.dirty_log.pt_masked_rmap import list_pages, rearm_rmap_words
+from spte.mmu.tdp_mmu import log_shift
+from spte.mmu.walk import INDEX_MASK, leaf_table
 from spte.platform import Platform
-from spte.rearm import rearm, rearm_entries
-from spte.rearm_rmap import list_pages, rearm_rmap_words
-from spte.tables import INDEX_MASK, leaf_table
 
 WORD_SHIFT = U64(6)
 ASKED = U64(16)  # entries on their way from memory at once; of a whole block's some get lost

@@ -1,14 +1,14 @@
-"""PML flush on plain arrays, one buffer or many. A VM's vCPUs drain theirs in `spte.pml`."""
+"""PML flush on plain arrays, one buffer or many. A VM's vCPUs drain theirs in `spte.mmu.dirty_log.pml`."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
-from spte._jit import kernel, kernel_apart, prefetch
+from spte._numba.jit import kernel, kernel_apart, prefetch
+from spte.arrays.context import U64s
 from spte.bits import ONE, SHIFT_PAGE, U64, ZERO
-from spte.context import U64s
-from spte.kernels._plain import plain
+from spte.kernels._check import plain
 
 WORD_SHIFT, WORD_MASK = U64(6), U64(63)
 AHEAD = U64(32)  # entries

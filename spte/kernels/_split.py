@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._jit import kernel
+from spte._numba.jit import kernel
+from spte.arrays.context import U64s
 from spte.bits import LARGE, SHIFT_PAGE, U64
-from spte.context import U64s
-from spte.kernels._plain import layout_of, plain, rows
+from spte.kernels._check import layout_of, plain, rows
+from spte.mmu.dirty_log.pt_masked import split_range
+from spte.mmu.walk import is_leaf
 from spte.platform import Platform
-from spte.rearm import split_range
-from spte.tables import is_leaf
 
 
 @kernel

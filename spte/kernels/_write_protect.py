@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._jit import helper, kernel
+from spte._numba.jit import helper, kernel
+from spte.arrays.context import ROWS, U64s
 from spte.bits import LARGE_SHIFT, ONE, PRESENT_SHIFT, U64, W_SHIFT, ZERO
-from spte.context import ROWS, U64s
-from spte.kernels._plain import rows
-from spte.sweep import clear_scattered, is_scattered, place
+from spte.kernels._check import rows
+from spte.mmu.slot.sweep import clear_scattered, is_scattered, place
 
 
 @helper

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from spte._jit import ctz, kernel, prefetch
+from spte._numba.jit import ctz, kernel, prefetch
+from spte.arrays.context import ROWS, I64s, Tables, U64s
 from spte.bits import ONE, PRESENT_SHIFT, U64, ZERO
-from spte.context import ROWS, I64s, Tables, U64s
-from spte.kernels.write_protect import protect_entries
-from spte.tables import leaf_table
+from spte.kernels._write_protect import protect_entries
+from spte.mmu.walk import leaf_table
 
 
 @kernel

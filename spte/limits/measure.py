@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from spte import memory
-from spte.backing import Backing
-from spte.bare_loops import set_bits
+from spte.arrays import reserve as memory
+from spte.arrays.context import I64s, Slots, U64s
 from spte.bits import WRITABLE
-from spte.context import I64s, Slots, U64s
-from spte.host import the_host
-from spte.kernels.access import run, run_shadow
+from spte.cpu.run import run, run_shadow
+from spte.host.backing import Backing
+from spte.host.pages import the_host
+from spte.limits.bare_loops import set_bits
 from spte.platform import Platform
 from spte.trace import PAGE_SIZE
-from spte.vm import VM
+from spte.vm.vm import VM
 
 BATCH = 1 << 23  # gfns of one batch: 64 MiB
 FRESH_ROWS = 8  # upper tables beyond one in 512

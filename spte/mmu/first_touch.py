@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte import context as cx
-from spte._jit import kernel_apart
+from spte._numba.jit import kernel_apart
+from spte.arrays import context as cx
 from spte.bits import ACC_ALL, SHIFT_PAGE, U64, ZERO
-from spte.entries import make_leaf
-from spte.host import MIXED, OWN, PAGE_NONE, PAGE_OWN, SHM, drop_mixed
-from spte.slots import find_slot
-from spte.tables import count_leaf
+from spte.host.pages import MIXED, OWN, PAGE_NONE, PAGE_OWN, SHM, drop_mixed
+from spte.mmu.memslot import find_slot
+from spte.mmu.tdp_mmu import make_leaf
+from spte.mmu.walk import count_leaf
 
 
 @kernel_apart

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte import context as cx
-from spte._jit import helper, kernel, kernel_apart
+from spte._numba.jit import helper, kernel, kernel_apart
+from spte.arrays import context as cx
+from spte.arrays.context import LOG_COLUMNS
 from spte.bits import ONE, U64
-from spte.context import LOG_COLUMNS
-from spte.host import HUGE, HUGETLB_1G, HUGETLB_2M, THP, host_level
+from spte.host.pages import HUGE, HUGETLB_1G, HUGETLB_2M, THP, host_level
 
 U32_MASK = np.int64(0xFFFF_FFFF)
 RING_GFN_DIRTY = ONE

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._jit import helper
-from spte.context import BASE, NODE_FREE, NODE_HIGH, RMAP1
+from spte._numba.jit import helper
+from spte.arrays.context import BASE, NODE_FREE, NODE_HIGH, RMAP1
 
 
 @helper

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from spte import bits as bt
-from spte._jit import helper
-from spte.context import NX_SPLITS, SPLITS_1G, SPLITS_2M, SPTES_WRITTEN, ZAPPED
-from spte.tables import alloc_row, child_of, count_leaf, free_row, is_leaf, is_link, take_row
+from spte._numba.jit import helper
+from spte.arrays.context import NX_SPLITS, SPLITS_1G, SPLITS_2M, SPTES_WRITTEN, ZAPPED
+from spte.mmu.walk import alloc_row, child_of, count_leaf, free_row, is_leaf, is_link, take_row
 
 _ROLE_LEVEL = bt.U64(0xF)
 

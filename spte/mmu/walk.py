@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte import memory
-from spte._jit import helper, kernel, kernel_apart
+from spte._numba.jit import helper, kernel, kernel_apart
+from spte.arrays import reserve as memory
+from spte.arrays.context import FREED, HARVEST_WORDS, META_COLUMNS, PAGES_4K, ROWS, Tables, zeros
 from spte.bits import INDEX_BITS, LARGE, MMU_PRESENT, PFN_MASK, SHIFT_PAGE, U64, ZERO
-from spte.context import FREED, HARVEST_WORDS, META_COLUMNS, PAGES_4K, ROWS, Tables, zeros
 
 # 2**24 rows map 32 TiB in 4 KiB pages. Only address space: 64 GiB and 0.5 GiB of attributes, nothing of it touched.
 CAPACITY = 1 << 24

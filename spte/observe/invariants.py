@@ -23,18 +23,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spte import bits as bt
-from spte._jit import helper, kernel
-from spte.context import BASE, BEGAN_SET, BITMAP, FLAGS, LOG_DIRTY_PAGES, PAE_ROOT, PAGES_4K, PML_INDEX, READONLY, ROWS, UNARMED
-from spte.entries import log_shift, type_of
+from spte._numba.jit import helper, kernel
+from spte.arrays.context import BASE, BEGAN_SET, BITMAP, FLAGS, LOG_DIRTY_PAGES, PAE_ROOT, PAGES_4K, PML_INDEX, READONLY, ROWS, UNARMED
 from spte.errors import InvariantError
-from spte.page_track import is_direct
-from spte.rmap import next_of, ref_of
-from spte.shadow_page import entry_gfn
-from spte.slots import find_slot
-from spte.tables import child_of, is_leaf
+from spte.mmu.memslot import find_slot
+from spte.mmu.page_track import is_direct
+from spte.mmu.rmap import next_of, ref_of
+from spte.mmu.shadow.page import entry_gfn
+from spte.mmu.tdp_mmu import log_shift, type_of
+from spte.mmu.walk import child_of, is_leaf
 
 if TYPE_CHECKING:
-    from spte.observe import Observable
+    from spte.vm.observable import Observable
 
 S1, S3, S4, S5, S7, S9, S10, L1, L2, L3 = range(1, 11)
 NAMES = ("", "S1", "S3", "S4", "S5", "S7", "S9", "S10", "L1", "L2", "L3")

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from spte.arrays.context import PAE_ROOT, Tables
 from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, Layout
-from spte.context import PAE_ROOT, Tables
-from spte.sweep import GFN_SHIFT, is_scattered
+from spte.mmu.slot.sweep import GFN_SHIFT, is_scattered
 
 _PRESENT, _LARGE, _FRAME, _NO_FRAME = int(MMU_PRESENT), int(LARGE), int(PFN_MASK), ~PFN_MASK
 _TOP_BIT = 1 << 63  # of an entry that is not present: suppress-#VE of EPT, or the non-present value of NPT

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from spte import context as cx
+from spte.arrays import context as cx
 
 if TYPE_CHECKING:
-    from spte.observe import Observable
+    from spte.vm.observable import Observable
 
 VM_STATS = {
     "pages_4k": cx.PAGES_4K, "pages_2m": cx.PAGES_2M, "pages_1g": cx.PAGES_1G, "remote_tlb_flush_requests": cx.FLUSHES,

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from spte import context as cx
+from spte.arrays import context as cx
+from spte.arrays.context import Tables, Vcpu
 from spte.bits import PFN_MASK
-from spte.context import Tables, Vcpu
 
 PFERR_PRESENT, PFERR_WRITE, PFERR_USER, PFERR_FETCH = 1, 2, 4, 16
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from spte import patch_logging, patch_mapping
-from spte.patch_states import PATCHES, Patch
-from spte.patch_trial import Outcome, Scenario, perform
-from spte.patch_versions import MATRIX, on_trace
+from spte.patches import logging as patch_logging
+from spte.patches import mapping as patch_mapping
+from spte.patches.states import PATCHES, Patch
+from spte.patches.trial import Outcome, Scenario, perform
+from spte.patches.versions import MATRIX, on_trace
 from spte.trace import Trace
 
 __all__ = ["Group", "of_patches", "of_versions"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import itertools
 
-from spte import patch_nested
-from spte.context import LOG_DIRTY_PAGES, READONLY
+from spte.arrays.context import LOG_DIRTY_PAGES, READONLY
 from spte.errors import KvmError
-from spte.patch_mapping import logging_begins
-from spte.patch_states import around
-from spte.patch_trial import Play, Scenario, Slot, Trial
+from spte.patches import nested as patch_nested
+from spte.patches.mapping import logging_begins
+from spte.patches.states import around
+from spte.patches.trial import Play, Scenario, Slot, Trial
 
 PML_ENTRIES = 512
 _SMALL = 64  # pages of a slot where only its flags matter

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from spte import mm
-from spte.backing import Backing
-from spte.host import the_host
-from spte.memslot import Memslot
-from spte.patch_states import STATES, around
-from spte.patch_trial import Play, Scenario, Slot, Trial
+from spte.host.backing import Backing
+from spte.host.pages import the_host
+from spte.mmu.memslot import max_mapping_level
+from spte.patches.states import STATES, around
+from spte.patches.trial import Play, Scenario, Slot, Trial
 from spte.platform import named, without_tdp_mmu
-from spte.slots import max_mapping_level
+from spte.vm.memslots import Memslot
 
 MIB = 256  # pages
 HUGE = 2 * MIB

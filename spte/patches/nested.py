@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte.context import PML_INDEX, PML_ON, READ
+from spte.arrays.context import PML_INDEX, PML_ON, READ
 from spte.guest_tables import GuestTables
-from spte.patch_states import around
-from spte.patch_trial import Play, Scenario, Slot, Trial
+from spte.patches.states import around
+from spte.patches.trial import Play, Scenario, Slot, Trial
 
 PML_ENTRIES, PML_FULL_INDEX = 512, 0xFFFF
 TABLES_GFN, TABLES_PAGES = 1 << 18, 16

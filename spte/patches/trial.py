@@ -9,12 +9,12 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
-from spte.backing import Backing
-from spte.context import LOG_DIRTY_PAGES, PML_ON, I64s
+from spte.arrays.context import LOG_DIRTY_PAGES, PML_ON, I64s
+from spte.host.backing import Backing
 from spte.platform import Platform
 from spte.policy import Policy
 from spte.trace import PAGE_SIZE
-from spte.vm import VM
+from spte.vm.vm import VM
 
 Value = int | str | tuple[int, ...]
 Seen = dict[str, Value]

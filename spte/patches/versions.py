@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
-from spte.context import LOG_DIRTY_PAGES, READONLY
-from spte.patch_mapping import HUGE, INITIALLY_SET, MIB, logging_begins
-from spte.patch_trial import Play, Scenario, Trial, Value
+from spte.arrays.context import LOG_DIRTY_PAGES, READONLY
+from spte.patches.mapping import HUGE, INITIALLY_SET, MIB, logging_begins
+from spte.patches.trial import Play, Scenario, Trial, Value
 from spte.platform import Platform, named
 from spte.policy import Policy
 from spte.trace import Trace

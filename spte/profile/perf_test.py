@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from spte.context import READ, WRITE
+from spte.arrays.context import READ, WRITE
+from spte.profile.workload import Access, WorkloadError, ascending, check_choice, check_seed, check_vcpus
 from spte.trace import MAX_NPAGES, PAGE_SIZE
-from spte.workload import Access, WorkloadError, ascending, check_choice, check_seed, check_vcpus
 
 SOURCES = {
     "anonymous": "4k",

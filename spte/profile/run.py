@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spte.backing import Backing
-from spte.bare_loops import scatter_bits
-from spte.context import LOG_DIRTY_PAGES, WRITE
-from spte.phases import Epoch, Phase, Row
+from spte.arrays.context import LOG_DIRTY_PAGES, WRITE
+from spte.host.backing import Backing
+from spte.limits.bare_loops import scatter_bits
 from spte.policy import Policy, parse
+from spte.profile.report import Epoch, Phase, Row
+from spte.profile.workload import Access, Workload
 from spte.trace import PAGE_SIZE
-from spte.vm import VM
+from spte.vm.vm import VM
 from spte.warm import warmup
-from spte.workload import Access, Workload
 
 DIRECT = ("ept-pml", "ept-nopml", "ept-noad", "npt", "npt-pml")
 """The platforms with two-dimensional paging."""

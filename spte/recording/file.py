@@ -20,8 +20,8 @@ from typing import IO, Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 
-from spte.recording_ops import OPS, RecordingError, check_args, is_int, short
-from spte.recording_shapes import check_shapes
+from spte.recording.ops import OPS, RecordingError, check_args, is_int, short
+from spte.recording.shapes import check_shapes
 
 FORMAT = "kvm-dirty-golden/1"
 ARCHIVES = (".tar", ".tar.xz", ".tar.gz", ".txz", ".tgz")

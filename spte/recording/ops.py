@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from spte.recording_seq import parse_seq
+from spte.recording.seq import parse_seq
 
 INT64 = 1 << 63
 UINT64 = 1 << 64

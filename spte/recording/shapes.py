@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from spte.recording_ops import INT64, RecordingError, is_int, short
+from spte.recording.ops import INT64, RecordingError, is_int, short
 
 _CONTAINERS: dict[str, type] = {
     "args": dict, "stats": dict, "kbitmap": dict, "exit_reasons": dict,

@@ -7,7 +7,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spte.payload import COMPARE_EXCHANGE, FETCH, LAST_PIECE, LOAD, READ_MODIFY_WRITE, STORE, STRING_IO, WRITE, Accesses, Command, Payload
+from spte.replay.payload import (
+    COMPARE_EXCHANGE,
+    FETCH,
+    LAST_PIECE,
+    LOAD,
+    READ_MODIFY_WRITE,
+    STORE,
+    STRING_IO,
+    WRITE,
+    Accesses,
+    Command,
+    Payload,
+)
 
 HALT = {"exit": "hlt"}
 RING_FULL = {"exit": "dirty_ring_full"}

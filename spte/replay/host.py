@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from spte import mm
 from spte.errors import KvmError
-from spte.recording_ops import RecordingError, short
-from spte.replay_machine import Args, Machine, Result, failure, ioctl, success
+from spte.recording.ops import RecordingError, short
+from spte.replay.machine import Args, Machine, Result, failure, ioctl, success
 
 SOFT_DIRTY = 4  # /proc/PID/clear_refs: write-protect every page; 1 only takes referenced bits
 ADVICE = (mm.DONTNEED, mm.FREE, mm.COLD, mm.PAGEOUT)

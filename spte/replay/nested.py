@@ -9,12 +9,12 @@ import numpy as np
 
 from spte.exits import Exit
 from spte.guest_tables import FRAME, RWX
-from spte.payload import CODE, EXEC, READ, STRING_IO, WRITE, Accesses, Command, Payload
-from spte.payload_tables import L1Tables
-from spte.recording_ops import RecordingError
-from spte.recording_seq import Step
-from spte.replay_guest import HALT, RING_FULL, Exits, Guest, Memory, UnsupportedOp, elided
-from spte.vcpu import VirtualCpu
+from spte.recording.ops import RecordingError
+from spte.recording.seq import Step
+from spte.replay.guest import HALT, RING_FULL, Exits, Guest, Memory, UnsupportedOp, elided
+from spte.replay.payload import CODE, EXEC, READ, STRING_IO, WRITE, Accesses, Command, Payload
+from spte.replay.payload_tables import L1Tables
+from spte.vm.vcpu import VirtualCpu
 
 VCPU_PAGES = 0x40  # the payload of each vCPU
 PARAMS, VMX_REGION, CONTROL, L1_PML, COMMAND_LIST, L2_STACK, L1_STACK = 8, 10, 11, 14, 16, 59, 62  # its pages

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from spte.errors import GuestTablesError
-from spte.payload import CODE, Payload
-from spte.payload_tables import L1Tables
 from spte.platform import EPT, SHADOW
-from spte.recording import expand
-from spte.recording_ops import L2_OPS, RecordingError
-from spte.recording_seq import Step, parse_seq
-from spte.replay_guest import HALT, Exits, UnsupportedOp
-from spte.replay_machine import Args, Machine, Result
-from spte.replay_nested import COMMAND_LIST, L1_PML, L1_STACK, L2_STACK, VCPU_PAGES, L2Setup, NestedGuest
+from spte.recording.file import expand
+from spte.recording.ops import L2_OPS, RecordingError
+from spte.recording.seq import Step, parse_seq
+from spte.replay.guest import HALT, Exits, UnsupportedOp
+from spte.replay.machine import Args, Machine, Result
+from spte.replay.nested import COMMAND_LIST, L1_PML, L1_STACK, L2_STACK, VCPU_PAGES, L2Setup, NestedGuest
+from spte.replay.payload import CODE, Payload
+from spte.replay.payload_tables import L1Tables
 
 CODE_PAGES = 256
 

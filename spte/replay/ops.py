@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from spte import replay_host as host
-from spte import replay_nested_ops as nested
 from spte.errors import KvmError
-from spte.payload import CODE, COMMAND_LIMIT, Command
-from spte.recording import bitmap_of, bits_of, expand, runs_of
-from spte.recording_ops import GUEST_OPS, UINT64, RecordingError, is_int, short
-from spte.replay_guest import HALT, Exits, UnsupportedOp
-from spte.replay_machine import Args, Machine, Region, Result, failure, ioctl, make_backing, success
-from spte.replay_nested import NestedGuest
+from spte.recording.file import bitmap_of, bits_of, expand, runs_of
+from spte.recording.ops import GUEST_OPS, UINT64, RecordingError, is_int, short
+from spte.replay import host
+from spte.replay import nested_ops as nested
+from spte.replay.guest import HALT, Exits, UnsupportedOp
+from spte.replay.machine import Args, Machine, Region, Result, failure, ioctl, make_backing, success
+from spte.replay.nested import NestedGuest
+from spte.replay.payload import CODE, COMMAND_LIMIT, Command
 
 CAP_MANUAL_DIRTY_LOG_PROTECT2 = 168
 MSR_WALL_CLOCK, MSR_KVMCLOCK, MSR_STEAL_TIME = 0x4B564D00, 0x4B564D01, 0x4B564D03

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spte.backing import Backing
 from spte.guest_tables import FRAME, GuestTables
-from spte.payload import PML4
+from spte.host.backing import Backing
+from spte.replay.payload import PML4
 
 FIRST_PAGE = 64  # of the slot: the first root
 WINDOWS = (0xC0000, 0xD0000)  # the payload and its page tables: a 2 MiB page each, so that L2 can run

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from spte import listing
+from spte.arrays.context import PAE_ROOT, ROOT
 from spte.bits import ROLE_INVALID
-from spte.context import PAE_ROOT, ROOT
 from spte.errors import KvmError
-from spte.payload import CODE_SLOT, HIDDEN, TABLE_SLOT
+from spte.observe import listing
+from spte.observe.stats import stat_files
 from spte.platform import EPT
-from spte.recording import Recording
-from spte.recording_ops import OPS, RecordingError, short, unknown_args, with_defaults
-from spte.replay_guest import UnsupportedOp
-from spte.replay_machine import Machine
-from spte.replay_nested import NestedGuest
-from spte.replay_ops import HANDLERS
-from spte.stats import stat_files
+from spte.recording.file import Recording
+from spte.recording.ops import OPS, RecordingError, short, unknown_args, with_defaults
+from spte.replay.guest import UnsupportedOp
+from spte.replay.machine import Machine
+from spte.replay.nested import NestedGuest
+from spte.replay.ops import HANDLERS
+from spte.replay.payload import CODE_SLOT, HIDDEN, TABLE_SLOT
 
 STATS = {
     "vm": ("pages_4k", "pages_2m", "pages_1g", "remote_tlb_flush_requests", "nx_lpage_splits"),

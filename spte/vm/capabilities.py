@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spte.errors import CapabilityError, RingTooLargeError
-from spte.memslot import ADDRESS_SPACES, USER_MEM_SLOTS
+from spte.vm.memslots import ADDRESS_SPACES, USER_MEM_SLOTS
 
 MANUAL_PROTECT, DIRTY_RING, DIRTY_RING_ACQ_REL, PREFAULT = 168, 192, 223, 236
 RING_ENTRY_BYTES, RING_MAX_BYTES, PAGE = 16, 65536 * 16, 4096

@@ -6,23 +6,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spte.context import READONLY, SPTES_WRITTEN, VCPU_KICKS, U64s
+from spte.arrays.context import READONLY, SPTES_WRITTEN, VCPU_KICKS, U64s
 from spte.errors import BufferFaultError, ClearRangeError, DirtyRingInUseError, NoDirtyLogError, RingDisabledError
-from spte.host import the_host
-from spte.kernels.clear_dirty import clear_dirty_slot
-from spte.kernels.collapse import collapse_slot
-from spte.kernels.harvest import clear_dirty_log, get_dirty_log
-from spte.kernels.ring_reset import reset_ring
-from spte.kernels.rmap import split_slot_rmaps, zap_collapsible_rmaps
-from spte.kernels.set_dirty import set_dirty_slot
-from spte.kernels.split import split_slot
-from spte.kernels.write_protect import write_protect_slot
-from spte.kernels.zap_collapsible import zap_collapsible
-from spte.memslot import Memslot
-from spte.region import check_slot_number
+from spte.host.pages import the_host
+from spte.kernels._clear_dirty import clear_dirty_slot
+from spte.kernels._collapse import collapse_slot
+from spte.kernels._harvest import clear_dirty_log, get_dirty_log
+from spte.kernels._split import split_slot
+from spte.kernels._write_protect import write_protect_slot
+from spte.mmu.dirty_log.ring_reset import reset_ring
+from spte.mmu.slot.rmap import split_slot_rmaps, zap_collapsible_rmaps
+from spte.mmu.slot.set_dirty import set_dirty_slot
+from spte.mmu.slot.zap_collapsible import zap_collapsible
+from spte.vm.memslots import Memslot
+from spte.vm.set_memory_region import check_slot_number
 
 if TYPE_CHECKING:
-    from spte.vm import VM
+    from spte.vm.vm import VM
 
 
 def _write_protect(vm: VM, slot: Memslot, level: int) -> int:

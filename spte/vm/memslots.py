@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from spte import context as cx
-from spte import memory
-from spte.backing import Backing
-from spte.context import Slots, U64s, zeros
-from spte.listing import bit_runs, runs_of
-from spte.memory import Pool
-from spte.slots import find_slot
+from spte.arrays import context as cx
+from spte.arrays import reserve as memory
+from spte.arrays.context import Slots, U64s, zeros
+from spte.arrays.reserve import Pool
+from spte.host.backing import Backing
+from spte.mmu.memslot import find_slot
+from spte.observe.listing import bit_runs, runs_of
 
 USER_MEM_SLOTS = 32764
 ADDRESS_SPACES = 2

@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from spte.arrays.context import FLUSHES, PGD, ROOT, TDP_ROOTS, I64s, Mode
 from spte.bits import ROLE_AD_DISABLED, ROLE_DIRECT, ROLE_INVALID, ROLE_IS_DIRECT
-from spte.context import FLUSHES, PGD, ROOT, TDP_ROOTS, I64s, Mode
 from spte.errors import NestedError, OutOfTablesError
-from spte.events import EventLog
-from spte.host import the_host
-from spte.kernels.age import age_range
-from spte.kernels.rmap import age_rmaps, zap_all_shadow, zap_rmaps
-from spte.kernels.zap import zap_range, zap_root
-from spte.memslot import Memslot, Memslots
+from spte.host.pages import the_host
+from spte.mmu.shadow.sync import get_page, sync_children
+from spte.mmu.slot.age import age_range
+from spte.mmu.slot.rmap import age_rmaps, zap_all_shadow, zap_rmaps
+from spte.mmu.slot.zap import zap_range, zap_root
+from spte.mmu.walk import alloc_row, free_row, new_tables
+from spte.observe.tracepoints import EventLog
 from spte.platform import Platform
-from spte.roots import Root
-from spte.shadow_sync import get_page, sync_children
-from spte.tables import alloc_row, free_row, new_tables
+from spte.vm.memslots import Memslot, Memslots
+from spte.vm.root_cache import Root
 
 if TYPE_CHECKING:
-    from spte.nested import NestedVcpu
+    from spte.vm.nested import NestedVcpu
 
 NO_ROOTS = np.zeros(0, np.int64)
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spte import context as cx
+from spte.arrays import context as cx
+from spte.arrays.context import Mode, Vcpu
 from spte.bits import (
     GUEST_EPT,
     GUEST_EPT_NO_AD,
@@ -22,19 +23,18 @@ from spte.bits import (
     ROLE_NPT12,
     WRITABLE,
 )
-from spte.context import Mode, Vcpu
+from spte.cpu.run import STAYS
 from spte.errors import NestedError, OutOfTablesError, SlotAlignmentError
 from spte.exits import Exit
-from spte.guest_memory import contents
-from spte.kernels.access import STAYS
-from spte.notifier import host_write
+from spte.host.guest_memory import contents
+from spte.mmu.walk import is_leaf, walk
 from spte.platform import EPT, NPT, SHADOW
-from spte.roots import RootCache
-from spte.shadow_paging import ShadowPaging
-from spte.tables import is_leaf, walk
+from spte.vm.notifier import host_write
+from spte.vm.root_cache import RootCache
+from spte.vm.shadow_paging import ShadowPaging
 
 if TYPE_CHECKING:
-    from spte.vm import VM
+    from spte.vm.vm import VM
 
 PAGED_BITS = 48  # what four levels of guest tables reach
 EPTP_WALK_4_WB, EPTP_AD = 0x1E, 0x40  # low bits of an EPT pointer: four levels, write-back; A/D bits on

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spte import host as hostmm
-from spte.context import READONLY
-from spte.slots import mark_dirty
+from spte.arrays.context import READONLY
+from spte.host import pages as hostmm
+from spte.mmu.memslot import mark_dirty
 
 if TYPE_CHECKING:
-    from spte.memslot import Memslot
-    from spte.vm import VM
+    from spte.vm.memslots import Memslot
+    from spte.vm.vm import VM
 
 Ranges = list[tuple[int, int]]  # first host page, pages
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from spte import listing
+from spte.arrays.context import ROOT
 from spte.bits import ROLE_GUEST_MODE, ROLE_INVALID, ROLE_IS_DIRECT
-from spte.context import ROOT
-from spte.invariants import check as check_invariants
-from spte.memslot import Memslots
-from spte.mmu import Mmu
-from spte.stats import counters, stats
+from spte.observe import listing
+from spte.observe.invariants import check as check_invariants
+from spte.observe.stats import counters, stats
+from spte.vm.memslots import Memslots
+from spte.vm.mmu import Mmu
 
 if TYPE_CHECKING:
-    from spte.vcpu import VirtualCpu
+    from spte.vm.vcpu import VirtualCpu
 
 
 class Observable:

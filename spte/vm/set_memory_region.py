@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from spte.backing import Backing
-from spte.context import READONLY
+from spte.arrays.context import READONLY
 from spte.errors import NoSuchSlotError, SlotAlignmentError, SlotChangeError, SlotFlagsError, SlotIdError, SlotOverlapError, SlotRangeError
-from spte.memslot import ADDRESS_SPACES, MAX_PAGES, USER_MEM_SLOTS, VALID_FLAGS, Memslot, Memslots
+from spte.host.backing import Backing
+from spte.vm.memslots import ADDRESS_SPACES, MAX_PAGES, USER_MEM_SLOTS, VALID_FLAGS, Memslot, Memslots
 
 PAGE = 4096
 USER_END = (1 << 47) - PAGE

@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from spte.arrays.context import PAE_ROOT, PGD, ROOT
 from spte.bits import PFN_MASK, ROLE_PAGING_OFF
-from spte.context import PAE_ROOT, PGD, ROOT
 from spte.errors import OutOfTablesError
-from spte.host import the_host
-from spte.mmu import Mmu
-from spte.roots import Root
-from spte.shadow_page import link_page, unlink_page
-from spte.shadow_sync import get_page
-from spte.tables import alloc_row, is_link
+from spte.host.pages import the_host
+from spte.mmu.shadow.page import link_page, unlink_page
+from spte.mmu.shadow.sync import get_page
+from spte.mmu.walk import alloc_row, is_link
+from spte.vm.mmu import Mmu
+from spte.vm.root_cache import Root
 
 if TYPE_CHECKING:
-    from spte.nested import NestedVcpu
+    from spte.vm.nested import NestedVcpu
 
 PAE_ENTRIES = 4  # each maps 1 GiB
 

@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from spte import context as cx
-from spte.context import LOG_COLUMNS, I64s, Vcpu, zeros
+from spte.arrays import context as cx
+from spte.arrays.context import LOG_COLUMNS, I64s, Vcpu, zeros
+from spte.cpu.prefault import prefault
+from spte.cpu.run import STAYED, STAYS, run_shadow
+from spte.cpu.run import run as run_guest
 from spte.errors import OutOfTablesError, PrefaultError, PrefaultHoleError, PrefaultHostError, PrefaultUnsupportedError, SlotRangeError
 from spte.exits import Exit
-from spte.host import the_host
-from spte.kernels.access import STAYED, STAYS, run_shadow
-from spte.kernels.access import run as run_guest
-from spte.kernels.prefault import prefault
-from spte.nested import PAGED_BITS, NestedVcpu
-from spte.notifier import host_write
+from spte.host.pages import the_host
 from spte.platform import SHADOW
+from spte.vm.nested import PAGED_BITS, NestedVcpu
+from spte.vm.notifier import host_write
 
 if TYPE_CHECKING:
-    from spte.vm import VM
+    from spte.vm.vm import VM
 
 Kinds = npt.NDArray[np.uint8]
 DIRTY_GFN = np.dtype([("flags", "<u4"), ("slot", "<u4"), ("offset", "<u8")])  # struct kvm_dirty_gfn

@@ -6,20 +6,21 @@ import dataclasses
 import warnings
 from types import TracebackType
 
-from spte import dirty_log, notifier, region
-from spte.backing import Backing
+from spte.arrays.context import CPU_DIRTY_LOGGING_REQUESTS, U64s
+from spte.arrays.mode import mode_of
 from spte.bits import ROLE_PAGING_OFF
-from spte.caps import MANUAL_PROTECT, PREFAULT, check_dirty_ring, check_extension, check_manual_protect, number
-from spte.context import CPU_DIRTY_LOGGING_REQUESTS, U64s
 from spte.errors import CapabilityError, ClosedError, DirtyLoggingLeak, MmuPagesError
-from spte.memslot import Memslots
-from spte.mmu import Mmu
-from spte.mode import mode_of
-from spte.observe import Observable
+from spte.host.backing import Backing
 from spte.platform import SHADOW, Platform, named
 from spte.policy import Policy
-from spte.shadow_paging import ShadowPaging
-from spte.vcpu import VirtualCpu
+from spte.vm import dirty_log, notifier
+from spte.vm import set_memory_region as region
+from spte.vm.capabilities import MANUAL_PROTECT, PREFAULT, check_dirty_ring, check_extension, check_manual_protect, number
+from spte.vm.memslots import Memslots
+from spte.vm.mmu import Mmu
+from spte.vm.observable import Observable
+from spte.vm.shadow_paging import ShadowPaging
+from spte.vm.vcpu import VirtualCpu
 
 MAX_VCPUS = 1024  # KVM_MAX_VCPUS of x86
 TSS_SLOT, TSS_PAGES = 32764, 3  # the first of KVM's internal slots

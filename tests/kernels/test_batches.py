@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import spte
-from spte.kernels.access import LEAST_TO_LIST
+from spte.cpu.run import LEAST_TO_LIST
 
 SIZE = 16 << 20
 PAGES = SIZE >> 12

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spte import _jit
+from spte._numba import jit as _jit
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 compiled = pytest.mark.skipif(_jit.PLAIN, reason="kernels are plain Python in this lane")
 
 
@@ -21,7 +21,8 @@ REPORT = """
 import json, sys
 import numba
 from conftest import PLATFORMS, typical_run
-from spte import _jit, _link, policy
+from spte._numba import jit as _jit, link as _link
+from spte import policy
 from spte.warm import warmup
 
 
@@ -111,7 +112,7 @@ RUN = """
 import sys, warnings
 warnings.simplefilter("error")
 import spte
-from spte import _jit, _link
+from spte._numba import jit as _jit, link as _link
 assert spte.__file__.startswith({copy!r}), spte.__file__
 vm = spte.VM("npt")
 vm.set_memory_region(0, 0, 1 << 22, spte.Backing("thp", 1 << 22))
@@ -169,7 +170,7 @@ def test_the_cache_is_hit_and_an_edit_of_another_source_file_is_seen(copy, tmp_p
     assert (misses, again) == (0, first)
 
     # numba stamps only the file of the kernel itself; what a helper in another file does must still be seen.
-    host = copy / "spte" / "host.py"
+    host = copy / "spte" / "host" / "pages.py"
     text = host.read_text()
     edited = text.replace("return np.int64(3 if h.kind[hpage >> 9] == HUGETLB_1G else 2)", "return np.int64(1)")
     assert edited != text

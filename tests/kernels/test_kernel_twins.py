@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from spte import _jit, kernels
+from spte import kernels
+from spte._numba import jit as _jit
 
 W, LARGE, PRESENT = 1 << 1, 1 << 7, 1 << 11
 DIRTY = {"ept-pml": 1 << 9, "ept-nopml": 1 << 9, "npt": 1 << 6, "npt-pml": 1 << 6}

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from spte import _jit
+from spte._numba import jit as _jit
 
 pytestmark = [
     pytest.mark.long,
@@ -18,7 +18,7 @@ MIB = 1 << 20
 HEAD = """
 import numpy as np
 import spte, spte.warm
-from spte.context import PAGES_4K
+from spte.arrays.context import PAGES_4K
 spte.warm.warmup()
 
 def peak():

@@ -4,10 +4,11 @@ import random
 
 import pytest
 from conftest import LOG, PAGE, PLATFORMS, pages_of
-from nest import L2, TABLES_GFN, Nest
+from programs.nest import L2, TABLES_GFN, Nest
 
 import spte
-from spte import _jit, mm
+from spte import mm
+from spte._numba import jit as _jit
 
 MODES = ("get", "manual 1", "manual 3", "ring")
 NESTED = [name for name in PLATFORMS if name != "shadow"]

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 from conftest import PAGE
-from nest import L2, TABLES_GFN, TABLES_PAGES, Nest
+from programs.nest import L2, TABLES_GFN, TABLES_PAGES, Nest
 
 import spte
 from spte.errors import GuestTablesError, NestedError, SlotAlignmentError, SlotRangeError

@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import PLATFORMS
-from nested_program import STEPS, run
+from programs.nested import STEPS, run
 
 OUTCOMES = {"refused", "unsync", "emulated", "large leaf"}
 

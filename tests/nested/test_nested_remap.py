@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from conftest import LOG, PAGE
-from nest import L2, TABLES_GFN, Nest
+from programs.nest import L2, TABLES_GFN, Nest
 
 import spte
 from spte import mm

@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import LOG, PLATFORMS
-from nest import L2, Nest
+from programs.nest import L2, Nest
 
 import spte
 from spte.errors import ClosedError, NestedError

@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import LOG, PAGE, PLATFORMS, pages_of
-from nest import TABLES_GFN, TABLES_PAGES, host_page, kind_of
+from programs.nest import TABLES_GFN, TABLES_PAGES, host_page, kind_of
 
 import spte
 from spte.guest_tables import EXEC, READ, RWX, WRITE, GuestTables

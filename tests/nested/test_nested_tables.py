@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import LOG, PAGE, PLATFORMS, pages_of
-from nest import L2, TABLES_GFN, Nest, kind_of, violation_of
+from programs.nest import L2, TABLES_GFN, Nest, kind_of, violation_of
 
 import spte
 from spte.bits import PFN_MASK

@@ -2,8 +2,8 @@
 
 import errno
 
-from oracle_host import PAGES, align
-from oracle_memory import EXEC, LOG, READ, RO, SPAN, WRITE, Cached, Leaf
+from oracle.host import PAGES, align
+from oracle.memory import EXEC, LOG, READ, RO, SPAN, WRITE, Cached, Leaf
 
 
 class Guest:

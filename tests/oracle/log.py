@@ -2,7 +2,7 @@
 
 import errno
 
-from oracle_host import align
+from oracle.host import align
 
 
 class DirtyLog:

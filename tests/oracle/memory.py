@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from oracle_host import PAGES, Host
+from oracle.host import PAGES, Host
 
 READ, WRITE, EXEC = 0, 1, 2
 SPAN = PAGES[4] * 512  # addresses of one view: address % SPAN is the gfn, address // SPAN the alias by which a vCPU reaches it

@@ -2,9 +2,9 @@
 
 import errno
 
-from oracle import Oracle
-from oracle_host import align
-from oracle_memory import EXEC, LOG, RO, SPAN
+from oracle.host import align
+from oracle.memory import EXEC, LOG, RO, SPAN
+from oracle.vm import Oracle
 
 GROUP = 8  # neighbours that a fault maps
 PAE_PAGES = {(2, i << 18) for i in range(4)}  # what the four entries of a PAE root link to

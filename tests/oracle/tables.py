@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from oracle_host import PAGES, align
-from oracle_memory import SPAN, Leaf
+from oracle.host import PAGES, align
+from oracle.memory import SPAN, Leaf
 
 
 class Tables:

@@ -8,12 +8,12 @@ lost write. `mutants` names flushes to be left out, or an order to be turned rou
 import dataclasses
 import errno
 
-from oracle_guest import Guest
-from oracle_host import PAGES
-from oracle_log import DirtyLog
-from oracle_memory import LOG, RO, SPAN, Slot, Vcpu, kind_of
-from oracle_rules import RULES
-from oracle_tables import Tables
+from oracle.guest import Guest
+from oracle.host import PAGES
+from oracle.log import DirtyLog
+from oracle.memory import LOG, RO, SPAN, Slot, Vcpu, kind_of
+from oracle.rules import RULES
+from oracle.tables import Tables
 
 
 class Oracle(Tables, Guest, DirtyLog):

@@ -3,9 +3,9 @@
 import errno
 
 import numpy as np
-from oracle_host import PAGES, Host
-from oracle_memory import LOG, READ, STATS, WRITE
-from oracle_rmap import oracle_of
+from oracle.host import PAGES, Host
+from oracle.memory import LOG, READ, STATS, WRITE
+from oracle.rmap import oracle_of
 
 import spte
 from spte import mm

@@ -6,9 +6,10 @@ One switch each: `Oracle.mutants` holds the name of a step that is left out, or 
 from dataclasses import dataclass, replace
 
 from conftest import PLATFORMS, PML_PLATFORMS, TDP_PLATFORMS, WP_PLATFORMS
-from oracle_memory import RO
-from oracle_rules import RULES
-from tlb_program import MAPPING, Scene
+from oracle.memory import RO
+from oracle.rules import RULES
+
+from programs.tlb import MAPPING, Scene
 
 LOST, STALE, STATE = "lost write", "stale translation", "another state than the VM's"
 TDP_PML = [name for name in TDP_PLATFORMS if name in PML_PLATFORMS]  # clear-dirty takes huge leaves too there, and flushes

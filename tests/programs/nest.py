@@ -4,11 +4,11 @@ import numpy as np
 from conftest import LOG, PAGE, Guest
 
 import spte
+from spte.arrays.context import ROOT
 from spte.bits import PFN_MASK, SHIFT_PAGE
-from spte.context import ROOT
 from spte.guest_tables import GuestTables
-from spte.host import ZERO_PFN
-from spte.tables import walk
+from spte.host.pages import ZERO_PFN
+from spte.mmu.walk import walk
 
 TABLES_GFN, TABLES_PAGES = 1 << 18, 64
 L2 = 1 << 16  # where L2 sees page 0 of the data

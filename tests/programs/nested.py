@@ -9,12 +9,12 @@ import random
 
 import numpy as np
 from conftest import LOG, PAGE, pages_of
-from nest import L2, TABLES_GFN, TABLES_PAGES, Nest, kind_of, violation_of
 
 import spte
+from programs.nest import L2, TABLES_GFN, TABLES_PAGES, Nest, kind_of, violation_of
 from spte import mm
+from spte.arrays.context import ROWS, UNSYNC
 from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, SHIFT_PAGE
-from spte.context import ROWS, UNSYNC
 
 NPAGES, VIEWS, ROOTS, VCPUS = 1024, 3, 2, 2
 PAGES = (0, 1, 7, 8, 511, 512, 600, 1023)

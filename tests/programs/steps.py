@@ -2,10 +2,11 @@
 
 import dataclasses
 
-from both import Both
-from oracle_host import COLD, DONTNEED, FREE, PAGEOUT
-from oracle_memory import EXEC, LOG, READ, RO, WRITE
-from oracle_rules import RULES
+from oracle.host import COLD, DONTNEED, FREE, PAGEOUT
+from oracle.memory import EXEC, LOG, READ, RO, WRITE
+from oracle.rules import RULES
+
+from programs.both import Both
 
 ALIAS, SMM = 2, 1 << 16  # another view of slot 0's memory, and of slot 1's in address space 1, where no vCPU ever runs
 OWN_SLOTS, SLOTS, VCPUS = (0, 1), (0, 0, 1, 1, ALIAS, SMM), (0, 1)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from conftest import PLATFORMS, POLICIES
-from mutants import LOST, MUTANTS, STALE, cases
-from tlb_program import MODES, Scene, fails, random_program, search, shrink
+
+from programs.mutants import LOST, MUTANTS, STALE, cases
+from programs.tlb import MODES, Scene, fails, random_program, search, shrink
 
 LONGEST = 10
 FEW = ("ept-pml", "npt", "ept-noad-rmap", "npt-pml-rmap", "shadow")  # each MMU with PML and by write protection; the rest: long lane
@@ -77,7 +78,7 @@ def test_no_long_program_loses_a_write_or_keeps_a_stale_translation(scene):
 
 def named_steps():
     """The names in the oracle's own calls that a mutant can leave out."""
-    for path in Path(__file__).parent.glob("oracle*.py"):
+    for path in (Path(__file__).parent.parent / "oracle").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in NAMING:
                 yield from (n.value for arg in node.args for n in ast.walk(arg) if isinstance(n, ast.Constant) and isinstance(n.value, str))

@@ -5,9 +5,9 @@ The fast model has no TLB. These tests drive the oracle alone; the state machine
 
 import pytest
 from conftest import PLATFORMS
-from oracle_host import Host
-from oracle_memory import LOG, SPAN, WRITE
-from oracle_rmap import oracle_of
+from oracle.host import Host
+from oracle.memory import LOG, SPAN, WRITE
+from oracle.rmap import oracle_of
 
 BASE = 512
 

@@ -8,14 +8,15 @@ import random
 
 import hypothesis.strategies as st
 import pytest
-from both import Both
 from conftest import PLATFORMS, POLICIES, TDP_PLATFORMS
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from mutants import STATE, cases
-from oracle_memory import LOG
-from oracle_rules import RULES
-from program import START, STEPS, WEIGHTS, Program, steps_of
+from oracle.memory import LOG
+from oracle.rules import RULES
+
+from programs.both import Both
+from programs.mutants import STATE, cases
+from programs.steps import START, STEPS, WEIGHTS, Program, steps_of
 
 
 def draw(rng, arguments):

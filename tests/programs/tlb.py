@@ -6,9 +6,9 @@ A program is a list of steps ``(name, arguments...)``; a page is given as ``(vie
 import random
 from dataclasses import dataclass
 
-from oracle_host import COLD, DONTNEED, Host
-from oracle_memory import EXEC, LOG, READ, SPAN, WRITE
-from oracle_rmap import oracle_of
+from oracle.host import COLD, DONTNEED, Host
+from oracle.memory import EXEC, LOG, READ, SPAN, WRITE
+from oracle.rmap import oracle_of
 
 VCPUS = 2
 MODES = ("GET", "manual 1", "manual 3", "ring")

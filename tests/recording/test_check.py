@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from spte import recording as rec
-from spte.check import Report, check, totals
-from spte.compare import InForce, differences
-from spte.difference import first_in_runs
+from spte.check.compare import InForce, differences
+from spte.check.difference import first_in_runs
+from spte.check.run import Report, check, totals
+from spte.recording import file as rec
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent.parent / "golden"
 Records = list[dict[str, Any]]
 
 

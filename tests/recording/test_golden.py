@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from spte import recording as rec
-from spte.check import check
+from spte.check.run import check
+from spte.recording import file as rec
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 @cache

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from spte import recording as rec
 from spte.errors import SlotRangeError
-from spte.payload import TABLE_SLOT
-from spte.replay import Replay
-from spte.replay_guest import UnsupportedOp
-from spte.replay_ops import HANDLERS
+from spte.recording import file as rec
+from spte.replay.guest import UnsupportedOp
+from spte.replay.ops import HANDLERS
+from spte.replay.payload import TABLE_SLOT
+from spte.replay.run import Replay
 
-HEADER = next(iter(rec.read_all(Path(__file__).parent / "golden" / "6.12-nested-intel-pml.tar.xz"))).header
+HEADER = next(iter(rec.read_all(Path(__file__).parent.parent / "golden" / "6.12-nested-intel-pml.tar.xz"))).header
 Record = dict[str, Any]
 SLOT: list[tuple[str, Record]] = [
     ("backing", {"name": "a", "kind": "4k", "size": 64 * 4096}),

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from spte import recording as rec
-from spte.compare import NESTED_KEYS, InForce, differences, fields_of
-from spte.difference import Difference
+from spte.check.compare import NESTED_KEYS, InForce, differences, fields_of
+from spte.check.difference import Difference
+from spte.recording import file as rec
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent.parent / "golden"
 ARCHIVES = sorted(GOLDEN.glob("6.12-nested-*.tar.xz"))
 Record = dict[str, Any]
 Change = Callable[[list[Record]], tuple[int, str]]

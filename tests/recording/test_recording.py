@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spte import recording as rec
-from spte.recording_ops import OPS, RecordingError, unknown_args, with_defaults
-from spte.recording_seq import Step, parse_seq
+from spte.recording import file as rec
+from spte.recording.ops import OPS, RecordingError, unknown_args, with_defaults
+from spte.recording.seq import Step, parse_seq
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent.parent / "golden"
 HEADER = {"format": rec.FORMAT, "kernel": "6.12.1", "config": "tdp", "params": {}, "scenario": "x"}
 NEW_VM = {"i": 0, "op": "new_vm", "args": {}}
 L2_ROOT = {"vcpu": 0, "mmu": "guest_mmu", "which": "cur"}

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from spte import recording as rec
-from spte.check import check
-from spte.replay import replay
+from spte.check.run import check
+from spte.recording import file as rec
+from spte.replay.run import replay
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 def load(config: str, name: str) -> rec.Recording:

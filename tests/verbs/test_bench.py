@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from bench import report
-from spte import _jit
-from spte.limits import Case, measure, ratio_of
+from spte._numba import jit as _jit
+from spte.limits.measure import Case, measure, ratio_of
 
 
 def case(units: int, limit_units: int = 0, at_most: float | None = 2.0) -> Case:
@@ -70,7 +70,7 @@ def test_the_report_replaces_the_table_between_the_marks_of_a_readme(tmp_path, c
 
 
 def test_the_readme_has_the_marks():
-    text = (Path(report.__file__).parent.parent / "README.md").read_text()
+    text = (Path(report.__file__).parents[1] / "README.md").read_text()
     assert 0 < text.find(report.START) < text.find(report.END)
 
 
@@ -89,7 +89,7 @@ def test_what_is_no_benchmark_run_gets_one_line_and_exit_2(tmp_path, capsys, tex
 def test_every_benchmark_runs_once_as_a_test():
     """On the smallest guest: collection, fixtures, refills and the C baselines, where a compiler is found."""
     pytest.importorskip("pytest_benchmark")
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     argv = ["bench", "-q", "--guest", "2M", "--benchmark-disable", "-p", "no:cacheprovider", "--ignore", "bench/bench_cold_start.py"]
     done = subprocess.run([sys.executable, "-m", "pytest", *argv], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

@@ -10,16 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spte import __version__, _jit, policy
+from spte import __version__, policy
+from spte._numba import jit as _jit
 from spte.cli import profile as profile_verb
 from spte.cli.app import VERBS, cli, run
 from spte.cli.metrics import COUNTS, MEASURED, RATES, SCHEMA
 from spte.platform import NAMES
-from spte.profile import DIRECT
+from spte.profile.run import DIRECT
 from spte.trace import Trace, save
-from spte.vm import VM
+from spte.vm.vm import VM
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 compiled = pytest.mark.skipif(_jit.PLAIN, reason="millions of accesses in plain Python")
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -382,7 +383,7 @@ def test_verbs_are_the_modules_of_the_command_line():
 
 def test_limits_print_every_ratio_in_each_style(capsys, monkeypatch):
     from spte.cli import limits
-    from spte.limits import Ratio
+    from spte.limits.measure import Ratio
 
     ratios = [Ratio("writes", "write", 3.0, "a[gfn] |= D", 2.0, 1.25), Ratio("threads", "SPTE", 1.0, "one thread", 2.0, None)]
     monkeypatch.setattr(limits, "measure_all", lambda pages, progress: iter(ratios))

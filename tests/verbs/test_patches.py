@@ -8,13 +8,15 @@ import re
 import numpy as np
 import pytest
 
-from spte import _jit, patch_logging, patch_mapping
+from spte._numba import jit as _jit
 from spte.cli import patches as verb
 from spte.cli.app import run
-from spte.patch_states import PATCHES, STATES, around
-from spte.patch_trial import COUNTS, Outcome, Scenario, perform
-from spte.patch_versions import MATRIX, VERSIONS, on_trace
-from spte.patches import of_patches, of_versions
+from spte.patches import logging as patch_logging
+from spte.patches import mapping as patch_mapping
+from spte.patches.groups import of_patches, of_versions
+from spte.patches.states import PATCHES, STATES, around
+from spte.patches.trial import COUNTS, Outcome, Scenario, perform
+from spte.patches.versions import MATRIX, VERSIONS, on_trace
 from spte.policy import Policy, decisions, spell
 from spte.trace import Trace
 
@@ -171,7 +173,7 @@ def test_a_patch_that_does_not_exist_is_one_line(capsys, number):
 def test_a_difference_is_shown_on_the_page_and_in_the_exit_code(capsys, monkeypatch):
     wrong = dataclasses.replace(SCENARIOS[9][0], expected={"vcpu_kicks": (0, 3, 0)})
     monkeypatch.setitem(SCENARIOS, 9, [wrong])
-    monkeypatch.setattr("spte.patches._SCENARIOS", SCENARIOS)
+    monkeypatch.setattr("spte.patches.groups._SCENARIOS", SCENARIOS)
     monkeypatch.setattr(verb, "of_patches", of_patches)
     code, out, err = spte(capsys, "--patch", 9)
     assert code == 1

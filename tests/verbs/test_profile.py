@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from conftest import PLATFORMS
 
-from spte import KvmError, Policy, _jit, workload
-from spte.perf_test import PerfTest
-from spte.profile import DIRECT, profile
+from spte import KvmError, Policy
+from spte._numba import jit as _jit
+from spte.profile import workload
+from spte.profile.perf_test import PerfTest
+from spte.profile.run import DIRECT, profile
+from spte.profile.workload import TraceWorkload, WorkloadError
 from spte.trace import Trace
-from spte.vm import VM
-from spte.workload import TraceWorkload, WorkloadError
+from spte.vm.vm import VM
 
 compiled = pytest.mark.skipif(_jit.PLAIN, reason="hundreds of thousands of accesses in plain Python")
 WITH_PML = ("ept-pml", "npt-pml")

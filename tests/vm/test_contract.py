@@ -8,7 +8,7 @@ import pytest
 from conftest import LOG, PAGE, PLATFORMS, PML_PLATFORMS, WP_PLATFORMS, Guest, bitmap_of, pages_of
 
 import spte
-from spte import _jit
+from spte._numba import jit as _jit
 
 MODES = ("get", "manual 1", "manual 3", "ring")
 KINDS = ("4k", "thp", "hugetlb2m", "shm")

@@ -4,7 +4,7 @@ import errno
 
 import pytest
 from conftest import LOG, PAGE
-from host_machine import BASE, KINDS, ONE_FAULT, RO, Machine
+from programs.host_machine import BASE, KINDS, ONE_FAULT, RO, Machine
 
 import spte
 from spte import mm

@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import LOG, PAGE
-from host_machine import BASE, ONE_FAULT, RO, Machine
+from programs.host_machine import BASE, ONE_FAULT, RO, Machine
 
 import spte
 from spte import mm

@@ -8,12 +8,13 @@ import pytest
 from conftest import LOG, PAGE, PLATFORMS, TDP_PLATFORMS, bitmap_of, pages_of
 
 import spte
-from spte import _jit, profile
+from spte._numba import jit as _jit
+from spte.arrays.context import ROOT
 from spte.bits import PFN_MASK
-from spte.context import ROOT
-from spte.memslot import USER_MEM_SLOTS
-from spte.perf_test import PerfTest
-from spte.tables import walk
+from spte.mmu.walk import walk
+from spte.profile import run as profile
+from spte.profile.perf_test import PerfTest
+from spte.vm.memslots import USER_MEM_SLOTS
 
 READONLY, MANUAL = 2, 3
 MIB, GIB = 1 << 20, 1 << 30

@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import LOG
-from nest import L2, Nest
+from programs.nest import L2, Nest
 
 import spte
 from spte.guest_tables import EXEC, READ, RWX

@@ -10,7 +10,7 @@ from functools import cache
 import pytest
 from conftest import LOG, PML_PLATFORMS, TDP_PLATFORMS, Guest
 
-from spte import _jit
+from spte._numba import jit as _jit
 
 MODES = ("get", "manual 1", "manual 3", "ring")
 KINDS = ("4k", "thp", "hugetlb2m", "shm")

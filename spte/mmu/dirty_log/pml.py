@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte import context as cx
-from spte._jit import helper, kernel_apart, prefetch
+from spte._numba.jit import helper, kernel_apart, prefetch
+from spte.arrays import context as cx
 from spte.bits import ONE, SHIFT_PAGE, U64
-from spte.slots import find_slot, mark_dirty
+from spte.mmu.memslot import find_slot, mark_dirty
 
 WORD_SHIFT, WORD_MASK = U64(6), U64(63)
 AHEAD, LAST = U64(32), U64(511)  # entries

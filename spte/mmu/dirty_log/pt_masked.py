@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._jit import ctz, helper, popcount
+from spte._numba.jit import ctz, helper, popcount
+from spte.arrays.context import RMAP1
 from spte.bits import ONE, PRESENT_SHIFT, U64, WRITABLE, ZERO
-from spte.context import RMAP1
-from spte.entries import log_shift, split_below
-from spte.page_track import protect_rmaps
-from spte.rmap import head_of, next_of, ref_of
-from spte.shadow_split import split_rmaps
-from spte.tables import is_leaf, leaf_table, walk
+from spte.mmu.page_track import protect_rmaps
+from spte.mmu.rmap import head_of, next_of, ref_of
+from spte.mmu.shadow.split import split_rmaps
+from spte.mmu.tdp_mmu import log_shift, split_below
+from spte.mmu.walk import is_leaf, leaf_table, walk
 
 SWEPT = 4  # set bits of a word from which sweeping its 64 entries is quicker than counting zeros
 LAST_WINDOW = U64(512 - 64)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._jit import ctz, helper, kernel_apart, popcount, prefetch
+from spte._numba.jit import ctz, helper, kernel_apart, popcount, prefetch
+from spte.arrays.context import BASE, NPAGES
 from spte.bits import INDEX_BITS, ONE, PRESENT_SHIFT, TYPE_MASK, U64, W_SHIFT, ZERO
-from spte.context import BASE, NPAGES
-from spte.entries import log_shift
-from spte.rearm import rearm_entries, rearm_rmaps
-from spte.rmap import head_of
-from spte.tables import INDEX_MASK
+from spte.mmu.dirty_log.pt_masked import rearm_entries, rearm_rmaps
+from spte.mmu.rmap import head_of
+from spte.mmu.tdp_mmu import log_shift
+from spte.mmu.walk import INDEX_MASK
 
 LAST_BIT, WORD_SHIFT = ONE << U64(63), U64(6)
 DENSE = U64(4)  # set bits a word from which sweeping 64 rmap heads and entries is quicker than a list

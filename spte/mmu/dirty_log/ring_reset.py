@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._jit import helper, kernel
+from spte._numba.jit import helper, kernel
+from spte.arrays.context import BASE, COUNT, NPAGES, RING_RESET, RING_SIZE, SLOT
 from spte.bits import ONE, U64, ZERO
-from spte.context import BASE, COUNT, NPAGES, RING_RESET, RING_SIZE, SLOT
-from spte.rearm import rearm
-from spte.slots import SLOT_SHIFT, U32_MASK
+from spte.mmu.dirty_log.pt_masked import rearm
+from spte.mmu.memslot import SLOT_SHIFT, U32_MASK
 
 HARVESTED = U64(2)
 FLAGS_MASK = U64(0xFFFF_FFFF)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte import context as cx
-from spte._jit import helper, kernel_apart
+from spte._numba.jit import helper, kernel_apart
+from spte.arrays import context as cx
 from spte.bits import MMU_PRESENT, ZERO
-from spte.page_track import bucket_of, is_direct
-from spte.shadow_page import drop_entry_of, zap_page
-from spte.slots import find_slot, mark_dirty
+from spte.mmu.memslot import find_slot, mark_dirty
+from spte.mmu.page_track import bucket_of, is_direct
+from spte.mmu.shadow.page import drop_entry_of, zap_page
 
 FLOOD = 3  # writes in a row after which a page above level 1 is zapped whole: its table seems to be none any more
 GPTE_BYTES = 8

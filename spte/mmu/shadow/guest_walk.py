@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte import context as cx
-from spte._jit import helper, kernel_apart
+from spte._numba.jit import helper, kernel_apart
+from spte.arrays import context as cx
 from spte.bits import ACC_ALL, ACC_EXEC, ACC_USER, ACC_WRITE, LARGE, SHIFT_PAGE, U64, ZERO
-from spte.guest_memory import write_word
-from spte.shadow_sync import clean_access, gpte_access, gpte_gfn, read_gpte
-from spte.slots import find_slot, mark_dirty
-from spte.tables import index_of
+from spte.host.guest_memory import write_word
+from spte.mmu.memslot import find_slot, mark_dirty
+from spte.mmu.shadow.sync import clean_access, gpte_access, gpte_gfn, read_gpte
+from spte.mmu.walk import index_of
 
 WALK_OK, WALK_FAULT, WALK_PML_FULL = 0, 1, 2
 PML_ENTRIES = 512

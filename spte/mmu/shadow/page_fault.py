@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte import context as cx
-from spte._jit import helper, kernel_apart
+from spte._numba.jit import helper, kernel_apart
+from spte.arrays import context as cx
 from spte.bits import (
     ACC_EXEC,
     ACC_WRITE,
@@ -21,17 +21,17 @@ from spte.bits import (
     WRITABLE,
     ZERO,
 )
-from spte.entries import make_leaf
-from spte.fault import begin_fault, fast_fault, fault_page, map_gfn, mmio_spte, nx_holds, nx_mark_of
-from spte.guest_walk import WALK_OK, WALK_PML_FULL, walk_guest
-from spte.host import writable_now
-from spte.page_track import is_direct, is_tracked, may_write
-from spte.rmap import rmap_add
-from spte.shadow_page import drop_leaf, entry_access, entry_gfn, link_page, set_shadowed, unlink_page
-from spte.shadow_sync import clean_access, get_page, gpte_access, gpte_gfn, may_map_early, needs_flush, read_gpte, sync_children
-from spte.shadow_write import emulate_write
-from spte.slots import find_slot, mark_dirty, note
-from spte.tables import child_of, count_leaf, index_of, is_link
+from spte.host.pages import writable_now
+from spte.mmu.memslot import find_slot, mark_dirty, note
+from spte.mmu.page_fault import begin_fault, fast_fault, fault_page, map_gfn, mmio_spte, nx_holds, nx_mark_of
+from spte.mmu.page_track import is_direct, is_tracked, may_write
+from spte.mmu.rmap import rmap_add
+from spte.mmu.shadow.emulate import emulate_write
+from spte.mmu.shadow.guest_walk import WALK_OK, WALK_PML_FULL, walk_guest
+from spte.mmu.shadow.page import drop_leaf, entry_access, entry_gfn, link_page, set_shadowed, unlink_page
+from spte.mmu.shadow.sync import clean_access, get_page, gpte_access, gpte_gfn, may_map_early, needs_flush, read_gpte, sync_children
+from spte.mmu.tdp_mmu import make_leaf
+from spte.mmu.walk import child_of, count_leaf, index_of, is_link
 
 PREFETCH = 8  # SPTEs of the aligned group that a fault fills
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._jit import kernel
-from spte.context import SPTES_WRITTEN
-from spte.entries import is_accessed, make_old
-from spte.tables import is_leaf, walk
+from spte._numba.jit import kernel
+from spte.arrays.context import SPTES_WRITTEN
+from spte.mmu.tdp_mmu import is_accessed, make_old
+from spte.mmu.walk import is_leaf, walk
 
 
 @kernel

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._jit import kernel
+from spte._numba.jit import kernel
+from spte.arrays.context import ROWS
 from spte.bits import MMU_PRESENT, ONE, ZERO
-from spte.context import ROWS
-from spte.sweep import GFN_SHIFT, is_scattered, place
-from spte.tables import is_leaf
+from spte.mmu.slot.sweep import GFN_SHIFT, is_scattered, place
+from spte.mmu.walk import is_leaf
 
 
 @kernel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._jit import helper, kernel
+from spte._numba.jit import helper, kernel
 from spte.bits import LARGE_SHIFT, ONE, PRESENT_SHIFT, ROLE_IS_DIRECT, U64
 
 AS_SHIFT = 24  # role bits 31:24 name the address space

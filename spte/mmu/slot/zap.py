@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._jit import kernel
+from spte._numba.jit import kernel
+from spte.arrays.context import ZAPPED
 from spte.bits import ROLE_INVALID
-from spte.context import ZAPPED
-from spte.entries import drop_entry, free_table
-from spte.tables import child_of, is_leaf, is_link, walk
+from spte.mmu.tdp_mmu import drop_entry, free_table
+from spte.mmu.walk import child_of, is_leaf, is_link, walk
 
 
 @kernel

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._jit import kernel
-from spte.context import BASE, COLLAPSED, FLUSHES, NPAGES, ROWS, SLOT
-from spte.entries import drop_entry
-from spte.slots import may_collapse
-from spte.sweep import place
-from spte.tables import is_leaf
+from spte._numba.jit import kernel
+from spte.arrays.context import BASE, COLLAPSED, FLUSHES, NPAGES, ROWS, SLOT
+from spte.mmu.memslot import may_collapse
+from spte.mmu.slot.sweep import place
+from spte.mmu.tdp_mmu import drop_entry
+from spte.mmu.walk import is_leaf
 
 
 @kernel

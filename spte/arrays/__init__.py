@@ -1,0 +1,1 @@
+"""The groups of arrays that travel into kernels, and memory for them."""

@@ -1,0 +1,1 @@
+"""Every kernel beside what the machine can do."""

@@ -1,0 +1,1 @@
+"""What KVM's mmu does to page tables, compiled, under KVM's names."""

@@ -1,0 +1,1 @@
+"""Dirty logging of single pages: re-arm by mask, harvest, rings, PML."""

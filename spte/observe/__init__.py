@@ -1,0 +1,1 @@
+"""What can be seen of tables and counters: listings, statistics, invariants, tracepoints. Arrays in, values out."""

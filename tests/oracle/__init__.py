@@ -1,0 +1,1 @@
+"""A naive model of KVM: dictionaries, obvious, slow."""

@@ -1,0 +1,1 @@
+"""Random and typical programs that tests run."""
