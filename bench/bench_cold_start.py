@@ -14,7 +14,7 @@ WARM = "import time, spte.warm; t = time.perf_counter(); spte.warm.warmup(); pri
 START = """
 import time
 import numpy as np
-from spte.mmu.walk import is_link
+from spte.bits import is_link
 
 start = time.perf_counter()
 is_link(np.uint64(0))
@@ -25,7 +25,7 @@ import time
 import numpy as np
 from numba.core.caching import Cache
 import spte.warm
-from spte.mmu.walk import is_link
+from spte.bits import is_link
 
 is_link(np.uint64(0))
 load, took = Cache.load_overload, []

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from bench.conftest import HUGE_PAGE
-from spte.kernels._clear_dirty import clear_dirty_slot
-from spte.kernels._harvest import get_dirty_log
-from spte.kernels._write_protect import write_protect_slot
 from spte.limits import cases as ratios
 from spte.limits.measure import Case, Guest
+from spte.mmu.dirty_log.harvest import get_dirty_log
+from spte.mmu.slot.clear_dirty import clear_dirty_slot
 from spte.mmu.slot.rmap import zap_rmaps
+from spte.mmu.slot.write_protect import write_protect_slot
 from spte.mmu.slot.zap import zap_range
 from spte.platform import named
 

@@ -6,10 +6,11 @@ Every constant is `np.uint64`: numba turns a mix of signed and unsigned into a s
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from spte._numba.jit import helper, kernel
 from spte.platform import EPT, Platform
 
 U64 = np.uint64
@@ -132,3 +133,21 @@ def _check_overlaps() -> None:
 
 
 _check_overlaps()
+
+
+@kernel
+def is_link(spte: Any) -> Any:
+    """Tell whether an entry of level > 1 links to a table."""
+    return (spte & (MMU_PRESENT | LARGE)) == MMU_PRESENT
+
+
+@helper
+def child_of(spte: Any) -> Any:
+    """Return the row that a link names."""
+    return np.int64((spte & PFN_MASK) >> SHIFT_PAGE)
+
+
+@kernel
+def is_leaf(spte: Any, level: Any) -> Any:
+    """Tell whether an entry of `level` is a present leaf."""
+    return (spte & MMU_PRESENT) != ZERO and (level == 1 or (spte & LARGE) != ZERO)

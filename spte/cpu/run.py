@@ -19,14 +19,15 @@ import numpy as np
 
 from spte._numba.jit import helper, kernel
 from spte.arrays import context as cx
-from spte.bits import ROLE_INVALID, SHIFT_PAGE, TYPE_DISABLED, TYPE_MASK, U64, ZERO
+from spte.bits import ROLE_INVALID, SHIFT_PAGE, TYPE_DISABLED, TYPE_MASK, U64, ZERO, is_leaf
 from spte.cpu.walk_ahead import AHEAD, APART, ASK, ASK_BEFORE, NEAR, ask_for_faults, run_ahead
 from spte.mmu.dirty_log.pml import drain
 from spte.mmu.first_touch import first_touches
-from spte.mmu.memslot import U32_MASK, find_slot, note
+from spte.mmu.mark_dirty import U32_MASK, note
+from spte.mmu.memslot import find_slot
 from spte.mmu.page_fault import allowed, begin_fault, fast_fault, map_gfn
 from spte.mmu.shadow.page_fault import shadow_fault
-from spte.mmu.walk import forget_leaf_rows, is_leaf, list_leaf_rows, walk
+from spte.mmu.walk import forget_leaf_rows, list_leaf_rows, walk
 
 DONE, PML_FULL, VIOLATION = 0, 1, 2  # outcomes of an access in hardware
 STAYS, STAYED = 1, 2  # of a run: the guest is not left at its end; it was not left before it

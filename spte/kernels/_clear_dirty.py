@@ -8,11 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import helper, kernel
-from spte.arrays.context import ROWS, U64s
+from spte.arrays.context import U64s
 from spte.bits import LARGE_SHIFT, ONE, PRESENT_SHIFT, TYPE_MASK, U64, W_SHIFT, ZERO
 from spte.kernels._check import layout_of, rows
-from spte.mmu.slot.sweep import clear_scattered, is_scattered, place
-from spte.mmu.tdp_mmu import log_shift
 from spte.platform import Platform
 
 
@@ -33,21 +31,6 @@ def clear_entries(sptes, row, lo, hi, shift, huge):
             changed += d
             sptes[row, j] = s ^ (d << shift)
     return np.int64(changed)
-
-
-@kernel
-def clear_dirty_slot(t, m, as_id, start, end):
-    """Clear the logging bit of every leaf that maps gfns ``[start, end)``, rows in arena order; returns SPTEs changed."""
-    changed = 0
-    for row in range(t.meta[ROWS]):
-        if t.level[row] > 0 and not (t.shadow[row] and t.level[row] > 1):  # the shadow MMU clears D at 4 KiB only
-            if is_scattered(t, row):
-                changed += clear_scattered(t, row, as_id, start, end, log_shift(t, m, row))
-                continue
-            lo, hi = place(t, row, as_id, start, end)
-            if lo < hi:
-                changed += clear_entries(t.sptes, row, lo, hi, log_shift(t, m, row), t.level[row] > 1)
-    return changed
 
 
 @kernel

@@ -6,20 +6,9 @@ import numpy as np
 
 from spte._numba.jit import kernel
 from spte.arrays.context import U64s
-from spte.bits import LARGE, SHIFT_PAGE, U64
+from spte.bits import LARGE, SHIFT_PAGE, U64, is_leaf
 from spte.kernels._check import layout_of, plain, rows
-from spte.mmu.dirty_log.pt_masked import split_range
-from spte.mmu.walk import is_leaf
 from spte.platform import Platform
-
-
-@kernel
-def split_slot(t, m, roots, start, end):
-    """Split every huge leaf of gfns ``[start, end)`` to 4 KiB under each root, best effort; returns leaves split."""
-    done = 0
-    for r in range(roots.shape[0]):
-        done += split_range(t, m, roots[r], start, end)
-    return done
 
 
 @kernel

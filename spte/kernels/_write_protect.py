@@ -8,10 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import helper, kernel
-from spte.arrays.context import ROWS, U64s
+from spte.arrays.context import U64s
 from spte.bits import LARGE_SHIFT, ONE, PRESENT_SHIFT, U64, W_SHIFT, ZERO
 from spte.kernels._check import rows
-from spte.mmu.slot.sweep import clear_scattered, is_scattered, place
 
 
 @helper
@@ -32,20 +31,6 @@ def protect_entries(sptes, row, lo, hi, huge):
             changed += w
             sptes[row, j] = s ^ (w << W_SHIFT)
     return np.int64(changed)
-
-
-@kernel
-def write_protect_slot(t, as_id, start, end, min_level):
-    """Take W from the leaves of level >= `min_level` that map gfns ``[start, end)``, rows in arena order; returns SPTEs changed."""
-    changed = 0
-    for row in range(t.meta[ROWS]):
-        if t.level[row] >= min_level and is_scattered(t, row):
-            changed += clear_scattered(t, row, as_id, start, end, W_SHIFT)
-        elif t.level[row] >= min_level:
-            lo, hi = place(t, row, as_id, start, end)
-            if lo < hi:
-                changed += protect_entries(t.sptes, row, lo, hi, t.level[row] > 1)
-    return changed
 
 
 @kernel

@@ -10,14 +10,14 @@ import numpy as np
 from spte.arrays.context import LOG_DIRTY_PAGES, I64s, U64s
 from spte.bits import SHIFT_PAGE, WRITABLE
 from spte.host.pages import the_host
-from spte.kernels._clear_dirty import clear_dirty_slot
-from spte.kernels._collapse import AHEAD, collapse_slot
-from spte.kernels._harvest import get_dirty_log
 from spte.kernels._pml_flush import pml_flush
-from spte.kernels._split import split_slot
-from spte.kernels._write_protect import write_protect_slot
 from spte.limits.bare_loops import any_set, protect_by_walk, read_first, rearm_by_zeros, scatter_bits, scatter_or, scatter_store, sweep
 from spte.limits.measure import BATCH, Case, Guest, Ratio, measure
+from spte.mmu.dirty_log.harvest import get_dirty_log
+from spte.mmu.slot.clear_dirty import clear_dirty_slot
+from spte.mmu.slot.collapse import AHEAD, collapse_slot
+from spte.mmu.slot.split import split_slot
+from spte.mmu.slot.write_protect import write_protect_slot
 from spte.platform import Platform
 
 FRACTIONS = (1.0, 0.5, 0.1, 0.01, 0.001, 0.0)

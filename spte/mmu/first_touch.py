@@ -8,9 +8,9 @@ from spte._numba.jit import kernel_apart
 from spte.arrays import context as cx
 from spte.bits import ACC_ALL, SHIFT_PAGE, U64, ZERO
 from spte.host.pages import MIXED, OWN, PAGE_NONE, PAGE_OWN, SHM, drop_mixed
+from spte.mmu.arena import count_leaf
+from spte.mmu.make_spte import make_leaf
 from spte.mmu.memslot import find_slot
-from spte.mmu.tdp_mmu import make_leaf
-from spte.mmu.walk import count_leaf
 
 
 @kernel_apart

@@ -9,12 +9,15 @@ import numpy as np
 
 from spte._numba.jit import helper
 from spte.arrays import context as cx
-from spte.bits import ACC_ALL, ACC_EXEC, MMU_PRESENT, ONE, SHIFT_PAGE, U64, WRITABLE, ZERO
+from spte.bits import ACC_ALL, ACC_EXEC, MMU_PRESENT, ONE, SHIFT_PAGE, U64, WRITABLE, ZERO, child_of, is_leaf, is_link
 from spte.host.pages import HOST_COW, HOST_EFAULT, HOST_OK, ZERO_PFN, host_fault
-from spte.mmu.memslot import mark_dirty, max_mapping_level, note
+from spte.mmu.arena import count_leaf
+from spte.mmu.make_spte import is_access_tracked, make_leaf, restore_access_tracked
+from spte.mmu.mark_dirty import mark_dirty, note
+from spte.mmu.memslot import max_mapping_level
 from spte.mmu.page_track import may_write
-from spte.mmu.tdp_mmu import drop_entry, free_table, is_access_tracked, link, make_leaf, new_child, restore_access_tracked, split_entry
-from spte.mmu.walk import child_of, count_leaf, index_of, is_leaf, is_link
+from spte.mmu.tdp_mmu import drop_entry, free_table, link, new_child, split_entry
+from spte.mmu.walk import index_of
 
 MMIO_GEN_LOW, MMIO_GEN_HIGH = U64(0xFF), U64(0x7FF)
 MMIO_GENERATION = (MMIO_GEN_LOW << U64(3)) | (MMIO_GEN_HIGH << U64(52))

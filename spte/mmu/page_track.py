@@ -10,10 +10,10 @@ import numpy as np
 
 from spte._numba.jit import helper, kernel_apart
 from spte.arrays import context as cx
-from spte.bits import ROLE_IS_DIRECT, WRITABLE, ZERO
+from spte.bits import ROLE_IS_DIRECT, WRITABLE, ZERO, child_of, is_leaf, is_link
 from spte.mmu.memslot import find_slot
 from spte.mmu.rmap import head_of, next_of, ref_of
-from spte.mmu.walk import child_of, is_leaf, is_link, walk
+from spte.mmu.walk import walk
 
 PATH = 8  # levels of a walk over pages, two columns each
 

@@ -25,13 +25,14 @@ import numpy as np
 from spte import bits as bt
 from spte._numba.jit import helper, kernel
 from spte.arrays.context import BASE, BEGAN_SET, BITMAP, FLAGS, LOG_DIRTY_PAGES, PAE_ROOT, PAGES_4K, PML_INDEX, READONLY, ROWS, UNARMED
+from spte.bits import child_of, is_leaf
 from spte.errors import InvariantError
+from spte.mmu.make_spte import type_of
 from spte.mmu.memslot import find_slot
 from spte.mmu.page_track import is_direct
 from spte.mmu.rmap import next_of, ref_of
 from spte.mmu.shadow.page import entry_gfn
-from spte.mmu.tdp_mmu import log_shift, type_of
-from spte.mmu.walk import child_of, is_leaf
+from spte.mmu.tdp_mmu import log_shift
 
 if TYPE_CHECKING:
     from spte.vm.observable import Observable

@@ -9,15 +9,14 @@ import numpy as np
 from spte.arrays.context import READONLY, SPTES_WRITTEN, VCPU_KICKS, U64s
 from spte.errors import BufferFaultError, ClearRangeError, DirtyRingInUseError, NoDirtyLogError, RingDisabledError
 from spte.host.pages import the_host
-from spte.kernels._clear_dirty import clear_dirty_slot
-from spte.kernels._collapse import collapse_slot
-from spte.kernels._harvest import clear_dirty_log, get_dirty_log
-from spte.kernels._split import split_slot
-from spte.kernels._write_protect import write_protect_slot
+from spte.mmu.dirty_log.harvest import clear_dirty_log, get_dirty_log
 from spte.mmu.dirty_log.ring_reset import reset_ring
+from spte.mmu.slot.clear_dirty import clear_dirty_slot
+from spte.mmu.slot.collapse import collapse_slot, zap_collapsible
 from spte.mmu.slot.rmap import split_slot_rmaps, zap_collapsible_rmaps
 from spte.mmu.slot.set_dirty import set_dirty_slot
-from spte.mmu.slot.zap_collapsible import zap_collapsible
+from spte.mmu.slot.split import split_slot
+from spte.mmu.slot.write_protect import write_protect_slot
 from spte.vm.memslots import Memslot
 from spte.vm.set_memory_region import check_slot_number
 

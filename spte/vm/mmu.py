@@ -12,11 +12,11 @@ from spte.arrays.context import FLUSHES, PGD, ROOT, TDP_ROOTS, I64s, Mode
 from spte.bits import ROLE_AD_DISABLED, ROLE_DIRECT, ROLE_INVALID, ROLE_IS_DIRECT
 from spte.errors import NestedError, OutOfTablesError
 from spte.host.pages import the_host
+from spte.mmu.arena import alloc_row, free_row, new_tables
 from spte.mmu.shadow.sync import get_page, sync_children
 from spte.mmu.slot.age import age_range
 from spte.mmu.slot.rmap import age_rmaps, zap_all_shadow, zap_rmaps
 from spte.mmu.slot.zap import zap_range, zap_root
-from spte.mmu.walk import alloc_row, free_row, new_tables
 from spte.observe.tracepoints import EventLog
 from spte.platform import Platform
 from spte.vm.memslots import Memslot, Memslots

@@ -22,12 +22,13 @@ from spte.bits import (
     ROLE_LONG,
     ROLE_NPT12,
     WRITABLE,
+    is_leaf,
 )
 from spte.cpu.run import STAYS
 from spte.errors import NestedError, OutOfTablesError, SlotAlignmentError
 from spte.exits import Exit
 from spte.host.guest_memory import contents
-from spte.mmu.walk import is_leaf, walk
+from spte.mmu.walk import walk
 from spte.platform import EPT, NPT, SHADOW
 from spte.vm.notifier import host_write
 from spte.vm.root_cache import RootCache

@@ -9,7 +9,7 @@ import numpy as np
 
 from spte.arrays.context import READONLY
 from spte.host import pages as hostmm
-from spte.mmu.memslot import mark_dirty
+from spte.mmu.mark_dirty import mark_dirty
 
 if TYPE_CHECKING:
     from spte.vm.memslots import Memslot

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spte.arrays.context import PAE_ROOT, PGD, ROOT
-from spte.bits import PFN_MASK, ROLE_PAGING_OFF
+from spte.bits import PFN_MASK, ROLE_PAGING_OFF, is_link
 from spte.errors import OutOfTablesError
 from spte.host.pages import the_host
+from spte.mmu.arena import alloc_row
 from spte.mmu.shadow.page import link_page, unlink_page
 from spte.mmu.shadow.sync import get_page
-from spte.mmu.walk import alloc_row, is_link
 from spte.vm.mmu import Mmu
 from spte.vm.root_cache import Root
 

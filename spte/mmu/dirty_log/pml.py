@@ -7,7 +7,8 @@ import numpy as np
 from spte._numba.jit import helper, kernel_apart, prefetch
 from spte.arrays import context as cx
 from spte.bits import ONE, SHIFT_PAGE, U64
-from spte.mmu.memslot import find_slot, mark_dirty
+from spte.mmu.mark_dirty import mark_dirty
+from spte.mmu.memslot import find_slot
 
 WORD_SHIFT, WORD_MASK = U64(6), U64(63)
 AHEAD, LAST = U64(32), U64(511)  # entries

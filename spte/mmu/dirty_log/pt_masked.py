@@ -6,12 +6,12 @@ import numpy as np
 
 from spte._numba.jit import ctz, helper, popcount
 from spte.arrays.context import RMAP1
-from spte.bits import ONE, PRESENT_SHIFT, U64, WRITABLE, ZERO
+from spte.bits import ONE, PRESENT_SHIFT, U64, WRITABLE, ZERO, is_leaf
 from spte.mmu.page_track import protect_rmaps
 from spte.mmu.rmap import head_of, next_of, ref_of
 from spte.mmu.shadow.split import split_rmaps
 from spte.mmu.tdp_mmu import log_shift, split_below
-from spte.mmu.walk import is_leaf, leaf_table, walk
+from spte.mmu.walk import leaf_table, walk
 
 SWEPT = 4  # set bits of a word from which sweeping its 64 entries is quicker than counting zeros
 LAST_WINDOW = U64(512 - 64)

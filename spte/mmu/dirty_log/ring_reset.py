@@ -8,7 +8,7 @@ from spte._numba.jit import helper, kernel
 from spte.arrays.context import BASE, COUNT, NPAGES, RING_RESET, RING_SIZE, SLOT
 from spte.bits import ONE, U64, ZERO
 from spte.mmu.dirty_log.pt_masked import rearm
-from spte.mmu.memslot import SLOT_SHIFT, U32_MASK
+from spte.mmu.mark_dirty import SLOT_SHIFT, U32_MASK
 
 HARVESTED = U64(2)
 FLAGS_MASK = U64(0xFFFF_FFFF)

@@ -7,7 +7,8 @@ import numpy as np
 from spte._numba.jit import helper, kernel_apart
 from spte.arrays import context as cx
 from spte.bits import MMU_PRESENT, ZERO
-from spte.mmu.memslot import find_slot, mark_dirty
+from spte.mmu.mark_dirty import mark_dirty
+from spte.mmu.memslot import find_slot
 from spte.mmu.page_track import bucket_of, is_direct
 from spte.mmu.shadow.page import drop_entry_of, zap_page
 

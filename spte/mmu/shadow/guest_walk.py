@@ -8,7 +8,8 @@ from spte._numba.jit import helper, kernel_apart
 from spte.arrays import context as cx
 from spte.bits import ACC_ALL, ACC_EXEC, ACC_USER, ACC_WRITE, LARGE, SHIFT_PAGE, U64, ZERO
 from spte.host.guest_memory import write_word
-from spte.mmu.memslot import find_slot, mark_dirty
+from spte.mmu.mark_dirty import mark_dirty
+from spte.mmu.memslot import find_slot
 from spte.mmu.shadow.sync import clean_access, gpte_access, gpte_gfn, read_gpte
 from spte.mmu.walk import index_of
 

@@ -9,12 +9,12 @@ import numpy as np
 
 from spte._numba.jit import helper, kernel_apart, kernel_called
 from spte.arrays import context as cx
-from spte.bits import MMU_PRESENT, ROLE_AD_DISABLED, ROLE_GUEST_MODE, ROLE_INVALID, SHIFT_PAGE, TYPE_DISABLED, U64, ZERO
+from spte.bits import MMU_PRESENT, ROLE_AD_DISABLED, ROLE_GUEST_MODE, ROLE_INVALID, SHIFT_PAGE, TYPE_DISABLED, U64, ZERO, child_of, is_link
+from spte.mmu.arena import alloc_row, count_leaf, free_row
 from spte.mmu.memslot import find_slot
 from spte.mmu.page_track import bucket_of, count_shadowed, is_direct, protect_gfn, set_synced, unsync_below
 from spte.mmu.rmap import chain_add, chain_remove, ref_of, rmap_remove
 from spte.mmu.tdp_mmu import child_gfn, drop_nx_mark
-from spte.mmu.walk import alloc_row, child_of, count_leaf, free_row, is_link
 
 ACCESS_BITS, ACCESS_MASK = U64(3), U64(7)
 

@@ -20,9 +20,14 @@ from spte.bits import (
     U64,
     WRITABLE,
     ZERO,
+    child_of,
+    is_link,
 )
 from spte.host.pages import writable_now
-from spte.mmu.memslot import find_slot, mark_dirty, note
+from spte.mmu.arena import count_leaf
+from spte.mmu.make_spte import make_leaf
+from spte.mmu.mark_dirty import mark_dirty, note
+from spte.mmu.memslot import find_slot
 from spte.mmu.page_fault import begin_fault, fast_fault, fault_page, map_gfn, mmio_spte, nx_holds, nx_mark_of
 from spte.mmu.page_track import is_direct, is_tracked, may_write
 from spte.mmu.rmap import rmap_add
@@ -30,8 +35,7 @@ from spte.mmu.shadow.emulate import emulate_write
 from spte.mmu.shadow.guest_walk import WALK_OK, WALK_PML_FULL, walk_guest
 from spte.mmu.shadow.page import drop_leaf, entry_access, entry_gfn, link_page, set_shadowed, unlink_page
 from spte.mmu.shadow.sync import clean_access, get_page, gpte_access, gpte_gfn, may_map_early, needs_flush, read_gpte, sync_children
-from spte.mmu.tdp_mmu import make_leaf
-from spte.mmu.walk import child_of, count_leaf, index_of, is_link
+from spte.mmu.walk import index_of
 
 PREFETCH = 8  # SPTEs of the aligned group that a fault fills
 

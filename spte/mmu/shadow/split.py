@@ -7,10 +7,10 @@ import numpy as np
 from spte._numba.jit import helper, kernel_apart
 from spte.arrays.context import FLUSHES, SPLITS_1G, SPLITS_2M, SPTES_WRITTEN
 from spte.bits import ACC_EXEC, LARGE, MMU_PRESENT, ROLE_ACCESS, ROLE_ACCESS_SHIFT, ROLE_IS_DIRECT, ROLE_LEVEL, SHIFT_PAGE, U64, ZERO
+from spte.mmu.arena import count_leaf
+from spte.mmu.make_spte import set_executable
 from spte.mmu.rmap import head_of, ref_of, rmap_add
 from spte.mmu.shadow.page import drop_leaf, entry_access, entry_gfn, find_page, link_page, new_page
-from spte.mmu.tdp_mmu import set_executable
-from spte.mmu.walk import count_leaf
 
 
 @helper

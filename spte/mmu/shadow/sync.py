@@ -8,10 +8,11 @@ from spte._numba.jit import helper, kernel_apart, kernel_called
 from spte.arrays import context as cx
 from spte.bits import ACC_EXEC, ACC_USER, ACC_WRITE, MMU_PRESENT, PFN_MASK, SHIFT_PAGE, WRITABLE, ZERO
 from spte.host.guest_memory import read_word
-from spte.mmu.memslot import find_slot, mark_dirty
+from spte.mmu.make_spte import make_leaf
+from spte.mmu.mark_dirty import mark_dirty
+from spte.mmu.memslot import find_slot
 from spte.mmu.page_track import may_write, protect_gfn, set_synced, unsync_below
 from spte.mmu.shadow.page import drop_leaf, entry_access, entry_gfn, find_page, new_page, set_shadowed
-from spte.mmu.tdp_mmu import make_leaf
 
 BATCH = 15  # unsync pages, and pages on the way to them from the root, that are gone through together
 

@@ -6,8 +6,9 @@ import numpy as np
 
 from spte._numba.jit import kernel
 from spte.arrays.context import SPTES_WRITTEN
-from spte.mmu.tdp_mmu import is_accessed, make_old
-from spte.mmu.walk import is_leaf, walk
+from spte.bits import is_leaf
+from spte.mmu.make_spte import is_accessed, make_old
+from spte.mmu.walk import walk
 
 
 @kernel

@@ -9,15 +9,15 @@ import numpy as np
 
 from spte._numba.jit import helper, kernel, kernel_apart
 from spte.arrays.context import BASE, COLLAPSED, NPAGES, NX_SPLITS, PAGES_4K, ROWS, SLOT, SPTES_WRITTEN, ZAPPED
-from spte.bits import MMU_PRESENT, ROLE_INVALID, U64, ZERO
+from spte.bits import MMU_PRESENT, ROLE_INVALID, U64, ZERO, is_leaf
+from spte.mmu.arena import count_leaf, free_row
+from spte.mmu.make_spte import is_accessed, make_old
 from spte.mmu.memslot import PAGES_COMPOUND_OR_DEVICE, may_collapse
 from spte.mmu.page_track import count_shadowed, is_direct, set_synced
 from spte.mmu.rmap import head_of, next_of, ref_of
 from spte.mmu.shadow.page import drop_leaf
 from spte.mmu.shadow.split import split_rmaps
 from spte.mmu.slot.sweep import place
-from spte.mmu.tdp_mmu import is_accessed, make_old
-from spte.mmu.walk import count_leaf, free_row, is_leaf
 
 
 @kernel

@@ -6,9 +6,8 @@ import numpy as np
 
 from spte._numba.jit import kernel
 from spte.arrays.context import ROWS
-from spte.bits import MMU_PRESENT, ONE, ZERO
+from spte.bits import MMU_PRESENT, ONE, ZERO, is_leaf
 from spte.mmu.slot.sweep import GFN_SHIFT, is_scattered, place
-from spte.mmu.walk import is_leaf
 
 
 @kernel

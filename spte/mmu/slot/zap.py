@@ -6,9 +6,9 @@ import numpy as np
 
 from spte._numba.jit import kernel
 from spte.arrays.context import ZAPPED
-from spte.bits import ROLE_INVALID
+from spte.bits import ROLE_INVALID, child_of, is_leaf, is_link
 from spte.mmu.tdp_mmu import drop_entry, free_table
-from spte.mmu.walk import child_of, is_leaf, is_link, walk
+from spte.mmu.walk import walk
 
 
 @kernel
