@@ -12,10 +12,9 @@ from typing import Any
 
 import click
 
-from spte.cli import EXIT_DIFFERENCE, EXIT_OK
-from spte.cli.compiling import announce_compilation
+from spte.cli.exit_codes import EXIT_DIFFERENCE, EXIT_OK
 from spte.cli.metrics import as_json
-from spte.cli.params import size, spell_size, target
+from spte.cli.params import announce_compilation, size, spell_size, target
 from spte.platform import named
 from spte.policy import parse
 from spte.profile.perf_test import SOURCES, PerfTest
