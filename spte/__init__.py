@@ -2,7 +2,7 @@
 
 from spte import kernels, policy
 from spte._version import __version__
-from spte.arrays.context import EXEC, READ, WRITE
+from spte.arrays.context import EXEC, LOG_DIRTY_PAGES, READ, READONLY, WRITE
 from spte.errors import DirtyLoggingLeak, InvariantError, KvmError
 from spte.exits import Exit
 from spte.guest_tables import GuestTables
@@ -13,7 +13,9 @@ from spte.vm.vm import VM
 
 __all__ = [
     "EXEC",
+    "LOG_DIRTY_PAGES",
     "READ",
+    "READONLY",
     "VM",
     "WRITE",
     "Backing",
