@@ -1,4 +1,4 @@
-"""What host userspace does to its memory: madvise, mprotect, fork, soft-dirty. Each calls KVM's notifiers, then changes the pages.
+"""What host userspace does to its memory: madvise, mprotect, fork, soft-dirty. Each calls the MMU notifiers, then changes the pages.
 
 A notifier range drops every SPTE that maps a page of it, in every VM, and never touches a dirty log.
 """
@@ -14,8 +14,8 @@ import numpy.typing as npt
 from spte.errors import HostRangeError
 from spte.host import pages as hostmm
 from spte.host.backing import Backing
+from spte.host.mmu_notifier import Ranges, clear_young, invalidate_range
 from spte.host.pages import the_host
-from spte.vm.notifier import Ranges, age, unmap
 
 DONTNEED, FREE, COLD, PAGEOUT = 4, 8, 20, 21
 PROT_READ, PROT_READ_WRITE = 1, 3
@@ -98,15 +98,15 @@ def madvise(backing: Backing, first: int, count: int, advice: int = DONTNEED, *,
     hpage = backing.hpage + first
     split = _split_partial(hpage, count)
     if advice in (DONTNEED, FREE):
-        unmap(backing.users, [(hpage, count), *split])
+        invalidate_range(backing.users, [(hpage, count), *split])
     else:
         for part in split:
-            unmap(backing.users, [part])
+            invalidate_range(backing.users, [part])
     for block, _ in split:
         _pages(block >> 9)
         _settle(block >> 9)
     if advice == PAGEOUT and ages:
-        age(backing.users, hpage, count)
+        clear_young(backing.users, hpage, count)
     if advice != DONTNEED:
         return
     h = the_host()
@@ -142,7 +142,7 @@ def _cut(backing: Backing, edge: int) -> None:
     block, end = edge & ~511, backing.hpage + backing.size // 4096
     inside = backing.hpage <= block < edge and block + _BLOCK_PAGES <= end
     if inside and len(_mappings(block, _BLOCK_PAGES)) == 1:
-        unmap(backing.users, [(block, _BLOCK_PAGES)])
+        invalidate_range(backing.users, [(block, _BLOCK_PAGES)])
         if _is_huge(block >> 9):
             _pages(block >> 9)
             _settle(block >> 9)
@@ -165,7 +165,7 @@ def mprotect(backing: Backing, first: int, count: int, prot: int = PROT_READ_WRI
         if protected != protect:
             _cut(backing, start)
             _cut(backing, start + pages)
-            unmap(backing.users, [(start, pages)])
+            invalidate_range(backing.users, [(start, pages)])
             _set_protection(start, pages, protect)
 
 
@@ -202,15 +202,15 @@ def fork(backings: Iterable[Backing]) -> None:
     for backing in backings:
         if backing.kind != "shm" and not backing.kind.startswith("devdax"):
             for start, pages, _ in _mappings(backing.hpage, backing.size // 4096):
-                unmap(backing.users, [(start, pages)])
+                invalidate_range(backing.users, [(start, pages)])
             _write_protect(backing)
 
 
 def clear_refs(backings: Iterable[Backing]) -> None:
     """Write 4 to clear_refs (soft-dirty) of a process that has `backings`: every page is write-protected under one notifier."""
     known = list(backings)
-    vms = {vm for backing in known for vm in backing.users}
-    unmap(vms, [(backing.hpage, backing.size // 4096) for backing in known])
+    users = {user for backing in known for user in backing.users}
+    invalidate_range(users, [(backing.hpage, backing.size // 4096) for backing in known])
     for backing in known:
         if not backing.kind.startswith(("hugetlb", "devdax")):
             _write_protect(backing)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,10 +12,7 @@ from spte.arrays.reserve import Pool
 from spte.errors import SlotAlignmentError, SlotRangeError
 from spte.host import guest_memory
 from spte.host import pages as hostmm
-from spte.vm import notifier
-
-if TYPE_CHECKING:
-    from spte.vm.vm import VM
+from spte.host.mmu_notifier import MmuNotifier, host_write
 
 PAGE = 4096
 _BLOCK = 2 << 20
@@ -108,7 +104,7 @@ class Backing:
                 h.kind[self._first_block] = hostmm.SMALL
             if (self.hva + size) % _BLOCK:
                 h.kind[end - 1] = hostmm.SMALL
-        self.users: weakref.WeakSet[VM] = weakref.WeakSet()
+        self.users: weakref.WeakSet[MmuNotifier] = weakref.WeakSet()
         weakref.finalize(self, _gone.append, (self._first_block, end - self._first_block, unit0, units)).atexit = False
         if populate or kind.startswith("devdax"):
             huge = (h.kind[blocks] != hostmm.SMALL) & (h.kind[blocks] != hostmm.SHM)
@@ -153,4 +149,4 @@ class Backing:
     def write(self, first: int, count: int) -> None:
         """Store into `count` pages from page `first` on, from userspace: never in a dirty log; zero pages are copied."""
         for hpage in range(self.hpage + first, self.hpage + first + count):
-            notifier.host_write(hpage, self.users)
+            host_write(self.users, hpage)

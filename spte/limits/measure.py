@@ -172,14 +172,14 @@ class Guest:
         vcpu, mmu = self.vm.vcpus[0], self.vm.mmu
         vcpu.enter_guest()
         kernel = run_shadow if mmu.has_shadow_pages else run
-        done = kernel(self.tables, self.vm.memslots.spaces[0], the_host(), vcpu.arrays, vcpu.mode, gfns, _WRITE, 0)
+        done = kernel(self.tables, self.vm.memslots.spaces[0], the_host(), vcpu.arrays, vcpu.mmu.mode, gfns, _WRITE, 0)
         assert done == len(gfns), f"access {done} of {len(gfns)} stopped"
 
     def slot(self) -> tuple[Slots, int, U64s, I64s]:
         """Return the kernels' table of slots, the slot's index in it, its bitmap, and the roots."""
         slot = self.vm.memslots.find(0)
         assert slot is not None
-        s, k = self.vm.memslots.place(slot)
+        s, k = self.vm.memslots.row_of(slot)
         return s, k, self.vm.memslots.bitmap(slot), self.vm.mmu.roots(0)
 
     def dirty_bit(self) -> np.uint64:

@@ -18,13 +18,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 
 from spte import bits as bt
 from spte._numba.jit import helper, kernel
-from spte.arrays.context import BASE, BEGAN_SET, BITMAP, FLAGS, LOG_DIRTY_PAGES, PAE_ROOT, PAGES_4K, PML_INDEX, READONLY, ROWS, UNARMED
+from spte.arrays.context import (
+    BASE,
+    BEGAN_SET,
+    BITMAP,
+    COUNT,
+    FLAGS,
+    LOG_DIRTY_PAGES,
+    PAE_ROOT,
+    PAGES_4K,
+    PML_INDEX,
+    READONLY,
+    ROWS,
+    UNARMED,
+    Mode,
+    Slots,
+    Tables,
+    Vcpu,
+)
 from spte.bits import child_of, is_leaf
 from spte.errors import InvariantError
 from spte.mmu.make_spte import type_of
@@ -33,9 +50,6 @@ from spte.mmu.page_track import is_direct
 from spte.mmu.rmap import next_of, ref_of
 from spte.mmu.shadow.page import entry_gfn
 from spte.mmu.tdp_mmu import log_shift
-
-if TYPE_CHECKING:
-    from spte.vm.observable import Observable
 
 S1, S3, S4, S5, S7, S9, S10, L1, L2, L3 = range(1, 11)
 NAMES = ("", "S1", "S3", "S4", "S5", "S7", "S9", "S10", "L1", "L2", "L3")
@@ -114,30 +128,38 @@ def _scan(t, s, m, count):
     return 0, 0, 0
 
 
-def check(vm: Observable) -> None:
+def check(t: Tables, spaces: Sequence[Slots], m: Mode, vcpus: Sequence[Vcpu], nr_memslots_dirty_logging: int) -> None:
     """Raise InvariantError for the first invariant that does not hold.
 
     Parameters
     ----------
-    vm : Observable
-        Not changed; no vCPU may be in the guest.
+    t : Tables
+        The arena.
+    spaces : sequence of Slots
+        Memslots by address space.
+    m : Mode
+        Of a vCPU that runs L1.
+    vcpus : sequence of Vcpu
+        None of them in the guest.
+    nr_memslots_dirty_logging : int
+        How many slots the VM counts as logging.
 
     Raises
     ------
     InvariantError
         Names the invariant and the entry.
     """
-    t, count = vm.mmu.tables, np.zeros(3, np.int64)
-    broken, row, i = _scan(t, vm.memslots.spaces[0], vm.mmu.mode, count)
+    count = np.zeros(3, np.int64)
+    broken, row, i = _scan(t, spaces[0], m, count)
     if broken:
         where = f"entry {i} of table {row}: level {t.level[row]}, first gfn {t.gfn[row]:#x}, value {t.sptes[row, i]:#x}"
         raise InvariantError(f"{NAMES[broken]} broken by {where}")
     counted = t.meta[PAGES_4K : PAGES_4K + 3]
     if (counted != count).any():
         raise InvariantError(f"S9 broken: pages_4k, _2m, _1g are {counted.tolist()}, the tables hold {count.tolist()} leaves")
-    logging = sum(slot.logs for slot in vm.memslots)
-    if logging != vm.nr_memslots_dirty_logging:
-        raise InvariantError(f"M2 broken: {vm.nr_memslots_dirty_logging} slots counted as logging, {logging} do")
-    for vcpu in vm.vcpus:
-        if vcpu.arrays.reg[PML_INDEX] != 511:
-            raise InvariantError(f"M3 broken: vCPU {vcpu.index} is outside the guest with PML index {vcpu.arrays.reg[PML_INDEX]}")
+    logging = sum(int((s.table[: s.meta[COUNT], FLAGS] & LOG_DIRTY_PAGES != 0).sum()) for s in spaces)
+    if logging != nr_memslots_dirty_logging:
+        raise InvariantError(f"M2 broken: {nr_memslots_dirty_logging} slots counted as logging, {logging} do")
+    for index, v in enumerate(vcpus):
+        if v.reg[PML_INDEX] != 511:
+            raise InvariantError(f"M3 broken: vCPU {index} is outside the guest with PML index {v.reg[PML_INDEX]}")

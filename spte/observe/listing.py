@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from spte.arrays.context import PAE_ROOT, Tables
-from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, Layout
+from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, ROLE_GUEST_MODE, ROLE_INVALID, ROLE_IS_DIRECT, Layout
 from spte.mmu.slot.sweep import GFN_SHIFT, is_scattered
 
 _PRESENT, _LARGE, _FRAME, _NO_FRAME = int(MMU_PRESENT), int(LARGE), int(PFN_MASK), ~PFN_MASK
@@ -25,6 +25,18 @@ class Run(NamedTuple):
     entries: int
     value: int  # of a table its row, of leaves the bits apart from the frame, else the whole entry
     mapped: int = 0  # of leaves the gfn of the first page, which is not the address where a guest's tables say so
+
+
+class KeptRoot(NamedTuple):
+    """A root that a vCPU keeps in `root_mmu` or `guest_mmu`."""
+
+    vcpu: int
+    mmu: str
+    which: str  # "cur", "prev0" to "prev2"
+    active: bool  # the vCPU runs on it
+    row: int
+    role: int  # when it was loaded
+    pgd: int  # CR3 or EPTP of the guest table that it shadows, else 0
 
 
 def _visible(level: int, gfn: int, count: int, hide: tuple[int, int] | None) -> Iterator[tuple[int, int]]:
@@ -122,6 +134,34 @@ def other(walked: list[Run], lay: Layout) -> list[list[Any]]:
     """Return ``[level, gfn, full hex]`` of the entries of a walk that are neither present nor empty: MMIO and frozen ones."""
     empty = int(lay.nonpresent)
     return [[r.level, r.gfn, f"{r.value:x}"] for r in walked if r.what == "other" and r.value != empty]
+
+
+def roots(t: Tables, lay: Layout, kept: Iterable[KeptRoot], hide: tuple[int, int] | None = None) -> list[dict[str, Any]]:
+    """Return where each root is kept, its role and what it maps, in the shape of the nested recordings; leaves as `leafs` has them.
+
+    Leaves of a `guest_mmu` have the gfn that they map as a fifth value. A root that is kept twice is listed once.
+    """
+    found = []
+    seen: dict[int, str] = {}
+    for root in kept:
+        role = int(t.role[root.row])
+        entry: dict[str, Any] = {"vcpu": root.vcpu, "mmu": root.mmu, "which": root.which, "active": int(root.active)}
+        if root.which == "cur":
+            entry |= {"root_level": int(t.level[root.row]), "role": f"{root.role:x}"}
+        entry["pgd"] = f"{root.pgd:x}"
+        if root.row in seen:
+            found.append({**entry, "root": f"same as {seen[root.row]}"})
+            continue
+        seen[root.row] = f"{root.vcpu} {root.mmu} {root.which}"
+        walked = walk(t, root.row, hide)
+        entry |= {
+            "root_role": f"{role:x}", "direct": int(role & ROLE_IS_DIRECT != 0), "guest_mode": int(role & ROLE_GUEST_MODE != 0),
+            "root_invalid": int(role & ROLE_INVALID != 0),
+            "leafs": leafs(walked, mapped=root.mmu == "guest_mmu"), "tables": tables(t, walked),
+        }  # fmt: skip
+        entries = other(walked, lay)
+        found.append({**entry, "other": entries} if entries else entry)
+    return found
 
 
 def runs_of(values: list[int]) -> list[list[int]]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from spte.arrays import context as cx
-
-if TYPE_CHECKING:
-    from spte.vm.observable import Observable
+from spte.arrays.context import Tables, Vcpu
 
 VM_STATS = {
     "pages_4k": cx.PAGES_4K, "pages_2m": cx.PAGES_2M, "pages_1g": cx.PAGES_1G, "remote_tlb_flush_requests": cx.FLUSHES,
@@ -28,23 +27,23 @@ _VCPU_COUNTERS = {
 }  # fmt: skip
 
 
-def stat_files(vm: Observable) -> dict[str, dict[str, int]]:
+def stat_files(t: Tables, vcpus: Sequence[Vcpu]) -> dict[str, dict[str, int]]:
     """Return KVM's binary statistics, a dict a file descriptor: ``vm``, ``vcpu0``, ..., in the kernel's names."""
-    found = {"vm": {name: int(vm.mmu.tables.meta[i]) for name, i in VM_STATS.items()}}
-    for vcpu in vm.vcpus:
-        found[f"vcpu{vcpu.index}"] = {name: int(vcpu.arrays.stat[i]) for name, i in VCPU_STATS.items()}
+    found = {"vm": {name: int(t.meta[i]) for name, i in VM_STATS.items()}}
+    for index, v in enumerate(vcpus):
+        found[f"vcpu{index}"] = {name: int(v.stat[i]) for name, i in VCPU_STATS.items()}
     return found
 
 
-def stats(vm: Observable) -> dict[str, Any]:
+def stats(t: Tables, vcpus: Sequence[Vcpu]) -> dict[str, Any]:
     """Return the statistics by name, vCPUs added up as debugfs does, and beside them each file of `stat_files`."""
-    files = stat_files(vm)
+    files = stat_files(t, vcpus)
     summed = {name: sum(file[name] for who, file in files.items() if who != "vm") for name in VCPU_STATS}
     return {**files["vm"], **summed, **files}
 
 
-def counters(vm: Observable) -> dict[str, int]:
+def counters(t: Tables, vcpus: Sequence[Vcpu]) -> dict[str, int]:
     """Return the model's own counts, vCPUs added up."""
-    found = {name: int(vm.mmu.tables.meta[i]) for name, i in _TABLE_COUNTERS.items()}
-    found |= {name: sum(int(vcpu.arrays.stat[i]) for vcpu in vm.vcpus) for name, i in _VCPU_COUNTERS.items()}
+    found = {name: int(t.meta[i]) for name, i in _TABLE_COUNTERS.items()}
+    found |= {name: sum(int(v.stat[i]) for v in vcpus) for name, i in _VCPU_COUNTERS.items()}
     return found

@@ -87,10 +87,7 @@ class EventLog:
 
     @contextlib.contextmanager
     def changes(self, t: Tables) -> Iterator[None]:
-        """Record every entry that an operation changes in tables that outlive it, ascending by gfn."""
-        if not self.tracing:
-            yield
-            return
+        """Record every entry that an operation changes in tables that outlive it, ascending by gfn; only while `tracing`: it copies."""
         n = int(t.meta[cx.ROWS])
         sptes, level, gfn = t.sptes[:n].copy(), t.level[:n].copy(), t.gfn[:n].copy()
         yield

@@ -146,7 +146,7 @@ def _max_mapping_level(t: Trial) -> None:
         held = {int(g) for g in rng.integers(slot.gfn, slot.gfn + slot.npages, 2)}
         for gfn in held:
             _disallow(t, gfn)
-        s, k = t.vm.memslots.place(memslot)
+        s, k = t.vm.memslots.row_of(memslot)
         for gfn in {slot.gfn, slot.gfn + slot.npages - 1, *held, *rng.integers(slot.gfn, slot.gfn + slot.npages, 20).tolist()}:
             for max_level in _LEVELS:
                 got = int(max_mapping_level(s, the_host(), k, np.int64(gfn), np.int64(max_level)))

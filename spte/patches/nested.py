@@ -95,11 +95,11 @@ def _toggled_in_l2(*, ends: bool) -> Play:
                 slot.log(False)
                 t.write([L2_BASE])
             controls.append(int(vcpu.pml01))
-            deferred.append(int(vcpu.update_deferred))
+            deferred.append(int(vcpu.nested.update_deferred))
             vcpu.leave_l2()
             vcpu.enter_guest()
             controls.append(int(vcpu.pml01))
-            deferred.append(int(vcpu.update_deferred))
+            deferred.append(int(vcpu.nested.update_deferred))
         t.seen |= {"pml_on": tuple(controls), "deferred": tuple(deferred)}
 
     return play

@@ -105,7 +105,7 @@ class Replay:
     def _observe_stats(self, out: dict[str, Any], *, new: bool) -> None:
         vm = self.machine.vm
         changed: dict[str, dict[str, int]] = {}
-        for who, values in stat_files(vm).items():
+        for who, values in stat_files(vm.mmu.tables, vm.kvm.vcpu_arrays).items():
             before = self._stats.get(who, {})
             kept = {name: values.get(name, 0) for name in STATS["vm" if who == "vm" else "vcpu"]}
             different = {name: value for name, value in sorted(kept.items()) if value != before.get(name, 0)}
@@ -131,7 +131,8 @@ class Replay:
             return state
         return state | {
             "logging_slots": vm.nr_memslots_dirty_logging, "pml01": [int(v.pml01) for v in vm.vcpus],
-            "pml02": [int(v.pml01 and vm.policy.pml_in_l2) for v in vm.vcpus], "deferred": [int(v.update_deferred) for v in vm.vcpus],
+            "pml02": [int(v.pml01 and vm.policy.pml_in_l2) for v in vm.vcpus],
+            "deferred": [int(v.nested.update_deferred) for v in vm.vcpus],
         }  # fmt: skip
 
     def _mmu_entry(self, vcpu: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from spte.arrays import context as cx
 from spte.arrays import reserve as memory
 from spte.arrays.context import Slots, U64s, zeros
 from spte.arrays.reserve import Pool
+from spte.errors import SlotIdError
 from spte.host.backing import Backing
 from spte.mmu.memslot import find_slot
 from spte.observe.listing import bit_runs, runs_of
@@ -21,6 +22,15 @@ ADDRESS_SPACES = 2
 MAX_PAGES = (1 << 31) - 1
 VALID_FLAGS = cx.LOG_DIRTY_PAGES | cx.READONLY
 _ALL_ONES = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+
+
+def check_slot_number(slot: int) -> None:
+    """Refuse ids and address spaces that a VM does not have."""
+    as_id, number = slot >> 16, slot & 0xFFFF
+    if number >= USER_MEM_SLOTS:
+        raise SlotIdError(f"slot={slot:#x}: id {number} is not below {USER_MEM_SLOTS}")
+    if not 0 <= as_id < ADDRESS_SPACES:
+        raise SlotIdError(f"slot={slot:#x}: address space {as_id} (bits 31:16) is not 0 or 1")
 
 
 @dataclass(slots=True, eq=False)
@@ -38,6 +48,8 @@ class Memslot:
     rmaps: tuple[int, ...] = (-1, -1, -1)
     began_set: bool = False  # logging began with every bit set
     unarmed: bool = False  # and initially-set was turned off since
+    row: int = -1  # its row in the kernels' table, as of `changes` of the memslots
+    changes: int = -1
 
     @property
     def as_id(self) -> int:
@@ -53,6 +65,10 @@ class Memslot:
     def words(self) -> int:
         """64-bit words of the slot's bitmap."""
         return (self.npages + 63) // 64
+
+    def hpage_of(self, gfn: int) -> int:
+        """Return the host page number of page `gfn` of the slot: __gfn_to_hva_memslot."""
+        return (self.hva >> 12) + gfn - self.base_gfn
 
     @property
     def logs(self) -> bool:
@@ -80,6 +96,7 @@ class Memslots:
         pools = self._words.array, self._disallow.array, self._heads.array, nodes, node_meta
         self.spaces = [Slots(memory.reserve(np.int64, 1 << 15, cx.SLOT_COLUMNS), zeros(3), *pools) for _ in range(ADDRESS_SPACES)]
         self._by_id: dict[int, Memslot] = {}
+        self._changes = 0  # how often a slot came or went
 
     def __iter__(self) -> Iterator[Memslot]:
         return iter(self._by_id.values())
@@ -89,15 +106,26 @@ class Memslots:
         return self._by_id.get(slot)
 
     def at(self, gfn: int, as_id: int = 0) -> Memslot | None:
-        """Return the memslot that holds `gfn`."""
+        """Return the memslot that holds `gfn`: gfn_to_memslot."""
         s = self.spaces[as_id]
         k = int(find_slot(s, np.int64(gfn)))
         return self._by_id[int(s.table[k, cx.SLOT])] if k >= 0 else None
 
-    def place(self, slot: Memslot) -> tuple[Slots, int]:
-        """Return the kernels' table of the slot's address space and the slot's index in it."""
-        s = self.spaces[slot.as_id]
-        return s, int(np.searchsorted(s.table[: s.meta[cx.COUNT], cx.BASE], slot.base_gfn))
+    def row_of(self, slot: Memslot) -> tuple[Slots, int]:
+        """Return the kernels' table of the slot's address space and the slot's row in it."""
+        s = self.spaces[slot.slot >> 16]
+        if slot.changes != self._changes:
+            slot.row = int(np.searchsorted(s.table[: s.meta[cx.COUNT], cx.BASE], slot.base_gfn))
+            slot.changes = self._changes
+        return s, slot.row
+
+    def mapping(self, hpage: int, count: int) -> Iterator[tuple[Memslot, int, int]]:
+        """Yield ``(slot, start gfn, end gfn)`` of what slots map of host pages ``[hpage, hpage + count)``: kvm_handle_hva_range."""
+        for slot in self:
+            first = slot.hva >> 12
+            start, end = max(hpage, first), min(hpage + count, first + slot.npages)
+            if start < end:
+                yield slot, start - first + slot.base_gfn, end - first + slot.base_gfn
 
     def overlapping(self, as_id: int, start: int, end: int, but: int) -> Memslot | None:
         """Return a memslot of `as_id` other than number `but` that meets gfns ``[start, end)``."""
@@ -136,15 +164,17 @@ class Memslots:
         at = int(np.searchsorted(s.table[:n, cx.BASE], slot.base_gfn))
         s.table[at + 1 : n + 1] = s.table[at:n]
         s.meta[cx.COUNT] = n + 1
+        self._changes += 1
         self._by_id[slot.slot] = slot
         self._fill(s, at, slot)
 
     def remove(self, slot: Memslot) -> None:
         """Take `slot` out; its counters return to the pool, its bitmap stays with it."""
-        s, at = self.place(slot)
+        s, at = self.row_of(slot)
         n = int(s.meta[cx.COUNT])
         s.table[at : n - 1] = s.table[at + 1 : n]
         s.meta[cx.COUNT] = n - 1
+        self._changes += 1
         del self._by_id[slot.slot]
         for level, offset in zip((2, 3), slot.lpage, strict=True):
             self._disallow.give(offset, slot.lpage_count(level))
@@ -154,7 +184,7 @@ class Memslots:
 
     def update(self, slot: Memslot) -> None:
         """Bring the kernels' row of `slot` in step with its flags and bitmap."""
-        s, at = self.place(slot)
+        s, at = self.row_of(slot)
         self._fill(s, at, slot)
 
     @staticmethod
