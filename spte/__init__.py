@@ -2,7 +2,8 @@
 
 from spte import kernels, policy
 from spte._version import __version__
-from spte.arrays.context import EXEC, LOG_DIRTY_PAGES, READ, READONLY, WRITE
+from spte.arrays.slots import LOG_DIRTY_PAGES, READONLY
+from spte.arrays.vcpu import EXEC, READ, WRITE
 from spte.errors import DirtyLoggingLeak, InvariantError, KvmError
 from spte.exits import Exit
 from spte.guest_tables import GuestTables

@@ -7,7 +7,7 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from spte.arrays.context import U64s
+from spte.arrays.records import U64s
 from spte.bits import PFN_MASK, SHIFT_PAGE
 from spte.errors import GuestTablesError
 from spte.host.backing import Backing

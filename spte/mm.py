@@ -43,7 +43,7 @@ def _check_huge(backing: Backing, first: int, count: int) -> None:
 
 
 def _is_huge(block: int) -> bool:
-    return int(the_host().block[block]) >= hostmm.HUGE
+    return int(the_host().blocks["state"][block]) >= hostmm.HUGE
 
 
 def _split_partial(hpage: int, count: int) -> Ranges:
@@ -64,9 +64,9 @@ def _pages(block: int) -> npt.NDArray[np.uint8]:
 def _settle(block: int) -> None:
     """Bring the count of a MIXED block in step with its pages; all own: the block is OWN."""
     h = the_host()
-    row = int(h.mixed[block])
-    h.own_pages[row] = int((h.page[row] == hostmm.PAGE_OWN).sum())
-    if h.own_pages[row] == _BLOCK_PAGES:
+    row = int(h.blocks["row"][block])
+    h.mixed_blocks["own_pages"][row] = int((h.page[row] == hostmm.PAGE_OWN).sum())
+    if h.mixed_blocks["own_pages"][row] == _BLOCK_PAGES:
         hostmm.drop_mixed(h, np.int64(block), np.uint8(hostmm.OWN))
 
 
@@ -111,9 +111,9 @@ def madvise(backing: Backing, first: int, count: int, advice: int = DONTNEED, *,
         return
     h = the_host()
     for block, a, b in _blocks(hpage, count):
-        state, kind = int(h.block[block]), int(h.kind[block])
+        state, kind = int(h.blocks["state"][block]), int(h.blocks["kind"][block])
         if b - a == _BLOCK_PAGES and (_is_huge(block) or (state == hostmm.OWN and kind != hostmm.THP)):
-            h.block[block] = hostmm.EMPTY if state in (hostmm.HUGE, hostmm.HUGE_WP, hostmm.OWN) else hostmm.EMPTY_RO
+            h.blocks["state"][block] = hostmm.EMPTY if state in (hostmm.HUGE, hostmm.HUGE_WP, hostmm.OWN) else hostmm.EMPTY_RO
         elif state not in (hostmm.EMPTY, hostmm.EMPTY_RO):
             pages = _pages(block)
             pages[a:b] = (pages[a:b] & hostmm.PROTECTED) | hostmm.PAGE_NONE
@@ -124,9 +124,9 @@ def _protection(hpage: int, count: int) -> npt.NDArray[np.bool_]:
     """Tell of each page whether mprotect has taken writing from it."""
     h = the_host()
     blocks = np.arange(hpage >> 9, ((hpage + count - 1) >> 9) + 1)
-    protected = np.isin(h.block[blocks], tuple(_UNPROTECT))[:, None].repeat(_BLOCK_PAGES, axis=1)
-    for i in np.flatnonzero(h.block[blocks] == hostmm.MIXED):
-        protected[i] = h.page[h.mixed[blocks[i]]] & hostmm.PROTECTED != 0
+    protected = np.isin(h.blocks["state"][blocks], tuple(_UNPROTECT))[:, None].repeat(_BLOCK_PAGES, axis=1)
+    for i in np.flatnonzero(h.blocks["state"][blocks] == hostmm.MIXED):
+        protected[i] = h.page[h.blocks["row"][blocks[i]]] & hostmm.PROTECTED != 0
     return protected.reshape(-1)[hpage & 511 :][:count]
 
 
@@ -172,11 +172,11 @@ def mprotect(backing: Backing, first: int, count: int, prot: int = PROT_READ_WRI
 def _set_protection(hpage: int, count: int, protect: bool) -> None:
     h = the_host()
     for block, a, b in _blocks(hpage, count):
-        state = int(h.block[block])
-        empty = state == hostmm.EMPTY and h.kind[block] in (hostmm.SMALL, hostmm.SHM)
+        state = int(h.blocks["state"][block])
+        empty = state == hostmm.EMPTY and h.blocks["kind"][block] in (hostmm.SMALL, hostmm.SHM)
         known = _PROTECT if protect else _UNPROTECT
         if b - a == _BLOCK_PAGES and state in known and not empty:
-            h.block[block] = known[state]
+            h.blocks["state"][block] = known[state]
             continue
         pages = _pages(block)
         pages[a:b] = pages[a:b] | hostmm.PROTECTED if protect else pages[a:b] & ~np.uint8(hostmm.PROTECTED)
@@ -187,9 +187,9 @@ def _write_protect(backing: Backing) -> None:
     """Write-protect every own page, as fork and soft-dirty do: the next write finds it shared with nobody."""
     h = the_host()
     for block, a, b in _blocks(backing.hpage, backing.size // 4096):
-        state = int(h.block[block])
+        state = int(h.blocks["state"][block])
         if state in (hostmm.HUGE, hostmm.HUGE_RO):
-            h.block[block] = hostmm.HUGE_WP if state == hostmm.HUGE else hostmm.HUGE_WP_RO
+            h.blocks["state"][block] = hostmm.HUGE_WP if state == hostmm.HUGE else hostmm.HUGE_WP_RO
         elif state in (hostmm.OWN, hostmm.MIXED):
             pages = _pages(block)
             part = pages[a:b]

@@ -7,7 +7,7 @@ from collections import deque
 
 import numpy as np
 
-from spte.arrays.context import U64s
+from spte.arrays.records import U64s
 from spte.arrays.reserve import Pool
 from spte.errors import SlotAlignmentError, SlotRangeError
 from spte.host import guest_memory
@@ -45,10 +45,10 @@ def _release_gone() -> None:
 def _release(first_block: int, blocks: int, unit: int, units: int) -> None:
     h = hostmm.the_host()
     guest_memory.forget(first_block, blocks)
-    for block in first_block + np.flatnonzero(h.block[first_block : first_block + blocks] == hostmm.MIXED):
+    for block in first_block + np.flatnonzero(h.blocks["state"][first_block : first_block + blocks] == hostmm.MIXED):
         hostmm.drop_mixed(h, block, np.uint8(hostmm.EMPTY))
-    h.block[first_block : first_block + blocks] = hostmm.EMPTY
-    h.kind[first_block : first_block + blocks] = hostmm.UNMAPPED
+    h.blocks["state"][first_block : first_block + blocks] = hostmm.EMPTY
+    h.blocks["kind"][first_block : first_block + blocks] = hostmm.UNMAPPED
     _units().give(unit, units)
 
 
@@ -97,18 +97,18 @@ class Backing:
         self._first_block, self._end_block = self.hva // _BLOCK, -(-(self.hva + size) // _BLOCK)
         end = self._end_block
         blocks = slice(self._first_block, end)
-        h.kind[blocks] = _KINDS[kind]
-        h.device[blocks] = kind.startswith("devdax")
+        h.blocks["kind"][blocks] = _KINDS[kind]
+        h.blocks["device"][blocks] = kind.startswith("devdax")
         if kind == "thp":  # a block that sticks out of the mapping can not be huge
             if self.hva % _BLOCK:
-                h.kind[self._first_block] = hostmm.SMALL
+                h.blocks["kind"][self._first_block] = hostmm.SMALL
             if (self.hva + size) % _BLOCK:
-                h.kind[end - 1] = hostmm.SMALL
+                h.blocks["kind"][end - 1] = hostmm.SMALL
         self.users: weakref.WeakSet[MmuNotifier] = weakref.WeakSet()
         weakref.finalize(self, _gone.append, (self._first_block, end - self._first_block, unit0, units)).atexit = False
         if populate or kind.startswith("devdax"):
-            huge = (h.kind[blocks] != hostmm.SMALL) & (h.kind[blocks] != hostmm.SHM)
-            h.block[blocks] = np.where(huge, np.uint8(hostmm.HUGE), np.uint8(hostmm.OWN))
+            huge = (h.blocks["kind"][blocks] != hostmm.SMALL) & (h.blocks["kind"][blocks] != hostmm.SHM)
+            h.blocks["state"][blocks] = np.where(huge, np.uint8(hostmm.HUGE), np.uint8(hostmm.OWN))
 
     @property
     def hpage(self) -> int:
@@ -121,7 +121,7 @@ class Backing:
     @property
     def huge_bytes(self) -> int:
         """Bytes that the host maps huge."""
-        blocks = hostmm.the_host().block[self._first_block : self._end_block]
+        blocks = hostmm.the_host().blocks["state"][self._first_block : self._end_block]
         return int((blocks >= hostmm.HUGE).sum()) * _BLOCK
 
     def table(self, page: int) -> U64s:

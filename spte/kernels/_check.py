@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from spte.arrays.context import U64s
+from spte.arrays.records import U64s
 from spte.bits import Layout, layout
 from spte.platform import Platform, named
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import helper, kernel
-from spte.arrays.context import U64s
+from spte.arrays.records import U64s
 from spte.bits import LARGE_SHIFT, ONE, PRESENT_SHIFT, TYPE_MASK, U64, W_SHIFT, ZERO
 from spte.kernels._check import layout_of, rows
 from spte.platform import Platform

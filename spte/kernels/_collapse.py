@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import kernel
-from spte.arrays.context import U64s
+from spte.arrays.records import U64s
 from spte.bits import LARGE, PFN_MASK, SHIFT_PAGE, U64, is_leaf, is_link
 from spte.kernels._check import plain, rows
 

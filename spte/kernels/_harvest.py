@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import ctz, kernel
-from spte.arrays.context import U64s
+from spte.arrays.records import U64s
 from spte.bits import ONE, PRESENT_SHIFT, TYPE_MASK, W_SHIFT, ZERO
 from spte.kernels._check import layout_of, plain, resolve
 from spte.platform import Platform

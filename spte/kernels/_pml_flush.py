@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spte._numba.jit import kernel, kernel_apart, prefetch
-from spte.arrays.context import U64s
+from spte.arrays.records import U64s
 from spte.bits import ONE, SHIFT_PAGE, U64, ZERO
 from spte.kernels._check import plain
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import helper, kernel
-from spte.arrays.context import U64s
+from spte.arrays.records import U64s
 from spte.bits import LARGE_SHIFT, ONE, PRESENT_SHIFT, U64, W_SHIFT, ZERO
 from spte.kernels._check import rows
 

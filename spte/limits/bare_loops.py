@@ -6,7 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from spte._numba.jit import ctz, kernel, prefetch
-from spte.arrays.context import ROWS, I64s, Tables, U64s
+from spte.arrays.records import I64s, U64s
+from spte.arrays.tables import Tables
 from spte.bits import ONE, PRESENT_SHIFT, U64, ZERO
 from spte.kernels._write_protect import protect_entries
 from spte.mmu.walk import leaf_table
@@ -83,8 +84,8 @@ def protect_by_walk(t: Tables, root: np.int64, start: np.int64, end: np.int64) -
 @kernel
 def set_bits(t: Tables, bits: np.uint64) -> None:
     """Set `bits` in every entry of every level-1 table: makes a mutating kernel find its work again."""
-    for row in range(t.meta[ROWS]):
-        if t.level[row] == 1:
+    for row in range(t.kvm[0].rows):
+        if t.pages[row].level == 1:
             for j in range(512):
                 t.sptes[U64(row), j] |= bits
 

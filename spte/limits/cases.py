@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from spte.arrays.context import LOG_DIRTY_PAGES, I64s, U64s
+from spte.arrays.records import I64s, U64s
+from spte.arrays.slots import LOG_DIRTY_PAGES
 from spte.bits import SHIFT_PAGE, WRITABLE
 from spte.host.pages import the_host
 from spte.kernels._pml_flush import pml_flush
@@ -87,7 +88,7 @@ def bitmap_of(pages: int, fraction: float, pattern: str) -> U64s:
 def harvest(guest: Guest, fraction: float, pattern: str = "random") -> Case:
     """GET_DIRTY_LOG of the slot."""
     s, k, bitmap, roots = guest.slot()
-    dirty, shift = bitmap_of(guest.pages, fraction, pattern), guest.vm.mmu.mode.lay.dirty_shift
+    dirty, shift = bitmap_of(guest.pages, fraction, pattern), guest.vm.mmu.mode[0].lay.dirty_shift
 
     def refill() -> None:
         guest.set_all()

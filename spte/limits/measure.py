@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from spte.arrays import reserve as memory
-from spte.arrays.context import I64s, Slots, U64s
+from spte.arrays.records import I64s, U64s
+from spte.arrays.slots import Slots
 from spte.bits import WRITABLE
 from spte.cpu.run import run, run_shadow
 from spte.host.backing import Backing
@@ -184,7 +185,7 @@ class Guest:
 
     def dirty_bit(self) -> np.uint64:
         """Return the bit that hardware sets at a write."""
-        return np.uint64(1) << self.vm.mmu.mode.lay.dirty_shift
+        return np.uint64(1) << self.vm.mmu.mode[0].lay.dirty_shift
 
     def set_all(self) -> None:
         """Set W and D in every leaf, so that the next pass finds its work; the caches then hold the end of the tables."""

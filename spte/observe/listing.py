@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spte.arrays.context import PAE_ROOT, Tables
+from spte.arrays.tables import PAE_ROOT, Tables
 from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, ROLE_GUEST_MODE, ROLE_INVALID, ROLE_IS_DIRECT, Layout
 from spte.mmu.slot.sweep import GFN_SHIFT, is_scattered
 
@@ -71,9 +71,9 @@ def walk(t: Tables, root: int, hide: tuple[int, int] | None = None) -> list[Run]
 
 def _collect(t: Tables, row: int, hide: tuple[int, int] | None, address: int, found: list[Run]) -> None:
     """Add to `found` what hangs below `row`, which translates `address` on."""
-    level = int(t.level[row])
-    if t.shadow[row] != PAE_ROOT and (hide is None or not hide[0] <= address < hide[1]):
-        found.append(Run("table", level, int(t.gfn[row]), 1, row))
+    level = int(t.pages[row].level)
+    if t.pages[row].shadow != PAE_ROOT and (hide is None or not hide[0] <= address < hide[1]):
+        found.append(Run("table", level, int(t.pages[row].gfn), 1, row))
     shift = 9 * (level - 1)
     entries = t.sptes[row]
     flags = entries & _NO_FRAME
@@ -82,7 +82,7 @@ def _collect(t: Tables, row: int, hide: tuple[int, int] | None, address: int, fo
         if not bits & ~_TOP_BIT:
             continue
         if bits & _PRESENT and (level == 1 or bits & _LARGE):
-            mapped = int(t.shadowed[row, first] >> GFN_SHIFT) if is_scattered(t, row) else int(t.gfn[row]) + (first << shift)
+            mapped = int(t.shadowed[row, first] >> GFN_SHIFT) if is_scattered(t, row) else int(t.pages[row].gfn) + (first << shift)
             for gfn, count in _visible(level, address + (first << shift), end - first, hide):
                 found.append(Run("leaf", level, gfn, count, bits, mapped + gfn - address - (first << shift)))
         elif bits & _PRESENT:
@@ -121,7 +121,12 @@ def tables(t: Tables, walked: list[Run]) -> list[list[Any]]:
         if run.what != "table":
             continue
         level, gfn, row = run.level, run.gfn, run.value
-        key = [f"{int(t.role[row]):x}", 1 - int(t.shadow[row]), int(t.nx_disallowed[row] != 0), int(t.unsync[row])]
+        key = [
+            f"{int(t.pages[row].role):x}",
+            1 - int(t.pages[row].shadow),
+            int(t.pages[row].nx_huge_page_disallowed != 0),
+            int(t.pages[row].unsync),
+        ]
         last = runs[-1] if runs else None
         if last and last[0] == level and last[3:] == key and last[1] + (last[2] << (9 * level)) == gfn:
             last[2] += 1
@@ -144,10 +149,10 @@ def roots(t: Tables, lay: Layout, kept: Iterable[KeptRoot], hide: tuple[int, int
     found = []
     seen: dict[int, str] = {}
     for root in kept:
-        role = int(t.role[root.row])
+        role = int(t.pages[root.row].role)
         entry: dict[str, Any] = {"vcpu": root.vcpu, "mmu": root.mmu, "which": root.which, "active": int(root.active)}
         if root.which == "cur":
-            entry |= {"root_level": int(t.level[root.row]), "role": f"{root.role:x}"}
+            entry |= {"root_level": int(t.pages[root.row].level), "role": f"{root.role:x}"}
         entry["pgd"] = f"{root.pgd:x}"
         if root.row in seen:
             found.append({**entry, "root": f"same as {seen[root.row]}"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 
-from spte.arrays.context import LOG_DIRTY_PAGES, READONLY
+from spte.arrays.slots import LOG_DIRTY_PAGES, READONLY
 from spte.errors import KvmError
 from spte.patches import nested as patch_nested
 from spte.patches.mapping import logging_begins

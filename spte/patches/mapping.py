@@ -78,7 +78,7 @@ def _disallow(t: Trial, gfn: int) -> None:
     """Count one shadowed guest page table at `gfn`: no huge page may cover it."""
     memslot = t.vm.memslots.at(gfn)
     assert memslot is not None
-    disallow = t.vm.memslots.spaces[0].disallow
+    disallow = t.vm.memslots.spaces[0].disallow_lpage
     for level, first in zip((2, 3), memslot.lpage, strict=True):
         shift = 9 * (level - 1)
         disallow[first + (gfn >> shift) - (memslot.base_gfn >> shift)] += 1

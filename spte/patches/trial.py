@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
-from spte.arrays.context import LOG_DIRTY_PAGES, PML_ON, I64s
+from spte.arrays.records import I64s
+from spte.arrays.slots import LOG_DIRTY_PAGES
 from spte.host.backing import Backing
 from spte.platform import Platform
 from spte.policy import Policy
@@ -89,7 +90,7 @@ class Trial:
     def pml_on(self, vcpu: int = 0) -> int:
         """Let `vcpu` enter the guest; returns its PML control there."""
         self.vm.vcpus[vcpu].enter_guest()
-        return int(self.vm.vcpus[vcpu].arrays.reg[PML_ON])
+        return int(self.vm.vcpus[vcpu].arrays.vcpu[0].pml_enabled)
 
     def faults(self) -> int:
         """Return the page faults since the VM was made."""

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from spte import platform as platforms
 from spte import policy as policies
-from spte.arrays.context import READONLY, U64s
+from spte.arrays.records import U64s
+from spte.arrays.slots import READONLY
 from spte.errors import KvmError
 from spte.host.backing import Backing
 from spte.recording.ops import UINT64, RecordingError, short

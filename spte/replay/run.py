@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from spte.arrays.context import PAE_ROOT, ROOT
+from spte.arrays.tables import PAE_ROOT
 from spte.bits import ROLE_INVALID
 from spte.errors import KvmError
 from spte.observe import listing
@@ -137,16 +137,16 @@ class Replay:
 
     def _mmu_entry(self, vcpu: int) -> dict[str, Any]:
         vm = self.machine.vm
-        roots = [int(each.arrays.reg[ROOT]) for each in vm.vcpus]
+        roots = [int(each.arrays.vcpu[0].root) for each in vm.vcpus]
         root = roots[vcpu]
-        role, level = int(vm.mmu.tables.role[root]), int(vm.mmu.tables.level[root])
+        role, level = int(vm.mmu.tables.pages[root].role), int(vm.mmu.tables.pages[root].level)
         entry: dict[str, Any] = {"vcpu": vcpu, "root_level": level, "role": f"{role & ~ROLE_INVALID:x}"}
         if root in roots[:vcpu]:
             return {**entry, "root": f"same as vcpu {roots.index(root)}"}
-        entry["root_invalid"] = -1 if vm.mmu.tables.shadow[root] == PAE_ROOT else int(role & ROLE_INVALID != 0)
+        entry["root_invalid"] = -1 if vm.mmu.tables.pages[root].shadow == PAE_ROOT else int(role & ROLE_INVALID != 0)
         walked = listing.walk(vm.mmu.tables, root, HIDDEN)
         entry["leafs"], entry["tables"] = listing.leafs(walked), listing.tables(vm.mmu.tables, walked)
-        other = listing.other(walked, vm.mmu.mode.lay)
+        other = listing.other(walked, vm.mmu.mode[0].lay)
         if other:
             entry["other"] = other
         return entry

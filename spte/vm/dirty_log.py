@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from spte.arrays.context import READONLY, SPTES_WRITTEN, VCPU_KICKS, U64s
+from spte.arrays.records import U64s
+from spte.arrays.slots import READONLY
 from spte.errors import BufferFaultError, ClearRangeError, DirtyRingInUseError, NoDirtyLogError, RingDisabledError
 from spte.host.pages import the_host
 from spte.mmu.dirty_log.harvest import clear_dirty_log, get_dirty_log
@@ -32,10 +33,10 @@ def arm_slot(kvm: Kvm, slot: Memslot) -> None:
     Huge leaves are split, D or W is cleared, the TLBs are flushed.
     """
     t, m, policy = kvm.mmu.tables, kvm.mmu.mode, kvm.policy
-    all_set, pml = kvm.manual == 3, bool(m.dirty_log_size)
+    all_set, pml = kvm.manual == 3, bool(m[0].dirty_log_size)
     if slot.flags & READONLY or (all_set and policy.initially_set_enable == "nothing"):
         return
-    if m.eager and not all_set:
+    if m[0].eager and not all_set:
         if kvm.memslots.has_rmaps(slot):
             s, k = kvm.memslots.row_of(slot)
             split_slot_rmaps(t, s, m, k)
@@ -47,8 +48,8 @@ def arm_slot(kvm: Kvm, slot: Memslot) -> None:
             cleared = int(clear_dirty_slot(t, m, slot.as_id, slot.base_gfn, slot.end_gfn))
     level = 2 if pml or all_set else 1
     own_routine = pml and not policy.one_write_protect
-    protected = _write_protect(kvm, slot, level if policy.tdp_start_level or own_routine or m.shadow else 1)
-    t.meta[SPTES_WRITTEN] += cleared + protected
+    protected = _write_protect(kvm, slot, level if policy.tdp_start_level or own_routine or m[0].shadow else 1)
+    t.kvm[0].sptes_written += cleared + protected
     if policy.enable_flush == "always":
         kvm.mmu.flush()
     else:
@@ -76,12 +77,12 @@ def collapse(kvm: Kvm, slot: Memslot) -> None:
             done = zap_collapsible(t, s, the_host(), m, k)
         else:
             done = collapse_slot(t, s, the_host(), m, kvm.mmu.roots(slot.as_id), k)
-    if done and not m.flush_each:
+    if done and not m[0].flush_each:
         kvm.mmu.flush()
-    if kvm.policy.disable_sets_dirty and m.dirty_log_size:
+    if kvm.policy.disable_sets_dirty and m[0].dirty_log_size:
         with kvm.mmu.traced():
             changed = set_dirty_slot(t, m, slot.as_id, slot.base_gfn, slot.end_gfn)
-        t.meta[SPTES_WRITTEN] += changed
+        t.kvm[0].sptes_written += changed
         if changed:
             kvm.mmu.flush()
 
@@ -108,8 +109,8 @@ def _check_buffer(array: Any, words: int, name: str, *, write: bool) -> None:
 
 def _sync(kvm: Kvm) -> None:
     """Count the kicks that drain the PML buffers: kvm_arch_sync_dirty_log. The ioctl has drained them already."""
-    if kvm.mmu.mode.dirty_log_size or kvm.policy.sync_kicks_without_pml:
-        kvm.mmu.tables.meta[VCPU_KICKS] += len(kvm.vcpus)
+    if kvm.mmu.mode[0].dirty_log_size or kvm.policy.sync_kicks_without_pml:
+        kvm.mmu.tables.kvm[0].vcpu_kicks += len(kvm.vcpus)
 
 
 def get(kvm: Kvm, slot: int, out: U64s | None) -> U64s:
@@ -125,7 +126,7 @@ def get(kvm: Kvm, slot: int, out: U64s | None) -> U64s:
         s, k = kvm.memslots.row_of(memslot)
         with kvm.mmu.traced():
             found, changed = get_dirty_log(kvm.mmu.tables, s, kvm.mmu.mode, kvm.mmu.roots(memslot.as_id), k, snapshot)
-        kvm.mmu.tables.meta[SPTES_WRITTEN] += changed
+        kvm.mmu.tables.kvm[0].sptes_written += changed
         if found:
             kvm.mmu.flush()
     if out is None:
@@ -156,7 +157,7 @@ def clear(kvm: Kvm, slot: int, first_page: int, num_pages: int, bitmap: U64s) ->
     first, roots = np.int64(first_page >> 6), kvm.mmu.roots(memslot.as_id)
     with kvm.mmu.traced():
         found, changed = clear_dirty_log(kvm.mmu.tables, s, kvm.mmu.mode, roots, k, first, wanted)
-    kvm.mmu.tables.meta[SPTES_WRITTEN] += changed
+    kvm.mmu.tables.kvm[0].sptes_written += changed
     if found:
         kvm.mmu.flush()
 
@@ -170,7 +171,7 @@ def reset_rings(kvm: Kvm) -> int:
         with kvm.mmu.traced():
             got, changed = reset_ring(kvm.mmu.tables, kvm.memslots.spaces[0], kvm.mmu.mode, vcpu.arrays, kvm.mmu.roots(0))
         kvm.mmu.log.ring_reset(vcpu.index, vcpu.arrays)
-        kvm.mmu.tables.meta[SPTES_WRITTEN] += changed
+        kvm.mmu.tables.kvm[0].sptes_written += changed
         freed += got
     if freed:
         kvm.mmu.flush()

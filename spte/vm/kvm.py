@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spte.arrays import context as cx
-from spte.arrays.context import CPU_DIRTY_LOGGING_REQUESTS, LOG_COLUMNS, READONLY, Vcpu, zeros
 from spte.arrays.mode import mode_of
+from spte.arrays.slots import READONLY
+from spte.arrays.vcpu import KVM_VCPU, LOG_COLUMNS, WALKS_AHEAD, Vcpu
 from spte.errors import ClosedError
 from spte.host import pages as hostmm
 from spte.host.mmu_notifier import Ranges, invalidate_range
@@ -57,14 +57,14 @@ class KvmVcpu:
     def __init__(self, kvm: Kvm, index: int) -> None:
         self.index = index
         self.arrays = Vcpu(
-            reg=zeros(cx.REG_COLUMNS), stat=zeros(cx.STAT_COLUMNS), pml=zeros(512, np.uint64),
+            vcpu=np.zeros(1, KVM_VCPU), pml=np.zeros(512, np.uint64),
             ring=np.zeros((kvm.ring_entries, 2), np.uint64), log=np.zeros((0, LOG_COLUMNS), np.uint64),
-            walked=zeros(2 * cx.WALKS_AHEAD, np.uint64), guest=zeros(cx.GW_COLUMNS),
+            walked=np.zeros(2 * WALKS_AHEAD, np.uint64),
         )  # fmt: skip
-        reg = self.arrays.reg
-        reg[cx.L1_PML_GFN], reg[cx.L1_PML_INDEX] = -1, 511
-        reg[cx.PML_INDEX], reg[cx.ROOT], reg[cx.PGD], reg[cx.RING_SIZE] = 511, -1, -1, kvm.ring_entries
-        reg[cx.RING_SOFT] = kvm.ring_entries - 64 - kvm.platform.cpu_dirty_log_size
+        reg = self.arrays.vcpu[0]
+        reg.l1_pml_gfn, reg.l1_pml_index = -1, 511
+        reg.pml_index, reg.root, reg.pgd, reg.ring_size = 511, -1, -1, kvm.ring_entries
+        reg.soft_limit = kvm.ring_entries - 64 - kvm.platform.cpu_dirty_log_size
         self.mmu = VcpuMmu(kvm.mmu.first_role, kvm.mmu.mode)
         self.nested = NestedState()
         self.cr3: int | None = None  # bytes; None: the guest's paging is off, or its tables do not matter
@@ -81,7 +81,7 @@ class KvmVcpu:
     def keep_log(self, on: bool) -> None:
         """Record events of the coming accesses, or stop to."""
         self.arrays = self.arrays._replace(log=np.zeros((LOG_EVENTS if on else 0, LOG_COLUMNS), np.uint64))
-        self.arrays.reg[cx.LOGGED] = 0
+        self.arrays.vcpu[0].logged = 0
 
 
 class Kvm:
@@ -157,7 +157,7 @@ class Kvm:
         self.nr_memslots_dirty_logging += change
         first_or_last = change != 0 and self.nr_memslots_dirty_logging == max(change, 0)
         if first_or_last and self.platform.pml and self.policy.pml_control == "logging-slots":
-            self.mmu.tables.meta[CPU_DIRTY_LOGGING_REQUESTS] += len(self.vcpus)
+            self.mmu.tables.kvm[0].cpu_dirty_logging_requests += len(self.vcpus)
             for vcpu in self.vcpus:
                 vcpu.update_requested = True
 

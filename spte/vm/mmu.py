@@ -7,13 +7,15 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from spte.arrays.context import FLUSHES, PAE_ROOT, PGD, ROOT, TDP_ROOTS, I64s, Mode, Tables, Vcpu
+from spte.arrays.mode import Modes
+from spte.arrays.records import I64s
+from spte.arrays.tables import PAE_ROOT, Tables
+from spte.arrays.vcpu import Vcpu
 from spte.bits import PFN_MASK, ROLE_AD_DISABLED, ROLE_DIRECT, ROLE_INVALID, ROLE_IS_DIRECT, ROLE_PAGING_OFF, is_link
 from spte.errors import NestedError, OutOfTablesError
 from spte.host.pages import the_host
 from spte.mmu.arena import alloc_row, free_row, new_tables
-from spte.mmu.shadow.page import link_page, unlink_page
-from spte.mmu.shadow.sync import get_page, sync_children
+from spte.mmu.shadow.root import alloc_root, link_root, sync_root, unlink_root
 from spte.mmu.slot.age import age_range
 from spte.mmu.slot.rmap import age_rmaps, zap_all_shadow, zap_rmaps
 from spte.mmu.slot.zap import zap_range, zap_root
@@ -34,13 +36,13 @@ class Mmu:
     ----------
     platform : Platform
         Says who owns direct roots, and gives their role.
-    mode : Mode
+    mode : Modes
         What kernels need to know.
     memslots : Memslots
         Whose rmaps the shadow MMU keeps.
     """
 
-    def __init__(self, platform: Platform, mode: Mode, memslots: Memslots) -> None:
+    def __init__(self, platform: Platform, mode: Modes, memslots: Memslots) -> None:
         self.tables: Tables = new_tables()
         self.mode = mode
         self.memslots = memslots
@@ -48,12 +50,12 @@ class Mmu:
         self.direct_role = ROLE_DIRECT | 4 | (0 if platform.ad_bits else ROLE_AD_DISABLED)
         self.first_role = ROLE_PAGING_OFF | 3 if platform.paging == SHADOW else self.direct_role
         self.shadow_root_allocated = False
-        self.has_shadow_pages = bool(mode.shadow)  # the shadow MMU may map something
+        self.has_shadow_pages = bool(mode[0].shadow)  # the shadow MMU may map something
         self.generation = 0  # counts what a vCPU must take over before it enters the guest: a new mode, roots that are gone
         self._tdp: dict[int, int] = {}  # role -> row of a valid root
         self._valid_roots = NO_ROOTS
 
-    def set_mode(self, mode: Mode) -> None:
+    def set_mode(self, mode: Modes) -> None:
         """Replace what kernels need to know; vCPUs take it over at their next entry."""
         self.mode = mode
         self.generation += 1
@@ -72,11 +74,11 @@ class Mmu:
             row = self._new_root(vcpu, v)
             if row < 0:
                 raise OutOfTablesError("no page-table page left for a root; delete slots or close the VM")
-            self.tables.held[row] += 1
+            self.tables.pages[row].root_count += 1
             cache.current = Root(row, vcpu.role, 0 if vcpu.is_direct else vcpu.pgd)
             self.sync(vcpu, v)
-        v.reg[ROOT] = cache.current.row
-        v.reg[PGD] = -1 if vcpu.is_direct else vcpu.pgd >> 12
+        v.vcpu[0].root = cache.current.row
+        v.vcpu[0].pgd = -1 if vcpu.is_direct else vcpu.pgd >> 12
 
     def _new_root(self, vcpu: VcpuMmu, v: Vcpu) -> int:
         """Return the row, -1 if there is none: mmu_alloc_direct_roots, mmu_alloc_shadow_roots, kvm_tdp_mmu_alloc_root."""
@@ -84,12 +86,12 @@ class Mmu:
         if not vcpu.is_direct:
             self.check_root(vcpu.pgd)
             self._first_shadow_root()
-        if self.mode.shadow or not vcpu.is_direct:
+        if self.mode[0].shadow or not vcpu.is_direct:
             gfn = 0 if vcpu.is_direct else vcpu.pgd >> 12
             s = self.memslots.spaces[0]
-            return int(get_page(self.tables, s, the_host(), v, vcpu.mode, np.int64(gfn), np.int64(4), np.int64(role)))
+            return int(alloc_root(self.tables, s, the_host(), v, vcpu.mode, np.int64(gfn), np.int64(4), np.int64(role)))
         if role not in self._tdp:
-            row = int(alloc_row(self.tables, np.int64(4), np.int64(0), np.uint64(role), np.int64(-1), self.mode.lay.nonpresent))
+            row = int(alloc_row(self.tables, np.int64(4), np.int64(0), np.uint64(role), self.mode[0].lay.nonpresent))
             if row >= 0:
                 self._tdp[role] = row
                 self._list_roots()
@@ -101,27 +103,27 @@ class Mmu:
 
         It is no shadow page: it is in no hash and no listing. Pages that were zapped are made anew.
         """
-        t, reg = self.tables, v.reg
+        t, reg = self.tables, v.vcpu[0]
         self._first_shadow_root()
         if vcpu.pae_root < 0:
             role = np.uint64(ROLE_PAGING_OFF | 3)
-            vcpu.pae_root = int(alloc_row(t, np.int64(3), np.int64(0), role, np.int64(-1), self.mode.lay.nonpresent))
+            vcpu.pae_root = int(alloc_row(t, np.int64(3), np.int64(0), role, self.mode[0].lay.nonpresent))
             if vcpu.pae_root < 0:
                 raise OutOfTablesError("no page-table page left for a root; delete slots or close the VM")
-            t.shadow[vcpu.pae_root] = PAE_ROOT
+            t.pages[vcpu.pae_root].shadow = PAE_ROOT
         row = vcpu.pae_root
-        reg[ROOT], reg[PGD] = row, -1
+        reg.root, reg.pgd = row, -1
         pages = self._pae_pages(row)
         if pages and not self.is_invalid(pages[0].row):
             return
         self.drop_pae_pages(vcpu)
         s = self.memslots.spaces[0]
         for i in range(PAE_ENTRIES):
-            page = get_page(t, s, the_host(), v, self.mode, np.int64(i << 18), np.int64(2), np.int64(ROLE_PAGING_OFF | 2))
+            page = alloc_root(t, s, the_host(), v, self.mode, np.int64(i << 18), np.int64(2), np.int64(ROLE_PAGING_OFF | 2))
             if page < 0:
                 raise OutOfTablesError("no page-table page left for a root; delete slots or close the VM")
-            t.held[page] += 1
-            link_page(t, s, self.mode, np.int64(row), np.int64(i), page)
+            t.pages[page].root_count += 1
+            link_root(t, s, self.mode, np.int64(row), np.int64(i), page)
 
     def _pae_pages(self, row: int) -> list[Root]:
         """Return the level-2 pages that a PAE root links to, which its vCPU holds."""
@@ -136,8 +138,8 @@ class Mmu:
         pages = self._pae_pages(row)
         for i, page in enumerate(pages):
             if not self.is_invalid(page.row):  # else a zap has forgotten who links to it
-                unlink_page(self.tables, self.memslots.spaces[0], self.mode, np.int64(row), np.int64(i))
-        self.tables.sptes[row, :PAE_ENTRIES] = self.mode.lay.nonpresent
+                unlink_root(self.tables, self.memslots.spaces[0], self.mode, np.int64(row), np.int64(i))
+        self.tables.sptes[row, :PAE_ENTRIES] = self.mode[0].lay.nonpresent
         self.release(pages)
 
     def check_root(self, pgd: int) -> None:
@@ -147,9 +149,9 @@ class Mmu:
 
     def _list_roots(self) -> None:
         rows = list(self._tdp.values())[::-1]
-        self.tables.roots[: len(rows)] = rows
-        self.tables.meta[TDP_ROOTS] = len(rows)
-        self._valid_roots = self.tables.roots[: len(rows)]
+        self.tables.kvm[0].tdp_mmu_roots[: len(rows)] = rows
+        self.tables.kvm[0].nr_tdp_mmu_roots = len(rows)
+        self._valid_roots = self.tables.kvm[0].tdp_mmu_roots[: len(rows)]
 
     def _first_shadow_root(self) -> None:
         """Give every slot rmaps when the first root is loaded that needs them: mmu_first_shadow_root_alloc."""
@@ -161,19 +163,19 @@ class Mmu:
         """Bring the pages below the root in step with the guest tables that they shadow: kvm_mmu_sync_roots."""
         root = vcpu.active.current
         if root is not None and not root.role & ROLE_IS_DIRECT:
-            sync_children(self.tables, self.memslots.spaces[0], the_host(), v, vcpu.mode, np.int64(root.row))
+            sync_root(self.tables, self.memslots.spaces[0], the_host(), v, vcpu.mode, np.int64(root.row))
 
     def is_invalid(self, row: int) -> bool:
         """Tell whether a root was zapped: role.invalid."""
-        return bool(int(self.tables.role[row]) & ROLE_INVALID)
+        return bool(int(self.tables.pages[row].role) & ROLE_INVALID)
 
     def release(self, roots: Iterable[Root]) -> None:
         """Let go of roots together; zapped ones that nobody else holds are freed, shadow pages with one flush: kvm_mmu_free_roots."""
         flush = False
         for root in roots:
-            self.tables.held[root.row] -= 1
-            if not self.tables.held[root.row] and self.is_invalid(root.row):
-                flush |= bool(self.tables.shadow[root.row])
+            self.tables.pages[root.row].root_count -= 1
+            if not self.tables.pages[root.row].root_count and self.is_invalid(root.row):
+                flush |= bool(self.tables.pages[root.row].shadow)
                 free_row(self.tables, np.int64(root.row))
         if flush:
             self.flush()
@@ -193,7 +195,7 @@ class Mmu:
             for row in self._tdp.values():
                 zap_root(self.tables, self.mode, np.int64(row))
         for row in self._tdp.values():
-            if not self.tables.held[row]:
+            if not self.tables.pages[row].root_count:
                 free_row(self.tables, np.int64(row))
         self._tdp.clear()
         self._list_roots()
@@ -224,8 +226,8 @@ class Mmu:
 
     def flush(self) -> None:
         """Count one TLB flush request: kvm_flush_remote_tlbs."""
-        self.tables.meta[FLUSHES] += 1
+        self.tables.kvm[0].remote_tlb_flush_requests += 1
 
     def traced(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which changes of entries are recorded, if tracing is on; the shadow MMU has no tracepoint for them."""
-        return self.log.changes(self.tables) if self.log.tracing and not self.mode.shadow else _UNTRACED
+        return self.log.changes(self.tables) if self.log.tracing and not self.mode[0].shadow else _UNTRACED

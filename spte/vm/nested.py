@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from spte.arrays import context as cx
 from spte.bits import ROLE_AD_DISABLED, ROLE_EPT12, ROLE_GUEST_MODE, ROLE_LONG, ROLE_NPT12
 from spte.errors import NestedError, OutOfTablesError
 from spte.exits import Exit
@@ -42,7 +41,7 @@ def load_cr3(kvm: Kvm, vcpu: KvmVcpu, gpa: int | None) -> None:
 def enter_l2(kvm: Kvm, vcpu: KvmVcpu, ept: int | None, pml: int | None, vmcb: int | None, *, ad: bool) -> None:
     """Run L2 from now on; see `VirtualCpu.enter_l2`: nested_vmx_run, nested_svm_vmrun."""
     kvm.check_alive()
-    paging, mmu, reg = kvm.platform.paging, vcpu.mmu, vcpu.arrays.reg
+    paging, mmu, reg = kvm.platform.paging, vcpu.mmu, vcpu.arrays.vcpu[0]
     has_ad = ad and kvm.platform.ad_bits
     if vcpu.in_l2:
         raise NestedError("the vCPU runs L2 already; call leave_l2() first")
@@ -71,11 +70,11 @@ def enter_l2(kvm: Kvm, vcpu: KvmVcpu, ept: int | None, pml: int | None, vmcb: in
     else:
         role = ROLE_EPT12 | 4 | ROLE_GUEST_MODE | (0 if has_ad else ROLE_AD_DISABLED)
         _switch(kvm, vcpu, mmu.guest_mmu, role, ept | EPTP_WALK_4_WB | (EPTP_AD if has_ad else 0))
-    reg[cx.L1_PML_GFN] = -1 if pml is None else pml >> 12
+    reg.l1_pml_gfn = -1 if pml is None else pml >> 12
     try:
         enter_guest(kvm, vcpu)
     except OutOfTablesError:
-        vcpu.nested.l2, reg[cx.L1_PML_GFN] = None, -1
+        vcpu.nested.l2, reg.l1_pml_gfn = None, -1
         mmu.active, mmu.role, mmu.pgd = before
         raise
 
@@ -87,7 +86,7 @@ def leave_l2(kvm: Kvm, vcpu: KvmVcpu) -> None:
     leave_guest(kvm, vcpu)
     _write_vmcb(kvm, vcpu)
     vcpu.nested.l2 = None
-    vcpu.arrays.reg[cx.L1_PML_GFN] = -1
+    vcpu.arrays.vcpu[0].l1_pml_gfn = -1
     if vcpu.nested.update_deferred:
         vcpu.nested.update_deferred = False
         vcpu.pml01 = kvm.pml_wanted
@@ -106,7 +105,7 @@ def invept(kvm: Kvm, vcpu: KvmVcpu, ept: int | None) -> None:
 def reflect(kvm: Kvm, vcpu: KvmVcpu, stop: Exit) -> Exit:
     """Turn a fault that L1's tables or its PML buffer cause into the exit that L1 sees: nested_ept_inject_page_fault."""
     if stop.reason == "page_fault":
-        stop = dataclasses.replace(stop, allows=int(vcpu.arrays.guest[cx.GW_ACCESS]))
+        stop = dataclasses.replace(stop, allows=int(vcpu.arrays.vcpu[0].walker.pte_access))
     l2 = vcpu.nested.l2
     if l2 is None or l2.ept is None or stop.reason not in ("page_fault", "pml_full"):
         return stop

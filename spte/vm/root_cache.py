@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from spte.arrays.context import Mode
+from spte.arrays.mode import Modes
 from spte.bits import ROLE_IS_DIRECT
 
 PREVIOUS = 3  # KVM_MMU_NUM_PREV_ROOTS
@@ -82,11 +82,11 @@ class VcpuMmu:
     ----------
     role : int
         Role of the root that it runs on first.
-    mode : Mode
+    mode : Modes
         Of a vCPU that runs L1.
     """
 
-    def __init__(self, role: int, mode: Mode) -> None:
+    def __init__(self, role: int, mode: Modes) -> None:
         self.root_mmu, self.guest_mmu = RootCache(), RootCache()
         self.active, self.role, self.pgd = self.root_mmu, role, 0
         self.pae_root = -1  # row of the root of a guest whose paging is off, under shadow paging

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spte.arrays.context import READONLY
+from spte.arrays.slots import READONLY
 from spte.errors import NoSuchSlotError, SlotAlignmentError, SlotChangeError, SlotFlagsError, SlotOverlapError, SlotRangeError
 from spte.host.backing import Backing
 from spte.vm import dirty_log

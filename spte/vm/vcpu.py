@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spte.arrays import context as cx
+from spte.arrays.vcpu import EXEC, READ, WRITE
 from spte.errors import NestedError, SlotAlignmentError
 from spte.exits import Exit
 from spte.host.guest_memory import contents
@@ -57,15 +57,15 @@ class VirtualCpu(KvmVcpu):
         OutOfTablesError
             ENOMEM: the arena is full; earlier accesses were done.
         """
-        return self._run(gfns, ONE_KIND[cx.READ])
+        return self._run(gfns, ONE_KIND[READ])
 
     def write(self, gfns: npt.ArrayLike) -> Exit | None:
         """Write each page of `gfns` in order; parameters and errors as `read`."""
-        return self._run(gfns, ONE_KIND[cx.WRITE])
+        return self._run(gfns, ONE_KIND[WRITE])
 
     def exec(self, gfns: npt.ArrayLike) -> Exit | None:
         """Fetch an instruction from each page of `gfns` in order; parameters and errors as `read`."""
-        return self._run(gfns, ONE_KIND[cx.EXEC])
+        return self._run(gfns, ONE_KIND[EXEC])
 
     def run(self, gfns: npt.ArrayLike, kinds: npt.ArrayLike, *, stays: bool = False) -> Exit | None:
         """Access each page of `gfns` in order as `kinds` says, without leaving the guest between; errors as `read`.
@@ -85,8 +85,8 @@ class VirtualCpu(KvmVcpu):
             None if every access was done, else what stopped the batch.
         """
         each = np.array(kinds, np.uint8)
-        if each.shape != np.shape(gfns) or (each > cx.EXEC).any():
-            raise TypeError(f"kinds has shape {each.shape} or values above {cx.EXEC}; pass one of 0..{cx.EXEC} a gfn")
+        if each.shape != np.shape(gfns) or (each > EXEC).any():
+            raise TypeError(f"kinds has shape {each.shape} or values above {EXEC}; pass one of 0..{EXEC} a gfn")
         return self._run(gfns, each if len(each) != 1 else ONE_KIND[int(each[0])], stays=stays)
 
     def _run(self, gfns: npt.ArrayLike, kinds: Kinds, *, stays: bool = False) -> Exit | None:
@@ -117,12 +117,12 @@ class VirtualCpu(KvmVcpu):
         """
         if gpa % 8 or not 0 <= value < 1 << 64:
             raise SlotAlignmentError(f"store of {value:#x} at {gpa:#x}: take a multiple of 8 and 64 bits")
-        reg = self.arrays.reg
-        reg[cx.STORE] = gpa & 0xFFF
+        reg = self.arrays.vcpu[0]
+        reg.store_offset = gpa & 0xFFF
         try:
-            stop = self._run([gpa >> 12], ONE_KIND[cx.WRITE], stays=stays)
+            stop = self._run([gpa >> 12], ONE_KIND[WRITE], stays=stays)
         finally:
-            reg[cx.STORE] = 0
+            reg.store_offset = 0
         if stop is None:
             contents(written_page(self._kvm, self, gpa >> 12))[(gpa & 0xFFF) // 8] = value
         return stop
@@ -167,13 +167,13 @@ class VirtualCpu(KvmVcpu):
     @property
     def l1_pml_index(self) -> int:
         """Index of L1's own PML buffer: 511 when empty, counting down, 65535 when full. L1 may set it."""
-        return int(self.arrays.reg[cx.L1_PML_INDEX])
+        return int(self.arrays.vcpu[0].l1_pml_index)
 
     @l1_pml_index.setter
     def l1_pml_index(self, value: int) -> None:
         if not 0 <= value <= 0xFFFF:
             raise NestedError(f"l1_pml_index={value} is not a 16-bit index; an empty buffer has 511")
-        self.arrays.reg[cx.L1_PML_INDEX] = value
+        self.arrays.vcpu[0].l1_pml_index = value
 
     def load_cr3(self, gpa: int | None) -> None:
         """Turn the guest's 64-bit paging on with the root table at `gpa`, or off.

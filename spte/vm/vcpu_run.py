@@ -5,8 +5,25 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from spte.arrays import context as cx
-from spte.arrays.context import I64s
+from spte.arrays.mode import replace
+from spte.arrays.records import I64s
+from spte.arrays.vcpu import (
+    DONE,
+    EXEC,
+    EXIT_EFAULT,
+    EXIT_GUEST_FAULT,
+    EXIT_GUEST_PML_FULL,
+    EXIT_HOST,
+    EXIT_INTERNAL,
+    EXIT_LOG,
+    EXIT_MMIO,
+    EXIT_NOMEM,
+    EXIT_RING_FULL,
+    EXIT_ROOT,
+    READ,
+    WRITE,
+    Vcpu,
+)
 from spte.bits import GUEST_EPT, GUEST_EPT_NO_AD, GUEST_LONG, PFN_MASK, WRITABLE, is_leaf
 from spte.cpu.prefault import prefault
 from spte.cpu.run import STAYED, STAYS, run_shadow
@@ -21,12 +38,12 @@ from spte.vm.kvm import Kvm, KvmVcpu
 
 Kinds = npt.NDArray[np.uint8]
 PAGED_BITS = 48  # what four levels of guest tables reach
-ONE_KIND = {kind: np.array([kind], np.uint8) for kind in (cx.READ, cx.WRITE, cx.EXEC)}
+ONE_KIND = {kind: np.array([kind], np.uint8) for kind in (READ, WRITE, EXEC)}
 _NO_GFNS = np.zeros(0, np.int64)
 _INT64 = np.dtype(np.int64)
 _REASONS = {
-    cx.EXIT_RING_FULL: "dirty_ring_full", cx.EXIT_MMIO: "mmio", cx.EXIT_EFAULT: "efault", cx.EXIT_GUEST_FAULT: "page_fault",
-    cx.EXIT_GUEST_PML_FULL: "pml_full", cx.EXIT_INTERNAL: "internal_error",
+    EXIT_RING_FULL: "dirty_ring_full", EXIT_MMIO: "mmio", EXIT_EFAULT: "efault", EXIT_GUEST_FAULT: "page_fault",
+    EXIT_GUEST_PML_FULL: "pml_full", EXIT_INTERNAL: "internal_error",
 }  # fmt: skip
 
 
@@ -41,7 +58,7 @@ def kick(kvm: Kvm) -> None:
 def leave_guest(kvm: Kvm, vcpu: KvmVcpu) -> None:
     """Leave the guest, if the last run has not: an exit, which drains the PML buffer."""
     if vcpu.in_guest:
-        vcpu_run(kvm, vcpu, _NO_GFNS, ONE_KIND[cx.READ])
+        vcpu_run(kvm, vcpu, _NO_GFNS, ONE_KIND[READ])
 
 
 def _set_in_guest(kvm: Kvm, vcpu: KvmVcpu, value: bool) -> None:
@@ -80,12 +97,12 @@ def _take_mode(kvm: Kvm, vcpu: KvmVcpu) -> None:
     elif kvm.platform.paging == EPT:
         gpte = GUEST_EPT if l2.ad else GUEST_EPT_NO_AD
         # Without L1's EPT, KVM turns A/D bits off for L2 on a root whose entries say that they are on.
-        vcpu.mmu.mode = base._replace(hw_ad=np.int64(l2.ept is not None and l2.ad), gpte=gpte)
+        vcpu.mmu.mode = replace(base, hw_ad=np.int64(l2.ept is not None and l2.ad), gpte=gpte)
     else:
-        vcpu.mmu.mode = base._replace(gpte=GUEST_LONG)
+        vcpu.mmu.mode = replace(base, gpte=GUEST_LONG)
     pml_in_l2 = kvm.policy.pml_in_l2
-    vcpu.arrays.reg[cx.PML_ON] = vcpu.pml01 and (l2 is None or pml_in_l2)
-    vcpu.arrays.reg[cx.PML_BARRED] = l2 is not None and not pml_in_l2
+    vcpu.arrays.vcpu[0].pml_enabled = vcpu.pml01 and (l2 is None or pml_in_l2)
+    vcpu.arrays.vcpu[0].pml_barred = l2 is not None and not pml_in_l2
 
 
 def frames(kvm: Kvm, vcpu: KvmVcpu, gfns: npt.ArrayLike) -> I64s:
@@ -109,8 +126,8 @@ def frames(kvm: Kvm, vcpu: KvmVcpu, gfns: npt.ArrayLike) -> I64s:
 def vcpu_run(kvm: Kvm, vcpu: KvmVcpu, gfns: I64s, kinds: Kinds, *, stays: bool = False) -> Exit | None:
     """Access each of `gfns` in order until one stops the run: KVM_RUN. `stays`: the guest is not left after the last."""
     at, v, mmu, stayed = 0, vcpu.arrays, kvm.mmu, vcpu.in_guest
-    v.reg[cx.STAY] = (STAYS if stays else 0) | (STAYED if stayed else 0)
-    if not stayed or mmu.is_invalid(int(v.reg[cx.ROOT])):
+    v.vcpu[0].stay = (STAYS if stays else 0) | (STAYED if stayed else 0)
+    if not stayed or mmu.is_invalid(int(v.vcpu[0].root)):
         enter_guest(kvm, vcpu)
     if stays or stayed:
         _set_in_guest(kvm, vcpu, False)
@@ -119,26 +136,26 @@ def vcpu_run(kvm: Kvm, vcpu: KvmVcpu, gfns: I64s, kinds: Kinds, *, stays: bool =
         at = run(mmu.tables, kvm.memslots.spaces[0], the_host(), v, vcpu.mmu.mode, gfns, kinds, at)
         if mmu.log.on:
             mmu.log.collect(vcpu.index, v)
-        reason = int(v.reg[cx.EXIT_REASON])
-        if reason == cx.DONE:
+        reason = int(v.vcpu[0].exit_reason)
+        if reason == DONE:
             if stays:
                 _set_in_guest(kvm, vcpu, True)
             return None
-        if reason == cx.EXIT_HOST:
-            v.reg[cx.COUNTED] = not _copy_page(kvm, v, int(v.reg[cx.EXIT_GFN]))
-        elif reason == cx.EXIT_NOMEM:
-            raise OutOfTablesError(f"no page-table page left for gfn {v.reg[cx.EXIT_GFN]:#x}; delete slots or close the VM")
-        elif reason == cx.EXIT_ROOT:
+        if reason == EXIT_HOST:
+            v.vcpu[0].counted = not _copy_page(kvm, v, int(v.vcpu[0].exit_gfn))
+        elif reason == EXIT_NOMEM:
+            raise OutOfTablesError(f"no page-table page left for gfn {v.vcpu[0].exit_gfn:#x}; delete slots or close the VM")
+        elif reason == EXIT_ROOT:
             mmu.load(vcpu.mmu, v)
-        elif reason != cx.EXIT_LOG:
-            kind = int(kinds[at] if len(kinds) > 1 and at < len(kinds) else kinds[0]) if len(kinds) else cx.READ
-            return Exit(_REASONS[reason], int(at), int(v.reg[cx.EXIT_GFN]), kind)
+        elif reason != EXIT_LOG:
+            kind = int(kinds[at] if len(kinds) > 1 and at < len(kinds) else kinds[0]) if len(kinds) else READ
+            return Exit(_REASONS[reason], int(at), int(v.vcpu[0].exit_gfn), kind)
 
 
-def _copy_page(kvm: Kvm, v: cx.Vcpu, gfn: int) -> bool:
+def _copy_page(kvm: Kvm, v: Vcpu, gfn: int) -> bool:
     """Let the host copy the zero page under `gfn`; returns whether an SPTE was dropped, so that the guest faults again."""
-    if v.reg[cx.PGD] >= 0:
-        gfn = int(v.guest[cx.GW_GFN])
+    if v.vcpu[0].pgd >= 0:
+        gfn = int(v.vcpu[0].walker.gfn)
     return _host_write(kvm, gfn)[1]
 
 
@@ -154,11 +171,11 @@ def _host_write(kvm: Kvm, gfn: int) -> tuple[int, bool]:
 def written_page(kvm: Kvm, vcpu: KvmVcpu, gfn: int) -> int:
     """Return the host page of a page that the guest has just written."""
     t, v = kvm.mmu.tables, vcpu.arrays
-    row, i, level = walk(t, v.reg[cx.ROOT], np.int64(gfn))
+    row, i, level = walk(t, v.vcpu[0].root, np.int64(gfn))
     spte = t.sptes[row, i]
     if is_leaf(spte, level) and spte & WRITABLE:
         return (int(spte & PFN_MASK) >> 12) + (gfn & ((1 << (9 * (int(level) - 1))) - 1))
-    return _host_write(kvm, gfn if v.reg[cx.PGD] < 0 else int(v.guest[cx.GW_GFN]))[0]  # KVM did the write itself
+    return _host_write(kvm, gfn if v.vcpu[0].pgd < 0 else int(v.vcpu[0].walker.gfn))[0]  # KVM did the write itself
 
 
 def pre_fault_memory(kvm: Kvm, vcpu: KvmVcpu, gpa: int, size: int, flags: int) -> tuple[int, int]:
@@ -173,13 +190,13 @@ def pre_fault_memory(kvm: Kvm, vcpu: KvmVcpu, gpa: int, size: int, flags: int) -
     while at < end:
         args = kvm.mmu.tables, kvm.memslots.spaces[0], the_host(), vcpu.arrays, vcpu.mmu.mode, np.int64(at)
         reason, level = prefault(*args)
-        if reason != cx.DONE and at << 12 == gpa:
-            if reason == cx.EXIT_NOMEM:
+        if reason != DONE and at << 12 == gpa:
+            if reason == EXIT_NOMEM:
                 raise OutOfTablesError(f"no page-table page left for gfn {at:#x}; delete slots or close the VM")
-            if reason == cx.EXIT_MMIO:
+            if reason == EXIT_MMIO:
                 raise PrefaultHoleError(f"gpa {gpa:#x} is in no memslot; create one first")
             raise PrefaultHostError(f"the host has no memory for gpa {gpa:#x}")
-        if reason != cx.DONE:
+        if reason != DONE:
             break
         at = (at | ((1 << (9 * (level - 1))) - 1)) + 1
     at = min(at, end)

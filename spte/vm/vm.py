@@ -6,7 +6,7 @@ import warnings
 from types import TracebackType
 from typing import Any
 
-from spte.arrays.context import ROOT, U64s
+from spte.arrays.records import U64s
 from spte.errors import CapabilityError, DirtyLoggingLeak, MmuPagesError
 from spte.host.backing import Backing
 from spte.observe import invariants, listing, stats
@@ -239,17 +239,17 @@ class VM:
 
     def other(self, vcpu: int = 0, *, hide: tuple[int, int] | None = None) -> list[list[Any]]:
         """Return MMIO and frozen entries as ``[level, gfn, hex]``; `vcpu`, `hide` as `leafs`."""
-        return listing.other(self._walk(vcpu, hide), self.mmu.mode.lay)
+        return listing.other(self._walk(vcpu, hide), self.mmu.mode[0].lay)
 
     def _walk(self, vcpu: int, hide: tuple[int, int] | None) -> list[listing.Run]:
-        return listing.walk(self.mmu.tables, int(self.vcpus[vcpu].arrays.reg[ROOT]), hide)
+        return listing.walk(self.mmu.tables, int(self.vcpus[vcpu].arrays.vcpu[0].root), hide)
 
     def roots(self, *, hide: tuple[int, int] | None = None) -> list[dict[str, Any]]:
         """Return every root that a vCPU keeps, in the shape of the nested recordings: where it is kept, its role, what it maps.
 
         Leaves of `guest_mmu` have L1's gfn as a fifth value. `hide` leaves gfns ``[a, b)`` out.
         """
-        return listing.roots(self.mmu.tables, self.mmu.mode.lay, self.kvm.kept_roots(), hide)
+        return listing.roots(self.mmu.tables, self.mmu.mode[0].lay, self.kvm.kept_roots(), hide)
 
     def slots(self) -> list[dict[str, Any]]:
         """Return every memslot: numbers, lpage_info counters and dirty bitmap as runs."""

@@ -13,7 +13,6 @@ from conftest import LOG, PAGE, pages_of
 import spte
 from programs.nest import L2, TABLES_GFN, TABLES_PAGES, Nest, kind_of, violation_of
 from spte import mm
-from spte.arrays.context import ROWS, UNSYNC
 from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, SHIFT_PAGE
 
 NPAGES, VIEWS, ROOTS, VCPUS = 1024, 3, 2, 2
@@ -93,7 +92,7 @@ class Program(Nest):
             self.wrote(1, changed)
             self.hear()
         self.vm.check()
-        self.reached |= {"unsync"} if self.vm.mmu.tables.meta[UNSYNC] else set()
+        self.reached |= {"unsync"} if self.vm.mmu.tables.kvm[0].mmu_unsync else set()
         self.reached |= {"emulated"} if self.stats("pf_emulate") else set()
 
     def wrote(self, slot, pages):
@@ -277,7 +276,7 @@ class Program(Nest):
         mm.madvise(self.memory, first, count)
         t, hpage = self.vm.mmu.tables, self.memory.hpage + first
         for level in (1, 2):
-            sptes = t.sptes[: t.meta[ROWS]][t.level[: t.meta[ROWS]] == level]
+            sptes = t.sptes[: t.kvm[0].rows][t.pages["level"][: t.kvm[0].rows] == level]
             frames = ((sptes & PFN_MASK) >> SHIFT_PAGE).astype(np.int64)
             leaf = (sptes & MMU_PRESENT != 0) & ((level == 1) | (sptes & LARGE != 0))
             assert not (leaf & (frames >> 9 * (level - 1) == hpage >> 9 * (level - 1))).any()

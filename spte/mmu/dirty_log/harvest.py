@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import helper, kernel, kernel_apart, popcount, prefetch
-from spte.arrays.context import BASE, BITMAP, HARVEST_WORDS, RMAP1
+from spte.arrays.tables import HARVEST_WORDS
 from spte.bits import INDEX_BITS, ONE, PRESENT_SHIFT, U64, ZERO
 from spte.mmu.dirty_log.pt_masked import rearm, rearm_entries
 from spte.mmu.dirty_log.pt_masked_rmap import list_pages, rearm_rmap_words
@@ -42,7 +42,7 @@ def _rearm_dense(t, m, root, base, masks, first, end):
     for w in range(U64(first), U64(end)):
         gfn = base + np.int64(w << WORD_SHIFT)
         if masks[w] != ZERO:
-            if row < 0 or t.gfn[row] != gfn & ~511:
+            if row < 0 or t.pages[row].gfn != gfn & ~511:
                 row = leaf_table(t, root, gfn)
             if row >= 0:
                 changed += rearm_entries(t.sptes, row, gfn & 511, masks[w], shift)
@@ -88,9 +88,9 @@ def _rearm(t, s, m, roots, k, base, masks, first, end):
         found += U64(masks[w] != ZERO)
         pages += U64(popcount(masks[w]))
     changed = 0
-    if s.table[k, RMAP1] >= 0 and roots.shape[0] == 0 and not m.clear_arms_huge:
+    if s.slots[k].rmap[0] >= 0 and roots.shape[0] == 0 and not m.clear_arms_huge:
         changed = rearm_rmap_words(t, s, m, k, base, masks, first, end)
-    elif m.clear_arms_huge or base & 63 or s.table[k, RMAP1] >= 0:
+    elif m.clear_arms_huge or base & 63 or s.slots[k].rmap[0] >= 0:
         changed = _rearm_windows(t, s, m, roots, k, base, masks, first, end)
     elif pages >= found * DENSE:
         for r in range(roots.shape[0]):
@@ -115,9 +115,10 @@ def _first_block(words, start, first, count):
 
 
 @kernel
-def get_dirty_log(t, s, m, roots, k, out):
+def get_dirty_log(t, s, mode, roots, k, out):
     """Move the live bitmap of slot `k` to `out`, all 0 before, and re-arm what was set; returns ``(words not 0, SPTEs changed)``."""
-    live = U64(s.table[k, BITMAP])
+    m = mode[0]
+    live = U64(s.slots[k].dirty_bitmap)
     found, changed = 0, 0
     first = np.int64(0)
     while True:
@@ -128,17 +129,18 @@ def get_dirty_log(t, s, m, roots, k, out):
         for w in range(U64(first), U64(end)):
             out[w] = s.words[live + w]
             s.words[live + w] = ZERO
-        some, got = _rearm(t, s, m, roots, k, s.table[k, BASE], out, first, end)
+        some, got = _rearm(t, s, m, roots, k, s.slots[k].base_gfn, out, first, end)
         found += some
         changed += got
         first = end
 
 
 @kernel
-def clear_dirty_log(t, s, m, roots, k, first_word, wanted):
+def clear_dirty_log(t, s, mode, roots, k, first_word, wanted):
     """Clear the bits of `wanted` from `first_word` of slot `k` on and re-arm those that were set, which stay in `wanted`."""
-    live = U64(s.table[k, BITMAP] + first_word)
-    base = s.table[k, BASE] + (first_word << 6)
+    m = mode[0]
+    live = U64(s.slots[k].dirty_bitmap + first_word)
+    base = s.slots[k].base_gfn + (first_word << 6)
     found, changed = 0, 0
     for first in range(0, wanted.shape[0], HARVEST_WORDS):
         end = min(first + HARVEST_WORDS, wanted.shape[0])

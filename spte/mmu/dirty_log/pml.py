@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import helper, kernel_apart, prefetch
-from spte.arrays import context as cx
+from spte.arrays.slots import LOG_DIRTY_PAGES
 from spte.bits import ONE, SHIFT_PAGE, U64
 from spte.mmu.mark_dirty import mark_dirty
 from spte.mmu.memslot import find_slot
@@ -34,33 +34,35 @@ def _mark_in_bitmaps(t, s, v, first):
     at = first
     while at < 512:
         k = find_slot(s, np.int64(v.pml[at] >> SHIFT_PAGE))
-        if k < 0 or s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES == 0:
+        if k < 0 or s.slots[k].flags & LOG_DIRTY_PAGES == 0:
             at += 1
             continue
-        end = _mark_run(s.words, v.pml, at, s.table[k, cx.BASE], U64(s.table[k, cx.NPAGES]), U64(s.table[k, cx.BITMAP]))
-        t.meta[cx.DIRTY_MARKS] += end - at
+        end = _mark_run(s.words, v.pml, at, s.slots[k].base_gfn, U64(s.slots[k].npages), U64(s.slots[k].dirty_bitmap))
+        t.kvm[0].dirty_marks += end - at
         at = end
 
 
 @helper
 def drain(t, s, v, m):
     """Mark every logged gfn dirty and empty the buffer; entries of slots that do not log are dropped."""
-    if v.reg[cx.PML_INDEX] != 511:
-        if v.reg[cx.PML_BARRED]:  # the buffer is L1's, and L2 ran
-            v.reg[cx.PML_INDEX] = 511
+    vcpu = v.vcpu[0]
+    if vcpu.pml_index != 511:
+        if vcpu.pml_barred:  # the buffer is L1's, and L2 ran
+            vcpu.pml_index = 511
         else:
             _drain(t, s, v, m)
 
 
 @kernel_apart
 def _drain(t, s, v, m):
-    index = v.reg[cx.PML_INDEX]
+    vcpu = v.vcpu[0]
+    index = vcpu.pml_index
     first = np.int64(0) if index > 511 else index + 1
-    if v.reg[cx.RING_SIZE] == 0 and v.log.shape[0] == 0:
+    if vcpu.ring_size == 0 and v.log.shape[0] == 0:
         _mark_in_bitmaps(t, s, v, first)
     else:
         for j in range(512 - first):
             at = 511 - j if m.oldest_first else first + j
             gfn = np.int64(v.pml[at] >> SHIFT_PAGE)
             mark_dirty(t, s, v, find_slot(s, gfn), gfn)
-    v.reg[cx.PML_INDEX] = 511
+    vcpu.pml_index = 511

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import ctz, helper, popcount
-from spte.arrays.context import RMAP1
 from spte.bits import ONE, PRESENT_SHIFT, U64, WRITABLE, ZERO, is_leaf
 from spte.mmu.page_track import protect_rmaps
 from spte.mmu.rmap import head_of, next_of, ref_of
@@ -98,7 +97,7 @@ def rearm_mask(t, m, root, gfn, mask, row):
     here = min(np.int64(64), 512 - first)  # the window may begin in one table and end in the next
     part = mask if here == 64 else mask & ((ONE << U64(here)) - ONE)
     if part != ZERO:
-        if row < 0 or t.level[row] != 1 or t.gfn[row] != gfn - first:
+        if row < 0 or t.pages[row].level != 1 or t.pages[row].gfn != gfn - first:
             row = leaf_table(t, root, gfn)
         if row >= 0:
             changed += rearm_entries(t.sptes, row, first, part, log_shift(t, m, row))
@@ -145,6 +144,6 @@ def rearm(t, s, m, roots, k, gfn, mask, row):
     for r in range(roots.shape[0]):
         got, row = rearm_mask(t, m, roots[r], gfn, mask, row if one else np.int64(-1))
         changed += got
-    if s.table[k, RMAP1] >= 0:
+    if s.slots[k].rmap[0] >= 0:
         changed += rearm_rmaps(t, s, m, k, gfn, mask)
     return changed, row

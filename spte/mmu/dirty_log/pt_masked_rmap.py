@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import ctz, helper, kernel_apart, popcount, prefetch
-from spte.arrays.context import BASE, NPAGES
 from spte.bits import INDEX_BITS, ONE, PRESENT_SHIFT, TYPE_MASK, U64, W_SHIFT, ZERO
 from spte.mmu.dirty_log.pt_masked import rearm_entries, rearm_rmaps
 from spte.mmu.rmap import head_of
@@ -86,7 +85,7 @@ def rearm_rmap_words(t, s, m, k, base, masks, first, end):
     if pages < found * DENSE:
         return _rearm_sparse(t, s, m, k, base, masks, first, end)
     changed = np.int64(0)
-    last = s.table[k, BASE] + s.table[k, NPAGES] - 64
+    last = s.slots[k].base_gfn + s.slots[k].npages - 64
     for w in range(U64(first), U64(end)):
         mask, gfn = masks[w], base + np.int64(w << WORD_SHIFT)
         if mask != ZERO:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import kernel
-from spte.arrays.context import SPTES_WRITTEN
 from spte.bits import is_leaf
 from spte.mmu.make_spte import is_accessed, make_old
 from spte.mmu.walk import walk
 
 
 @kernel
-def age_range(t, m, roots, start, end, clear):
+def age_range(t, mode, roots, start, end, clear):
     """Count the accessed leaves of gfns ``[start, end)``; `clear`: take A, or park R and X where there is no A."""
+    m = mode[0]
     young = 0
     for r in range(roots.shape[0]):
         gfn = start
@@ -24,6 +24,6 @@ def age_range(t, m, roots, start, end, clear):
                 young += 1
                 if clear:
                     t.sptes[row, i] = make_old(m, spte)
-                    t.meta[SPTES_WRITTEN] += 1
+                    t.kvm[0].sptes_written += 1
             gfn = (gfn | ((np.int64(1) << (9 * (level - 1))) - 1)) + 1
     return young
