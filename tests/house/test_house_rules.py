@@ -5,9 +5,12 @@ import dataclasses
 import inspect
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from spte import kernels
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "spte"
@@ -82,11 +85,22 @@ def test_the_library_does_not_import_the_command_line():
     assert not [dotted(p) for p in sources() if "cli" not in p.parts and any("spte.cli" in name for name in imports_of(p))]
 
 
+VERBS = ("recording", "replay", "check", "patches", "profile", "limits", "cli")
+
+
+def test_import_spte_loads_no_verb():
+    code = f"import sys, spte; print([m for m in sys.modules if m.split('.')[:2] in {[['spte', verb] for verb in VERBS]}])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert all((PACKAGE / verb / "__init__.py").exists() for verb in VERBS)
+
+
 def test_kernel_families_do_not_import_each_other():
-    """They may share argument checks (`_plain`), no more: what two share moves down."""
-    files = [p for p in sources() if p.parent.name == "kernels" and p.name != "__init__.py"]
-    assert files
-    assert not [(p.name, name) for p in files for name in imports_of(p) if re.match(r"spte\.kernels\.[a-z]", name)]
+    """They may share argument checks, no more: what two share moves down."""
+    shared = {"_check", "_bitmap"}
+    families = [p for p in sources() if p.parent.name == "kernels" and p.stem not in {"__init__", *shared}]
+    assert len(families) == len(kernels.__all__)
+    assert not [(p.name, name) for p in families for name in imports_of(p) if re.match(rf"spte\.kernels\.(?!{'|'.join(shared)})", name)]
 
 
 def test_only_two_modules_know_numba():

@@ -1,8 +1,8 @@
 """Rules of the compiled kernels: no floats, one signature each, a cache that notices edits and may be missing."""
 
+import ast
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -181,14 +181,45 @@ def test_the_cache_is_hit_and_an_edit_of_another_source_file_is_seen(copy, tmp_p
     assert second != first
 
 
+def path_of(module):
+    path = ROOT.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def imports(tree):
+    """{name: module of the package that it comes from, or that it is}."""
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "spte":
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found[alias.asname or alias.name] = inner if path_of(inner).exists() else node.module
+    return found
+
+
+def kernels_in(tree):
+    """Functions with a decorator of the module that knows numba."""
+    makers = {name for name, module in imports(tree).items() if module == "spte._numba.jit"}
+    return [f for f in tree.body if isinstance(f, ast.FunctionDef) and makers & {d.id for d in f.decorator_list if isinstance(d, ast.Name)}]
+
+
 def kernel_sources():
-    """Modules with kernels, and the modules that these take constants or helpers from."""
-    package = ROOT / "spte"
-    users = [p for p in sorted(package.rglob("*.py")) if re.search("@(kernel|helper)", p.read_text())]
-    used = {m for p in users for m in re.findall(r"^from spte\.(\w+) import|^from spte import (\w+)", p.read_text(), re.M)}
-    names = {p.relative_to(package).as_posix() for p in users} | {f"{a or b}.py" for a, b in used}
-    python_only = {"backing.py", "errors.py", "memory.py", "platform.py"}  # nothing of theirs is compiled in
-    return sorted(name for name in names - python_only if (package / name).exists())
+    """Modules with kernels, and those whose names stand in a kernel, or in a constant that may."""
+    found, todo = {}, [path for path in (ROOT / "spte").rglob("*.py") if kernels_in(ast.parse(path.read_text()))]
+    while todo:
+        path = todo.pop()
+        if path not in found:
+            found[path] = tree = ast.parse(path.read_text())
+            compiled = [*kernels_in(tree), *(n for n in tree.body if isinstance(n, ast.Assign | ast.AnnAssign))]
+            names = {n.id for part in compiled for n in ast.walk(part) if isinstance(n, ast.Name)}
+            todo += [path_of(module) for name, module in imports(tree).items() if name in names]
+    return sorted(path.relative_to(ROOT / "spte").as_posix() for path in found)
+
+
+def test_kernels_are_made_of_sources_in_many_folders():
+    """Else the next test would look at few of them."""
+    folders = {Path(name).parts[0] for name in kernel_sources()}
+    assert {"_numba", "arrays", "bits.py", "cpu", "host", "kernels", "mmu", "observe"} <= folders
 
 
 @compiled

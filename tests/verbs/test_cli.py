@@ -405,4 +405,6 @@ def test_limits_refuse_what_they_can_not_use(capsys, argv):
 def test_limits_measure_each_kernel(capsys):
     code, out, _ = spte(capsys, "profile", "--limits", "--memory", "64M", "--json")
     assert code == 0
-    assert all(r["ns"] > 0 < r["limit_ns"] for r in json.loads(out)["ratios"])
+    ratios = json.loads(out)["ratios"]
+    assert ratios
+    assert all(r["ns"] > 0 < r["limit_ns"] for r in ratios)
