@@ -135,22 +135,6 @@ def test_files_stay_small(path):
     assert len(path.read_text().splitlines()) <= MAX_LINES
 
 
-def test_kernels_take_their_masks_from_the_bit_layout():
-    """In a kernel a bare wide mask is signed, or no number at all."""
-    shifts = [
-        f"{dotted(p)}:{n.lineno}"
-        for p in sources()
-        if p.parent.name == "kernels"
-        for n in ast.walk(parse(p))
-        if isinstance(n, ast.BinOp) and isinstance(n.op, ast.BitAnd | ast.BitOr) and is_wide_literal(n.right)
-    ]
-    assert not shifts
-
-
-def is_wide_literal(node):
-    return isinstance(node, ast.Constant) and isinstance(node.value, int) and node.value > 0xFFFF_FFFF
-
-
 def public_api():
     import spte
 

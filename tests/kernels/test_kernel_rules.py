@@ -18,8 +18,9 @@ compiled = pytest.mark.skipif(_jit.PLAIN, reason="kernels are plain Python in th
 
 
 REPORT = """
-import json, sys
+import json, operator, sys
 import numba
+from numba.core import ir
 from conftest import PLATFORMS, typical_run
 from spte import policy
 from spte._numba import jit as _jit
@@ -35,17 +36,31 @@ def arrays(args):
             yield str(ty)
 
 
+MASKS = (operator.and_, operator.or_, operator.xor, operator.lshift, operator.rshift,
+         operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift)
+
+
+def masks(annotation):
+    "Operand types of each shift and mask of 64-bit words, with its line."
+    for expr in annotation.calltypes:
+        if isinstance(expr, ir.Expr) and expr.op in ("binop", "inplace_binop") and expr.fn in MASKS:
+            operands = [str(annotation.typemap[v.name]) for v in (expr.lhs, expr.rhs)]
+            if "uint64" in operands:
+                yield expr.loc.line, *operands
+
+
 def report():
     for entry, part in _jit.KERNELS:
         part = part if _jit.LINK is None else part.dispatcher
         both = [part] if entry in (None, part) else [entry, part]  # as Python calls it, as kernels take it in
-        maps = [d.overloads[sig].type_annotation.typemap for d in both for sig in d.signatures]
+        annotations = [d.overloads[sig].type_annotation for d in both for sig in d.signatures]
         yield {
             "name": part.py_func.__module__ + "." + part.py_func.__name__,
             "for_python": entry is not None,
             "signatures": [str(sig) for sig in both[0].signatures],
             "layouts": sorted({str(tuple(arrays(sig))) for d in both for sig in d.signatures}),
-            "floats": [v for m in maps for v, ty in m.items() if isinstance(ty, numba.types.Float)],
+            "floats": [v for a in annotations for v, ty in a.typemap.items() if isinstance(ty, numba.types.Float)],
+            "masks": sorted({mask for a in annotations for mask in masks(a)}),
         }
 
 
@@ -77,6 +92,15 @@ def entry_points(report):
 def test_no_kernel_holds_a_float(reports):
     """Mixing signed and unsigned, or a typed and an untyped constant, makes a float64, silently."""
     assert not {k["name"]: k["floats"] for k in reports[1] if k["floats"]}
+
+
+@compiled
+@pytest.mark.long
+def test_a_64_bit_word_is_shifted_and_masked_by_words_only(reports):
+    """A bare literal is signed: numba makes an int64 of both, and bit 63 a sign. What is signed on both sides is an index or a count."""
+    masks = [(k["name"], *mask) for k in reports[1] for mask in k["masks"]]
+    assert masks
+    assert not [mask for mask in masks if set(mask[2:]) != {"uint64"}]
 
 
 @compiled
