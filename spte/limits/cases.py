@@ -150,16 +150,16 @@ def pml_drain(guest: Guest) -> Case:
 
 def first_touch(guest: Guest, order: str) -> Case:
     """Slow faults: the first write to each page. In random order the tables are there already."""
-    scattered = order == "random"
-    gfns = random_gfns(guest, 1 << 22) if scattered else np.arange(min(guest.pages, 1 << 24))
+    at_random = order == "random"
+    gfns = random_gfns(guest, 1 << 22) if at_random else np.arange(min(guest.pages, 1 << 24))
 
     def unmap() -> None:
         guest.renew()
-        guest.write(np.arange(0, guest.pages if scattered else 512, 512))
+        guest.write(np.arange(0, guest.pages if at_random else 512, 512))
 
     fill = lambda: guest.flat[: len(gfns)].fill(1)  # noqa: E731
     store = lambda: scatter_store(guest.flat, gfns, np.uint64(1))  # noqa: E731
-    limit, name = (store, _FILL + " in that order") if scattered else (fill, _FILL)
+    limit, name = (store, _FILL + " in that order") if at_random else (fill, _FILL)
     work = lambda: guest.write(gfns)  # noqa: E731
     return Case(f"slow fault, first touch {order}", "fault", len(gfns), work, name, limit, _TOUCH_BARS[order], unmap, guest.set_flat)
 

@@ -1,4 +1,4 @@
-"""L1's tables change while KVM shadows them, or lie where tables rarely do; what a stay in the guest meets when it goes on."""
+"""L1's tables change while KVM shadows them, or lie where tables rarely do; what a run of accesses meets when it goes on."""
 
 import numpy as np
 import pytest
