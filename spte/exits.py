@@ -1,4 +1,4 @@
-"""What stops a stay in the guest."""
+"""What stops a run of guest accesses."""
 
 from __future__ import annotations
 

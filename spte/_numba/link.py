@@ -1,7 +1,14 @@
 """How kernels become machine code: each function is lowered once, and a kernel takes in what it calls and is optimized as a whole.
 
 numba by itself makes a whole of every function: what several kernels share is then optimized and kept in the cache once for each
-of them, and at each level of calls (to compile everything took 1.5 times as long; to load a kernel from the cache up to 50 ms, now 5).
+of them, and at each level of calls (to compile everything takes 69 s instead of 52, to load a kernel from the cache up to 45 ms
+instead of 5).
+
+It stands on names that numba promises to nobody. Beside the classes imported below these are ``_linking_libraries``,
+``_final_module``, ``_finalized``, ``_get_module_for_linking``, ``finalize`` and ``enable_object_caching`` of a code library;
+``define_untyped_pipeline``, ``define_typed_pipeline`` and ``define_nopython_lowering_pipeline`` of the pass builder; ``run_pass``
+of the lowering; ``insert_user_function`` of the target context; the flag ``no_compile``; and ``_numba_type_`` of a dispatcher.
+Where one is missing, the import of this module fails, and `spte._numba.jit` has numba compile the kernels by itself.
 """
 
 from __future__ import annotations
@@ -12,13 +19,36 @@ from typing import Any
 
 from llvmlite import binding
 from numba._dynfunc import make_function
-from numba.core.codegen import JITCodeLibrary
-from numba.core.compiler import CompilerBase, DefaultPassBuilder
+from numba.core.base import BaseContext
+from numba.core.codegen import CPUCodeLibrary, JITCodeLibrary
+from numba.core.compiler import CompilerBase, DefaultPassBuilder, Flags
 from numba.core.compiler_machinery import PassManager, register_pass
 from numba.core.registry import CPUDispatcher
 from numba.core.typed_passes import NativeLowering
 
 _WRAPPER = "_ZN7cpython"  # begins the name of what Python calls
+NEEDS: dict[Any, tuple[str, ...]] = {
+    JITCodeLibrary: ("_finalized", "_get_module_for_linking", "finalize", "enable_object_caching"),
+    DefaultPassBuilder: ("define_untyped_pipeline", "define_typed_pipeline", "define_nopython_lowering_pipeline"),
+    NativeLowering: ("run_pass",),
+    BaseContext: ("insert_user_function",),
+    Flags: ("no_compile",),
+    CPUDispatcher: ("_numba_type_",),
+}
+NEEDS_SET = ("_linking_libraries", "_final_module")  # by the constructor of a code library
+
+
+def _require() -> None:
+    """Raise AttributeError for the first name that this numba does not have."""
+    for owner, names in NEEDS.items():
+        for name in names:
+            getattr(owner, name)
+    for name in NEEDS_SET:
+        if name not in CPUCodeLibrary.__init__.__code__.co_names:
+            raise AttributeError(f"the constructor of CPUCodeLibrary sets no {name!r}")
+
+
+_require()
 
 
 class PartLibrary(JITCodeLibrary):
@@ -125,7 +155,7 @@ class Part:
         return self.dispatcher._numba_type_
 
 
-class Kernel(CPUDispatcher):
+class Whole(CPUDispatcher):
     """A function that Python calls; other kernels see its `part`."""
 
     def __init__(self, func: Callable[..., Any], options: dict[str, Any], part: Part) -> None:

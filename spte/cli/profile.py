@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -134,6 +135,8 @@ def profile(
     except (TraceError, WorkloadError) as error:
         raise click.UsageError(str(error)) from None
     _refuse_too_large(work)
+    if style != "json":
+        importlib.import_module("spte.cli.table")  # what the host lacks is said before the work
     if plot:
         from spte.cli.plot import draw
     announce_compilation()

@@ -64,7 +64,7 @@ def scatter_bits(bitmap: U64s, gfns: I64s) -> None:
 
 @kernel
 def read_first(sptes: U64s, parents: U64s, ahead: np.int64) -> None:
-    """``parents[row] = sptes[512 * row]`` for each row, asked for `ahead` rows before."""
+    """``parents[row] = sptes[512 * row]`` for each row, prefetched `ahead` rows before."""
     for row in range(parents.shape[0]):
         prefetch(sptes, min(row + ahead, parents.shape[0] - 1) * 512)
         parents[row] = sptes[U64(row) << U64(9)]

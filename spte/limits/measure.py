@@ -1,4 +1,4 @@
-"""Guests to measure kernels on, and how: minimum of rounds, kernel and limit by turns, both with cold caches."""
+"""Guests to measure kernels on, and how: minimum of rounds, kernel and limit alternate, both with cold caches."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class Guest:
         self.vm.set_memory_region(0, 0, self.pages * PAGE_SIZE, self.memory, flags=flags)
 
     def renew(self) -> None:
-        """Make the slot anew: nothing is mapped, the rows of the arena are free."""
+        """Create the slot again: nothing is mapped, the rows of the arena are free."""
         self.vm.set_memory_region(0, 0, 0)
         self.set_flags(0)
 
@@ -169,7 +169,7 @@ class Guest:
             self.write(np.arange(start, min(start + BATCH, self.pages)))
 
     def write(self, gfns: I64s) -> None:
-        """Let the guest write: the kernel alone, as one stay."""
+        """Let the guest write: only the kernel, in one run."""
         vcpu, mmu = self.vm.vcpus[0], self.vm.mmu
         vcpu.enter_guest()
         kernel = run_shadow if mmu.has_shadow_pages else run

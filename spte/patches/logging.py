@@ -1,4 +1,4 @@
-"""Scenarios of patches 9 to 13: when PML runs, who is asked, and what toggling a memslot's flags may do."""
+"""Scenarios of patches 9 to 13: when PML is on, which vCPUs are told, and what changing a memslot's flags may do."""
 
 from __future__ import annotations
 

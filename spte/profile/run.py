@@ -57,7 +57,7 @@ def profile(
     Parameters
     ----------
     workload : Workload
-        `spte.workload.TraceWorkload`, `spte.perf_test.PerfTest`, or anything of that shape.
+        `spte.profile.workload.TraceWorkload`, `spte.profile.perf_test.PerfTest`, or anything of that shape.
     platforms : sequence of str
         Platform names.
     policies : sequence of str or Policy

@@ -84,7 +84,7 @@ class Guest:
         return self._run(vcpu, self._payload.program(self._commands))
 
     def resume(self, vcpu: int) -> Exits:
-        """Run `vcpu` on from where it stopped; a list that was done is done again from its start."""
+        """Continue `vcpu` where it stopped; a list of commands that was finished starts again."""
         stop = self._interrupted.pop(vcpu, None)
         if stop is None:
             return self._run(vcpu, self._payload.program(self._commands))

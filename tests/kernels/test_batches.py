@@ -22,7 +22,7 @@ def guest(platform: str, policy: str) -> tuple[spte.VM, spte.Backing]:
 
 
 def state(vm: spte.VM, log: np.ndarray) -> list[object]:
-    # A stay in the guest ends with an exit and a drain, so these depend on how many stays there are.
+    # A run ends with an exit and a PML drain, so these depend on how many runs there are.
     counted = {name: count for name, count in vm.counters().items() if name not in ("exits", "pml_full")}
     return [vm.leafs(), vm.tables(), counted, log.tolist()]
 

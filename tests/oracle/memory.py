@@ -101,6 +101,7 @@ class Cached(NamedTuple):
     d: bool
     level: int
     frame: object
+    aged: bool = False  # its leaf was parked since, without a flush
 
 
 @dataclass
