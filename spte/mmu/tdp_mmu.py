@@ -8,6 +8,7 @@ from spte import bits as bt
 from spte._numba.jit import helper
 from spte.arrays.context import NX_SPLITS, SPLITS_1G, SPLITS_2M, SPTES_WRITTEN, ZAPPED
 from spte.bits import child_of, is_leaf, is_link
+from spte.kernels._split import fill_table, first_child
 from spte.mmu.arena import alloc_row, count_leaf, free_row, take_row
 from spte.mmu.make_spte import _write_protects_l2, set_executable
 
@@ -41,23 +42,19 @@ def new_child(t, m, row, i):
 
 @helper
 def split_entry(t, m, row, i):
-    """Replace a huge leaf by a table of 512 leaves that inherit its bits; returns the table, -1 if the arena is full.
+    """Replace a huge leaf by a table of 512 leaves that inherit its bits: KVM's tdp_mmu_split_huge_page.
 
-    No flush: every translation stays as it was.
+    Returns the table, -1 if the arena is full. No flush: every translation stays as it was.
     """
     level = np.int64(t.level[row])
     child = take_row(t, level - 1, child_gfn(t, row, i), _child_role(t, row), row)
     if child < 0:
         return child
     huge = t.sptes[row, i]
-    step = bt.SHIFT_PAGE + bt.U64(9 * (level - 2))
-    first = huge
-    if level == 2:
-        first &= ~bt.LARGE
-        if m.nx:
-            first = set_executable(first, m.lay, True)
-    for j in range(512):
-        t.sptes[bt.U64(child), j] = first + (bt.U64(j) << step)
+    first = first_child(huge, level)
+    if level == 2 and m.nx:
+        first = set_executable(first, m.lay, True)
+    fill_table(t.flat, child, first, level - 1)
     link(t, m, row, i, child)
     t.whole[child] = level == 2
     t.meta[SPLITS_2M if level == 2 else SPLITS_1G] += 1

@@ -1,42 +1,29 @@
-"""Re-arm 64 gfns: what GET, CLEAR and the reset of dirty rings share. No flush in here: that is the caller's."""
+"""Re-arm 64 gfns: what GET, CLEAR and the reset of dirty rings share, KVM's kvm_arch_mmu_enable_log_dirty_pt_masked.
+
+No flush in here: that is the caller's.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import ctz, helper, popcount
+from spte._numba.jit import ctz, helper
 from spte.arrays.context import RMAP1
-from spte.bits import ONE, PRESENT_SHIFT, U64, WRITABLE, ZERO, is_leaf
+from spte.bits import ONE, U64, WRITABLE, ZERO, is_leaf
+from spte.kernels._entries import clear_entry
+from spte.kernels._harvest import rearm_window
 from spte.mmu.page_track import protect_rmaps
 from spte.mmu.rmap import head_of, next_of, ref_of
 from spte.mmu.shadow.split import split_rmaps
 from spte.mmu.tdp_mmu import log_shift, split_below
 from spte.mmu.walk import leaf_table, walk
 
-SWEPT = 4  # set bits of a word from which sweeping its 64 entries is quicker than counting zeros
-LAST_WINDOW = U64(512 - 64)
-
 
 @helper
-def rearm_entries(sptes, row, first, mask, shift):
-    """Clear bit `shift` in the present leaves ``sptes[row, first + b]`` for each bit b of `mask`; returns SPTEs changed."""
-    changed = ZERO
-    row, first = U64(row), U64(first)
-    if first <= LAST_WINDOW and popcount(mask) >= SWEPT:
-        for b in range(64):
-            s = sptes[row, first + U64(b)]
-            d = (s >> shift) & (s >> PRESENT_SHIFT) & (mask >> U64(b)) & ONE
-            changed += d
-            sptes[row, first + U64(b)] = s ^ (d << shift)
-        return np.int64(changed)
-    while mask != ZERO:
-        j = first + U64(ctz(mask))
-        mask &= mask - ONE
-        s = sptes[row, j]
-        d = (s >> shift) & (s >> PRESENT_SHIFT) & ONE
-        changed += d
-        sptes[row, j] = s ^ (d << shift)
-    return np.int64(changed)
+def rearm_in_table(t, m, row, first, mask):
+    """Re-arm entries ``first + b`` of level-1 `row` for each bit b of `mask`: KVM's clear_dirty_pt_masked. Returns SPTEs changed."""
+    shift = log_shift(t, m, row)
+    return rearm_window(t.flat, row * 512 + first, mask, shift, shift)
 
 
 @helper
@@ -101,19 +88,19 @@ def rearm_mask(t, m, root, gfn, mask, row):
         if row < 0 or t.level[row] != 1 or t.gfn[row] != gfn - first:
             row = leaf_table(t, root, gfn)
         if row >= 0:
-            changed += rearm_entries(t.sptes, row, first, part, log_shift(t, m, row))
+            changed += rearm_in_table(t, m, row, first, part)
     part = ZERO if here == 64 else mask >> U64(here)
     if part != ZERO:
         row = leaf_table(t, root, gfn + here)
         if row >= 0:
-            changed += rearm_entries(t.sptes, row, np.int64(0), part, log_shift(t, m, row))
+            changed += rearm_in_table(t, m, row, np.int64(0), part)
     return changed, row
 
 
 @helper
 def rearm_rmaps(t, s, m, k, gfn, mask):
     """Make the next write to each ``gfn + b`` visible again in every SPTE that maps it under the shadow MMU; returns SPTEs changed."""
-    changed = 0
+    changed = np.int64(0)
     if m.clear_arms_huge:
         start, end = _ends(gfn, mask)
         if m.eager:
@@ -129,11 +116,8 @@ def rearm_rmaps(t, s, m, k, gfn, mask):
         while head != 0:
             ref = ref_of(s, head)
             head = next_of(s, head)
-            bit = ONE << log_shift(t, m, ref >> 9)
-            spte = t.sptes[ref >> 9, ref & 511]
-            if (spte & bit) != ZERO:
-                t.sptes[ref >> 9, ref & 511] = spte & ~bit
-                changed += 1
+            shift = log_shift(t, m, ref >> 9)
+            changed += np.int64(clear_entry(t.flat, U64(ref), shift, shift, ONE))
     return changed
 
 

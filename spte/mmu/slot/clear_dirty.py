@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from spte._numba.jit import kernel
 from spte.arrays.context import ROWS
-from spte.kernels._clear_dirty import clear_entries
-from spte.mmu.slot.sweep import clear_scattered, is_scattered, place
+from spte.kernels._entries import clear_entries
+from spte.mmu.slot.sweep import clear_indirect, is_indirect, place
 from spte.mmu.tdp_mmu import log_shift
 
 
@@ -18,10 +18,11 @@ def clear_dirty_slot(t, m, as_id, start, end):
     changed = 0
     for row in range(t.meta[ROWS]):
         if t.level[row] > 0 and not (t.shadow[row] and t.level[row] > 1):  # the shadow MMU clears D at 4 KiB only
-            if is_scattered(t, row):
-                changed += clear_scattered(t, row, as_id, start, end, log_shift(t, m, row))
+            shift = log_shift(t, m, row)
+            if is_indirect(t, row):
+                changed += clear_indirect(t, row, as_id, start, end, shift)
                 continue
             lo, hi = place(t, row, as_id, start, end)
             if lo < hi:
-                changed += clear_entries(t.sptes, row, lo, hi, log_shift(t, m, row), t.level[row] > 1)
+                changed += clear_entries(t.flat, row * 512 + lo, row * 512 + hi, shift, shift, t.level[row] > 1)
     return changed

@@ -1,6 +1,6 @@
-"""After logging, make huge mappings of a slot possible again: by dropping tables or leaves, or in place.
+"""After logging, make huge mappings of a slot possible again: KVM's kvm_mmu_recover_huge_pages.
 
-KVM's kvm_mmu_recover_huge_pages.
+In place from 6.13 on; before, kvm_mmu_zap_collapsible_sptes dropped tables or leaves.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import numpy as np
 
 from spte._numba.jit import helper, kernel, prefetch
 from spte.arrays.context import BASE, COLLAPSED, FLUSHES, NPAGES, ROWS, SLOT, SPTES_WRITTEN
-from spte.bits import LARGE, MMU_PRESENT, SHIFT_PAGE, U64, ZERO, child_of, is_leaf, is_link
+from spte.bits import ZERO, child_of, is_leaf, is_link
+from spte.kernels._collapse import first_leaf, make_huge_spte
 from spte.mmu.arena import count_leaf
 from spte.mmu.make_spte import set_executable
 from spte.mmu.memslot import max_mapping_level, may_collapse
@@ -17,30 +18,7 @@ from spte.mmu.slot.sweep import place
 from spte.mmu.tdp_mmu import drop_entry, free_table
 from spte.mmu.walk import index_of, table_at
 
-AHEAD = 16  # entries; the first leaf of a table that far on is asked for
-
-
-@helper
-def _first_leaf(t, row):
-    """Return the first present leaf below table `row`, 0 if there is none."""
-    level = np.int64(t.level[row])
-    for i in range(512):
-        spte = t.sptes[row, i]
-        if is_leaf(spte, level):
-            return spte
-        if level == 2 and is_link(spte):
-            child = child_of(spte)
-            for j in range(512):
-                if (t.sptes[child, j] & MMU_PRESENT) != ZERO:
-                    return t.sptes[child, j]
-    return ZERO
-
-
-@helper
-def _huge_from(m, small, level):
-    """Return `small` as a leaf of `level`: its bits, the address rounded down, not executable under the NX mitigation."""
-    huge = (small | LARGE) & ~((U64(1) << (SHIFT_PAGE + U64(9 * (level - 1)))) - (U64(1) << SHIFT_PAGE))
-    return set_executable(huge, m.lay, False) if m.nx else huge
+AHEAD = 16  # entries; the first leaf of a table that far on is prefetched
 
 
 @helper
@@ -51,10 +29,11 @@ def _collapse_entry(t, m, row, i):
         drop_entry(t, m, row, i)
     else:
         child = child_of(t.sptes[row, i])
-        small = _first_leaf(t, child)
+        small = first_leaf(t.flat, np.int64(0), child, level - 1)
         if small == ZERO:
             return False
-        t.sptes[row, i] = _huge_from(m, small, level)
+        huge = make_huge_spte(small, level)
+        t.sptes[row, i] = set_executable(huge, m.lay, False) if m.nx else huge
         free_table(t, child)
         count_leaf(t, level, 1)
         t.meta[SPTES_WRITTEN] += 1
@@ -66,9 +45,9 @@ def _collapse_entry(t, m, row, i):
 
 @kernel
 def collapse_slot(t, s, h, m, roots, k):
-    """Collapse every table of slot `k` whose gfns may be mapped by one larger leaf, 1 GiB before 2 MiB; returns entries changed.
+    """Collapse every table of slot `k` whose gfns one larger leaf may map, 1 GiB before 2 MiB: KVM's kvm_tdp_mmu_recover_huge_pages.
 
-    With one flush a table they are counted here, else the caller flushes the slot if the result is not 0.
+    Returns entries changed. With one flush a table they are counted here, else the caller flushes the slot if the result is not 0.
     """
     start = s.table[k, BASE]
     end = start + s.table[k, NPAGES]

@@ -7,7 +7,7 @@ import numpy as np
 from spte._numba.jit import kernel
 from spte.arrays.context import ROWS
 from spte.bits import MMU_PRESENT, ONE, ZERO, is_leaf
-from spte.mmu.slot.sweep import GFN_SHIFT, is_scattered, place
+from spte.mmu.slot.sweep import GFN_SHIFT, is_indirect, place
 
 
 @kernel
@@ -19,13 +19,13 @@ def set_dirty_slot(t, m, as_id, start, end):
         if t.level[row] == 0:
             continue
         lo, hi = place(t, row, as_id, start, end)
-        scattered = is_scattered(t, row)
-        if scattered:
+        indirect = is_indirect(t, row)
+        if indirect:
             lo, hi = 0, 512
         for i in range(lo, hi):
             spte = t.sptes[row, i]
             wanted = is_leaf(spte, t.level[row]) if t.shadow[row] else (spte & MMU_PRESENT) != ZERO
-            if scattered and not start <= np.int64(t.shadowed[row, i] >> GFN_SHIFT) < end:
+            if indirect and not start <= np.int64(t.shadowed[row, i] >> GFN_SHIFT) < end:
                 continue
             if wanted and (spte & dirty) == ZERO:
                 t.sptes[row, i] = spte | dirty
