@@ -17,7 +17,7 @@ from spte.cli.compiling import announce_compilation
 from spte.cli.params import spell_size
 from spte.limits.cases import measure_all
 from spte.limits.measure import Ratio
-from spte.trace import PAGE_SIZE
+from spte.platform import PAGE_SIZE
 
 SCHEMA = "spte-limits/1"
 DEFAULT_MEMORY, LEAST_MEMORY = 64 << 30, 64 << 20

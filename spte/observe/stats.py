@@ -17,6 +17,8 @@ VCPU_STATS = {
     "pf_taken": cx.PF_TAKEN, "pf_fixed": cx.PF_FIXED, "pf_fast": cx.PF_FAST, "pf_emulate": cx.PF_EMULATE, "pf_spurious": cx.PF_SPURIOUS,
     "pf_mmio_spte_created": cx.PF_MMIO_SPTE_CREATED, "exits": cx.EXITS,
 }  # fmt: skip
+# What recordings hold of each file; exits stand in a field of their own.
+RECORDED_STATS = {"vm": tuple(VM_STATS), "vcpu": tuple(name for name in VCPU_STATS if name != "exits")}
 _TABLE_COUNTERS = {
     "sptes_written": cx.SPTES_WRITTEN, "splits_2m": cx.SPLITS_2M, "splits_1g": cx.SPLITS_1G, "zapped": cx.ZAPPED, "collapsed": cx.COLLAPSED,
     "dirty_marks": cx.DIRTY_MARKS, "flushes": cx.FLUSHES, "cpu_dirty_logging_requests": cx.CPU_DIRTY_LOGGING_REQUESTS,
