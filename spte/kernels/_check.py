@@ -20,7 +20,8 @@ class _Writable:
 
     def __init__(self, array: U64s) -> None:
         self.array = array  # keeps the memory
-        self.__array_interface__ = {**array.__array_interface__, "data": (array.ctypes.data, False)}
+        face = array.__array_interface__
+        self.__array_interface__ = {**face, "data": (face["data"][0], False)}
 
 
 def _uint64(array: Any, name: str) -> U64s:

@@ -21,11 +21,11 @@ def _clear_dirty(sptes, dirty_shift, huge):
 
 
 def clear_dirty(sptes: U64s, level: SupportsIndex = 1, *, platform: AnyPlatform = "ept-pml") -> int:
-    """Clear D in every present leaf of `sptes`, W where the A/D type (bits 53:52) is not 0; the caller must flush if not 0.
+    """Clear D in every present leaf, W where the A/D type (bits 53:52) is not 0: KVM's kvm_mmu_slot_leaf_clear_dirty.
 
-    What KVM's kvm_mmu_slot_leaf_clear_dirty does to the leaves of a slot as logging begins. KVM calls it only where PML logs the
-    setting of D, so unlike `harvest` it clears D on every platform, with PML or not: bit 9 with EPT, bit 6 with NPT and shadow
-    paging. Where PML does not log, no fault follows, and writes are lost: take `write_protect` there.
+    The caller must flush TLBs if the result is not 0. KVM does this as logging begins, and only where PML logs the setting of D. So
+    unlike `harvest` it clears D on every platform, with PML or not: bit 9 with EPT, bit 6 with NPT and shadow paging. Without PML
+    nobody sees that D is set, and writes are lost: take `write_protect` there.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Collapse: after logging, make huge mappings possible again - by dropping tables (up to 6.12) or in place (6.13 on)."""
+"""Collapse: after logging, make huge mappings possible again, in place as KVM does from 6.13 on."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def _collapse(sptes, tables, first_pfn, level):
 
 
 def collapse(sptes: U64s, tables: U64s, level: SupportsIndex = 2, *, first_pfn: SupportsIndex = 0) -> int:
-    """Put a huge leaf in place of each link to a table that has a present leaf; the caller must flush if not 0.
+    """Put a huge leaf in place of each link to a table with a present leaf, as KVM's kvm_mmu_recover_huge_pages does.
 
-    What KVM's kvm_mmu_recover_huge_pages does, from 6.13 on, where memory allows the huge leaf: that is the caller's to know.
+    The caller must flush TLBs if the result is not 0. KVM does so only where memory allows the huge leaf: that is the caller's to know.
 
     Parameters
     ----------

@@ -17,9 +17,9 @@ from spte.kernels._entries import clear_entry
 from spte.kernels._layout import AnyPlatform, resolve
 
 SWEPT = 4  # set bits of a word from which sweeping its 64 entries is quicker than counting zeros
-WINDOW, LAST_WINDOW = U64(64), U64(512 - 64)  # entries; last place in a table where a window lies in it whole
+WINDOW, LAST_WINDOW = U64(64), U64(512 - 64)  # entries; last place in a table from which a full window fits
 DENSE = 5  # set bits a word from which sweeping its 64 entries is quicker than a list
-IN_FLIGHT = U64(16)  # entries prefetched at once; of a whole block's some get lost
+IN_FLIGHT = U64(16)  # entries prefetched at once; of a full block's some get lost
 
 
 @helper
@@ -66,11 +66,11 @@ def _harvest(sptes, bitmap, out, places, shift):
 
 
 def harvest(sptes: U64s, bitmap: U64s, *, out: U64s | None = None, platform: AnyPlatform = "ept-pml") -> tuple[U64s, int]:
-    """Take the log from `bitmap`, clear it and re-arm the entries of its set bits; the caller must flush if the log is not all 0.
+    """Move the log out of `bitmap` and re-arm the entries of its set bits: KVM's kvm_get_dirty_log_protect (KVM_GET_DIRTY_LOG).
 
-    What KVM_GET_DIRTY_LOG does to a slot: KVM's kvm_arch_mmu_enable_log_dirty_pt_masked, 64 pages at a time. Where the A/D type is 0
-    and PML logs the setting of D, it clears D: bit 9 with EPT, bit 6 with NPT. Elsewhere only a fault shows a write, so it clears W
-    (bit 1). This is why a platform without PML has W cleared here and D in `clear_dirty`, which stands for what KVM does with PML alone.
+    The caller must flush TLBs if the log is not all 0. Where PML logs the setting of D and the A/D type (bits 53:52) is 0, re-arming
+    clears D: bit 9 with EPT, bit 6 with NPT. Elsewhere only a fault shows the next write, so it clears W (bit 1). This is why, on a
+    platform without PML, W is cleared here and D in `clear_dirty`, which KVM uses with PML only.
 
     Parameters
     ----------

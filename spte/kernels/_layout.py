@@ -41,7 +41,7 @@ def layout(platform: str | Platform, policy: str | Policy = "6.12") -> KernelLay
     platform : str or Platform
         Name of a platform, such as ``"ept-pml"`` or ``"npt"``, or a `spte.Platform`.
     policy : str or Policy
-        Kernel version as `spte.policy.parse` takes it, or a `spte.Policy`. Only its era counts: bit 63 of links is set from 6.10 on.
+        Kernel version as `spte.policy.parse` takes it, or a `spte.Policy`. Only its era counts: bit 63 of EPT's links is set from 6.10 on.
 
     Returns
     -------

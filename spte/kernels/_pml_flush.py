@@ -22,7 +22,8 @@ def mark_run(log, first, end, words, start, base, npages):
     """Set the bits of ``log[first:end]`` in the slot's bitmap, which begins at word `start`, up to the first gfn outside the slot.
 
     Returns ``(place of that entry, else end; bits that were clear)``. Words are prefetched as the loop goes, across buffers: 1.4 times
-    a bare scatter in 1 TiB, without 2.1, a whole buffer's before it 2.6. With a VM's lookup of the slot in this loop: 1.5 times as long.
+    a bare scatter in 1 TiB; without 2.1, those of a full buffer before the loop 2.6. With a VM's lookup of the slot in this loop it
+    took 1.5 times as long.
     """
     marked = ZERO
     last = U64(log.shape[0] - 1)
@@ -58,9 +59,7 @@ def _pml_flush(log, index, bitmap, base_gfn, npages):
 
 
 def pml_flush(buffer: U64s, index: int | npt.ArrayLike, bitmap: U64s, base_gfn: SupportsIndex = 0) -> int:
-    """Set the bit of every logged page; the caller sets each PML index to 511 afterwards.
-
-    What KVM's vmx_flush_pml_buffer does to a slot that logs to a bitmap.
+    """Set the bit of every logged page, as KVM's vmx_flush_pml_buffer does; the caller sets each PML index to 511 afterwards.
 
     Parameters
     ----------
@@ -96,7 +95,7 @@ def pml_flush(buffer: U64s, index: int | npt.ArrayLike, bitmap: U64s, base_gfn: 
 
 
 def _indices(index: Any, count: int) -> npt.NDArray[np.int64]:
-    given = np.asarray(index)
+    given = np.asarray(index) if hasattr(index, "__len__") else np.array([integer(index, "index", FULL + 1)])
     if given.dtype.kind not in "iu" and given.size:
         raise TypeError(f"index={spell(index)} holds {given.dtype}; pass an integer a buffer")
     given = given.reshape(-1)

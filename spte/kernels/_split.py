@@ -44,9 +44,7 @@ def _split(sptes, tables, link, level, first_pfn):
 
 
 def split(sptes: U64s, tables: U64s, level: SupportsIndex = 2, *, first_pfn: SupportsIndex = 0, platform: AnyPlatform = "ept-pml") -> int:
-    """Replace huge leaves of `sptes` by links to filled rows of `tables`; no flush is needed.
-
-    What KVM's kvm_mmu_slot_try_split_huge_pages does to each huge leaf of a slot (tdp_mmu_split_huge_page).
+    """Replace huge leaves by links to filled rows of `tables`, as KVM's tdp_mmu_split_huge_page does; no flush is needed.
 
     Parameters
     ----------

@@ -20,9 +20,9 @@ def _write_protect(sptes, huge):
 
 
 def write_protect(sptes: U64s, level: SupportsIndex = 1) -> int:
-    """Take W (bit 1) from every present leaf of `sptes`; the caller must flush TLBs if the result is not 0.
+    """Take W (bit 1) from every present leaf, as KVM's kvm_mmu_slot_remove_write_access does.
 
-    What KVM's kvm_mmu_slot_remove_write_access does to the leaves of a slot.
+    The caller must flush TLBs if the result is not 0.
 
     Parameters
     ----------

@@ -82,11 +82,32 @@ def test_the_library_does_not_import_the_command_line():
     assert not [dotted(p) for p in sources() if "cli" not in p.parts and any("spte.cli" in name for name in imports_of(p))]
 
 
+KERNEL_FAMILIES = {"_write_protect", "_clear_dirty", "_harvest", "_pml_flush", "_split", "_collapse"}
+SHARED_BY_KERNELS = {"_bitmap", "_check", "_entries", "_layout"}
+
+
 def test_kernel_families_do_not_import_each_other():
-    """They may share argument checks (`_plain`), no more: what two share moves down."""
+    """What two share lies below both, and imports no family either."""
     files = [p for p in sources() if p.parent.name == "kernels" and p.name != "__init__.py"]
-    assert files
-    assert not [(p.name, name) for p in files for name in imports_of(p) if re.match(r"spte\.kernels\.[a-z]", name)]
+    assert {p.stem for p in files} == KERNEL_FAMILIES | SHARED_BY_KERNELS
+    within = [(p.stem, name.removeprefix("spte.kernels.")) for p in files for name in imports_of(p) if name.startswith("spte.kernels")]
+    assert not [(user, used) for user, used in within if used not in SHARED_BY_KERNELS]
+
+
+def test_the_page_size_is_defined_once():
+    from spte.bits import SHIFT_PAGE
+    from spte.platform import PAGE_SIZE
+
+    assert 1 << int(SHIFT_PAGE) == PAGE_SIZE
+    assigned = [
+        dotted(p)
+        for p in sources()
+        for n in parse(p).body
+        if isinstance(n, ast.Assign | ast.AnnAssign)
+        for v in ([*n.value.elts] if isinstance(n.value, ast.Tuple) else [n.value])
+        if isinstance(v, ast.Constant) and v.value == PAGE_SIZE
+    ]
+    assert assigned == ["spte.platform"]
 
 
 def test_only_two_modules_know_numba():

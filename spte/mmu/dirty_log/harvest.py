@@ -33,7 +33,7 @@ def _rearm_windows(t, s, m, roots, k, base, masks, first, end):
 
 @kernel_apart
 def _rearm_dense(t, m, root, base, masks, first, end):
-    """As _rearm_windows under one root, where no word meets two tables or a writable huge leaf: sweeps."""
+    """As _rearm_windows under one root, where no word meets two tables or a writable huge leaf: 64 entries side by side at a time."""
     changed = 0
     shift = log_shift(t, m, root)
     row = np.int64(-1)
@@ -91,7 +91,10 @@ def _rearm(t, s, m, roots, k, base, masks, first, end):
 
 @kernel
 def get_dirty_log(t, s, m, roots, k, out):
-    """Move the live bitmap of slot `k` to `out`, all 0 before, and re-arm what was set; returns ``(words not 0, SPTEs changed)``."""
+    """Move the live bitmap of slot `k` to `out`, all 0 before, and re-arm what was set: KVM's kvm_get_dirty_log_protect.
+
+    Returns ``(words not 0, SPTEs changed)``.
+    """
     live = U64(s.table[k, BITMAP])
     found, changed = 0, 0
     first = np.int64(0)
@@ -109,7 +112,10 @@ def get_dirty_log(t, s, m, roots, k, out):
 
 @kernel
 def clear_dirty_log(t, s, m, roots, k, first_word, wanted):
-    """Clear the bits of `wanted` from `first_word` of slot `k` on and re-arm those that were set, which stay in `wanted`."""
+    """Clear the bits of `wanted` from `first_word` of slot `k` on and re-arm those that were set: KVM's kvm_clear_dirty_log_protect.
+
+    They stay in `wanted`. Returns ``(words not 0, SPTEs changed)``.
+    """
     live = U64(s.table[k, BITMAP] + first_word)
     base = s.table[k, BASE] + (first_word << 6)
     found, changed = 0, 0

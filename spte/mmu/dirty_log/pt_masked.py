@@ -28,7 +28,7 @@ def rearm_in_table(t, m, row, first, mask):
 
 @helper
 def write_protect_huge(t, m, root, gfn):
-    """Take W and MMU_WRITABLE from a huge leaf that covers `gfn`; returns SPTEs changed (0 or 1)."""
+    """Take W and MMU_WRITABLE from a huge leaf that covers `gfn`: KVM's kvm_tdp_mmu_write_protect_gfn. Returns SPTEs changed (0 or 1)."""
     row, i, level = walk(t, root, gfn)
     spte = t.sptes[row, i]
     if level == 1 or not is_leaf(spte, level) or (spte & (WRITABLE | m.lay.mmu_writable)) == ZERO:
@@ -39,7 +39,10 @@ def write_protect_huge(t, m, root, gfn):
 
 @helper
 def split_range(t, m, root, start, end):
-    """Split the huge leaves that meet gfns ``[start, end)`` to 4 KiB; best effort. Returns leaves split; no flush needed."""
+    """Split the huge leaves that meet gfns ``[start, end)`` to 4 KiB: KVM's kvm_tdp_mmu_try_split_huge_pages.
+
+    Best effort. Returns leaves split; no flush is needed.
+    """
     done = 0
     gfn = start
     while gfn < end:
@@ -73,10 +76,10 @@ def _rearm_huge(t, m, root, gfn, mask):
 
 @helper
 def rearm_mask(t, m, root, gfn, mask, row):
-    """Make the next write to each ``gfn + b``, b a bit of `mask` (not 0), visible again under `root`.
+    """Make the next write to each ``gfn + b``, b a bit of `mask`, visible again under `root`: KVM's kvm_tdp_mmu_clear_dirty_pt_masked.
 
-    `row` is a level-1 table to look in first, -1 for none. Returns ``(SPTEs changed, the table to look in next)``. Huge leaves
-    are passed over: a logging slot has none that is writable.
+    `mask` is not 0. `row` is a level-1 table to look in first, -1 for none. Returns ``(SPTEs changed, the table to look in next)``.
+    Huge leaves are passed over: a logging slot has none that is writable.
     """
     changed = 0
     if m.clear_arms_huge:
@@ -99,7 +102,10 @@ def rearm_mask(t, m, root, gfn, mask, row):
 
 @helper
 def rearm_rmaps(t, s, m, k, gfn, mask):
-    """Make the next write to each ``gfn + b`` visible again in every SPTE that maps it under the shadow MMU; returns SPTEs changed."""
+    """Make the next write to each ``gfn + b`` visible again in every SPTE of the shadow MMU that maps it.
+
+    KVM's kvm_mmu_clear_dirty_pt_masked, or kvm_mmu_write_protect_pt_masked without PML. Returns SPTEs changed.
+    """
     changed = np.int64(0)
     if m.clear_arms_huge:
         start, end = _ends(gfn, mask)

@@ -1,6 +1,6 @@
 """Clear the logging bit of a slot's leaves: KVM's kvm_mmu_slot_leaf_clear_dirty.
 
-The caller must flush: a TLB that caches D=1 logs nothing.
+Tables are swept in the order of the arena. The caller must flush: a TLB that caches D=1 logs nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from spte.mmu.tdp_mmu import log_shift
 
 @kernel
 def clear_dirty_slot(t, m, as_id, start, end):
-    """Clear the logging bit of every leaf that maps gfns ``[start, end)``, rows in arena order; returns SPTEs changed."""
+    """Clear the logging bit of every leaf that maps gfns ``[start, end)``: KVM's kvm_mmu_slot_leaf_clear_dirty. Returns SPTEs changed."""
     changed = 0
     for row in range(t.meta[ROWS]):
         if t.level[row] > 0 and not (t.shadow[row] and t.level[row] > 1):  # the shadow MMU clears D at 4 KiB only

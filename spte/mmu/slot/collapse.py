@@ -23,7 +23,7 @@ AHEAD = 16  # entries; the first leaf of a table that far on is prefetched
 
 @helper
 def _collapse_entry(t, m, row, i):
-    """Drop the table linked at entry `i` of `row`, or put a huge leaf in its place; returns whether the entry changed."""
+    """Drop the table linked at entry `i` of `row`, or put a huge leaf in its place; tells whether the entry changed."""
     level = np.int64(t.level[row])
     if not m.recover:
         drop_entry(t, m, row, i)
@@ -73,9 +73,9 @@ def collapse_slot(t, s, h, m, roots, k):
 
 @kernel
 def zap_collapsible(t, s, h, m, k):
-    """Drop the leaves of slot `k` that larger ones may replace, rows in arena order; returns leaves dropped.
+    """Drop the leaves of slot `k` that larger ones may replace, rows in arena order: KVM's kvm_mmu_zap_collapsible_sptes.
 
-    With one flush a leaf they are counted here, else the caller flushes if the result is not 0.
+    Returns leaves dropped. With one flush a leaf they are counted here, else the caller flushes if the result is not 0.
     """
     start = s.table[k, BASE]
     end = start + s.table[k, NPAGES]

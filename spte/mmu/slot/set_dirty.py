@@ -12,7 +12,10 @@ from spte.mmu.slot.sweep import GFN_SHIFT, is_indirect, place
 
 @kernel
 def set_dirty_slot(t, m, as_id, start, end):
-    """Set D in every present entry that maps or leads to gfns ``[start, end)``, links too; returns SPTEs changed, caller flushes."""
+    """Set D in every present entry, links too, that maps or leads to gfns ``[start, end)``: KVM's kvm_mmu_slot_set_dirty.
+
+    Returns SPTEs changed; the caller flushes if it is not 0.
+    """
     changed = 0
     dirty = ONE << m.lay.dirty_shift
     for row in range(t.meta[ROWS]):

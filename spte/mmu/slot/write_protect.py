@@ -1,4 +1,7 @@
-"""Write-protect the leaves of a slot: KVM's kvm_mmu_slot_remove_write_access. The caller must flush."""
+"""Write-protect the leaves of a slot: KVM's kvm_mmu_slot_remove_write_access. The caller must flush.
+
+Tables are swept in the order of the arena.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ from spte.mmu.slot.sweep import clear_indirect, is_indirect, place
 
 @kernel
 def write_protect_slot(t, as_id, start, end, min_level):
-    """Take W from the leaves of level >= `min_level` that map gfns ``[start, end)``, rows in arena order; returns SPTEs changed."""
+    """Take W from the leaves of level >= `min_level` that map gfns ``[start, end)``: KVM's kvm_mmu_slot_remove_write_access.
+
+    Returns SPTEs changed.
+    """
     changed = 0
     for row in range(t.meta[ROWS]):
         if t.level[row] >= min_level and is_indirect(t, row):
