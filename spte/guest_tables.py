@@ -11,6 +11,7 @@ from spte.arrays.records import U64s
 from spte.bits import PFN_MASK, SHIFT_PAGE
 from spte.errors import GuestTablesError
 from spte.host.backing import Backing
+from spte.platform import PAGE_SIZE
 
 READ, WRITE, EXEC = 1, 2, 4  # permissions of an entry
 RWX = READ | WRITE | EXEC
@@ -61,10 +62,10 @@ class GuestTables:
     def __init__(self, backing: Backing, gpa: int, kind: str = "ept", *, page: int = 0) -> None:
         if kind not in _FORMATS:
             raise GuestTablesError(f"kind={kind!r} of guest tables is not known; take one of {', '.join(KINDS)}")
-        if gpa % 4096 or gpa < 0:
+        if gpa % PAGE_SIZE or gpa < 0:
             raise GuestTablesError(f"gpa={gpa:#x} is not the address of a page; round down")
         self._format = _FORMATS[kind]
-        self._first, self._next, self._end = gpa >> 12, (gpa >> 12) + page, (gpa >> 12) + backing.size // 4096
+        self._first, self._next, self._end = gpa >> 12, (gpa >> 12) + page, (gpa >> 12) + backing.size // PAGE_SIZE
         self._words: Callable[[int], U64s] = lambda gfn: backing.table(gfn - self._first)
         self.roots: list[int] = []
         self.add_root()

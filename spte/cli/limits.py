@@ -16,7 +16,7 @@ from spte.cli.exit_codes import EXIT_OK
 from spte.cli.params import announce_compilation, spell_size
 from spte.limits.cases import measure_all
 from spte.limits.measure import Ratio
-from spte.trace import PAGE_SIZE
+from spte.platform import PAGE_SIZE
 
 SCHEMA = "spte-limits/1"
 DEFAULT_MEMORY, LEAST_MEMORY = 64 << 30, 64 << 20

@@ -15,15 +15,20 @@ import click
 
 from spte.cli.exit_codes import EXIT_DIFFERENCE, EXIT_OK
 from spte.cli.metrics import as_json
+<<<<<<< 14e1a1d2c4409bcfb604f7f3e449475f297361be
 from spte.cli.params import announce_compilation, size, spell_size, target
 from spte.platform import named
+=======
+from spte.cli.params import size, spell_size, target
+from spte.platform import PAGE_SIZE, named
+>>>>>>> 22134636f9e660a58345a9268df52c5fbcb8e11a
 from spte.policy import parse
 from spte.profile.perf_test import SOURCES, PerfTest
 from spte.profile.report import Row
 from spte.profile.run import DIRECT, Progress
 from spte.profile.run import profile as run_profile
 from spte.profile.workload import BACKINGS, MANUALS, ORDERS, TraceWorkload, Workload, WorkloadError
-from spte.trace import PAGE_SIZE, TraceError, default_trace, load
+from spte.trace import TraceError, default_trace, load
 
 BYTES_PER_PAGE = 8 * 513 / 512 + 2 / 8 + 1
 """Memory of a guest mapped at 4 KiB: the SPTE and its share of upper tables, two bitmaps, one flag of the check."""

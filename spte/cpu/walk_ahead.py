@@ -7,8 +7,8 @@ import numpy as np
 from spte._numba.jit import helper, kernel_apart, prefetch
 from spte.arrays.slots import LOG_DIRTY_PAGES
 from spte.arrays.vcpu import EXEC, WALKS_AHEAD, WRITE
-from spte.bits import INDEX_BITS, MMU_PRESENT, SHIFT_PAGE, TYPE_DISABLED, TYPE_MASK, U64, WRITABLE, ZERO
-from spte.mmu.walk import INDEX_MASK, place_above, place_of
+from spte.bits import INDEX_BITS, INDEX_MASK, MMU_PRESENT, SHIFT_PAGE, TYPE_DISABLED, TYPE_MASK, U64, WRITABLE, ZERO
+from spte.mmu.walk import place_above, place_of
 
 AHEAD = np.int64(WALKS_AHEAD)  # by 32, of which some get lost on their way, a logged write in 1 TiB took 36 ns, not 29
 APART = 64  # accesses done one by one after a block that got nowhere, as faults come in flocks

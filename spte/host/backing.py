@@ -12,9 +12,16 @@ from spte.arrays.reserve import Pool
 from spte.errors import SlotAlignmentError, SlotRangeError
 from spte.host import guest_memory
 from spte.host import pages as hostmm
+<<<<<<< 14e1a1d2c4409bcfb604f7f3e449475f297361be
 from spte.host.mmu_notifier import MmuNotifier, host_write
+=======
+from spte.platform import PAGE_SIZE
+from spte.vm import notifier
 
-PAGE = 4096
+if TYPE_CHECKING:
+    from spte.vm.vm import VM
+>>>>>>> 22134636f9e660a58345a9268df52c5fbcb8e11a
+
 _BLOCK = 2 << 20
 _GIB = 1 << 30
 _KINDS = {
@@ -78,13 +85,13 @@ class Backing:
     def __init__(self, kind: str, size: int, *, align: int | None = None, populate: bool = False, hva_offset: int | None = None) -> None:
         if kind not in _KINDS:
             raise SlotAlignmentError(f"backing kind {kind!r} is not known; take one of {', '.join(KINDS)}")
-        unit = _GIB if kind.endswith("1g") else _BLOCK if kind.endswith("2m") else PAGE
+        unit = _GIB if kind.endswith("1g") else _BLOCK if kind.endswith("2m") else PAGE_SIZE
         if size <= 0 or size % unit:
             raise SlotAlignmentError(f"size={size} of a {kind} backing is not a positive multiple of {unit}; round up")
-        if align is not None and (align < PAGE or align & (align - 1)):
-            raise SlotAlignmentError(f"align={align} is not a power of two of at least {PAGE}")
+        if align is not None and (align < PAGE_SIZE or align & (align - 1)):
+            raise SlotAlignmentError(f"align={align} is not a power of two of at least {PAGE_SIZE}")
         offset = hva_offset if hva_offset is not None else align if align is not None and align < _BLOCK else 0
-        if offset % (unit if unit > PAGE else PAGE) or not 0 <= offset < _GIB:
+        if offset % (unit if unit > PAGE_SIZE else PAGE_SIZE) or not 0 <= offset < _GIB:
             raise SlotAlignmentError(f"host address offset {offset} does not suit {kind} memory; take a multiple of {unit} below 1 GiB")
         self.kind, self.size = kind, size
         h = hostmm.the_host()
@@ -113,7 +120,7 @@ class Backing:
     @property
     def hpage(self) -> int:
         """Host page number of the first byte: hva >> 12."""
-        return self.hva // PAGE
+        return self.hva // PAGE_SIZE
 
     def __repr__(self) -> str:
         return f"Backing({self.kind!r}, {self.size})"
@@ -142,8 +149,8 @@ class Backing:
         SlotRangeError
             EINVAL: the page lies outside this memory.
         """
-        if not 0 <= page < self.size // PAGE:
-            raise SlotRangeError(f"page {page} is outside {self!r} of {self.size // PAGE} pages")
+        if not 0 <= page < self.size // PAGE_SIZE:
+            raise SlotRangeError(f"page {page} is outside {self!r} of {self.size // PAGE_SIZE} pages")
         return guest_memory.contents(self.hpage + page)
 
     def write(self, first: int, count: int) -> None:

@@ -8,8 +8,8 @@ import numpy.typing as npt
 from spte._numba.jit import ctz, kernel, prefetch
 from spte.arrays.records import I64s, U64s
 from spte.arrays.tables import Tables
-from spte.bits import ONE, PRESENT_SHIFT, U64, ZERO
-from spte.kernels._write_protect import protect_entries
+from spte.bits import ONE, PRESENT_SHIFT, U64, W_SHIFT, ZERO
+from spte.kernels._entries import clear_entries
 from spte.mmu.walk import leaf_table
 
 
@@ -77,7 +77,7 @@ def protect_by_walk(t: Tables, root: np.int64, start: np.int64, end: np.int64) -
     for gfn in range(start, end, 512):
         row = leaf_table(t, root, gfn)
         if row >= 0:
-            changed += protect_entries(t.sptes, row, 0, 512, False)
+            changed += clear_entries(t.flat, row * 512, row * 512 + 512, W_SHIFT, W_SHIFT, False)
     return changed
 
 

@@ -18,8 +18,7 @@ from spte.cpu.run import run, run_shadow
 from spte.host.backing import Backing
 from spte.host.pages import the_host
 from spte.limits.bare_loops import set_bits
-from spte.platform import Platform
-from spte.trace import PAGE_SIZE
+from spte.platform import PAGE_SIZE, Platform
 from spte.vm.vm import VM
 
 BATCH = 1 << 23  # gfns of one batch: 64 MiB

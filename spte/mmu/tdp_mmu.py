@@ -7,6 +7,7 @@ import numpy as np
 from spte import bits as bt
 from spte._numba.jit import helper
 from spte.bits import child_of, is_leaf, is_link
+from spte.kernels._split import fill_table, first_child
 from spte.mmu.arena import alloc_row, count_leaf, free_row, take_row
 from spte.mmu.make_spte import _write_protects_l2, set_executable
 
@@ -40,9 +41,9 @@ def new_child(t, m, row, i):
 
 @helper
 def split_entry(t, m, row, i):
-    """Replace a huge leaf by a table of 512 leaves that inherit its bits; returns the table, -1 if the arena is full.
+    """Replace a huge leaf by a table of 512 leaves that inherit its bits: KVM's tdp_mmu_split_huge_page.
 
-    No flush: every translation stays as it was.
+    Returns the table, -1 if the arena is full. No flush: every translation stays as it was.
     """
     kvm = t.kvm[0]
     level = np.int64(t.pages[row].level)
@@ -50,14 +51,10 @@ def split_entry(t, m, row, i):
     if child < 0:
         return child
     huge = t.sptes[row, i]
-    step = bt.SHIFT_PAGE + bt.U64(9 * (level - 2))
-    first = huge
-    if level == 2:
-        first &= ~bt.LARGE
-        if m.nx:
-            first = set_executable(first, m.lay, True)
-    for j in range(512):
-        t.sptes[bt.U64(child), j] = first + (bt.U64(j) << step)
+    first = first_child(huge, level)
+    if level == 2 and m.nx:
+        first = set_executable(first, m.lay, True)
+    fill_table(t.flat, child, first, level - 1)
     link(t, m, row, i, child)
     t.pages[child].full = level == 2
     kvm.splits[level - 1] += 1

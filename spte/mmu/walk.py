@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import helper, kernel, kernel_apart
-from spte.bits import INDEX_BITS, PFN_MASK, SHIFT_PAGE, U64, ZERO, child_of, is_link
+from spte.bits import INDEX_BITS, INDEX_MASK, PFN_MASK, SHIFT_PAGE, U64, ZERO, child_of, is_link
 
-INDEX_MASK, SHIFT_4, SHIFT_3, SHIFT_2 = U64(511), U64(27), U64(18), U64(9)
+SHIFT_4, SHIFT_3, SHIFT_2 = U64(27), U64(18), U64(9)
 ROW_SHIFT = SHIFT_PAGE - INDEX_BITS  # from a row's address to its place in `Tables.flat`
 
 

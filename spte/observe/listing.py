@@ -9,8 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spte.arrays.tables import PAE_ROOT, Tables
+<<<<<<< 14e1a1d2c4409bcfb604f7f3e449475f297361be
 from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, ROLE_GUEST_MODE, ROLE_INVALID, ROLE_IS_DIRECT, Layout
 from spte.mmu.slot.sweep import GFN_SHIFT, is_scattered
+=======
+from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, Layout
+from spte.mmu.slot.sweep import GFN_SHIFT, is_indirect
+>>>>>>> 22134636f9e660a58345a9268df52c5fbcb8e11a
 
 _PRESENT, _LARGE, _FRAME, _NO_FRAME = int(MMU_PRESENT), int(LARGE), int(PFN_MASK), ~PFN_MASK
 _TOP_BIT = 1 << 63  # of an entry that is not present: suppress-#VE of EPT, or the non-present value of NPT
@@ -55,7 +60,7 @@ def _visible(level: int, gfn: int, count: int, hide: tuple[int, int] | None) -> 
 def _edges(t: Tables, row: int, flags: np.ndarray[Any, np.dtype[np.uint64]], shift: int) -> list[int]:
     """Return where runs of entries begin that have the same bits and map gfns one after the other."""
     changes = flags[1:] != flags[:-1]
-    if is_scattered(t, row):
+    if is_indirect(t, row):
         gfns = t.shadowed[row] >> GFN_SHIFT
         changes |= gfns[1:] != gfns[:-1] + np.uint64(1 << shift)
     return [0, *(np.flatnonzero(changes) + 1).tolist(), len(flags)]
@@ -82,7 +87,7 @@ def _collect(t: Tables, row: int, hide: tuple[int, int] | None, address: int, fo
         if not bits & ~_TOP_BIT:
             continue
         if bits & _PRESENT and (level == 1 or bits & _LARGE):
-            mapped = int(t.shadowed[row, first] >> GFN_SHIFT) if is_scattered(t, row) else int(t.pages[row].gfn) + (first << shift)
+            mapped = int(t.shadowed[row, first] >> GFN_SHIFT) if is_indirect(t, row) else int(t.pages[row].gfn) + (first << shift)
             for gfn, count in _visible(level, address + (first << shift), end - first, hide):
                 found.append(Run("leaf", level, gfn, count, bits, mapped + gfn - address - (first << shift)))
         elif bits & _PRESENT:

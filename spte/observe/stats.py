@@ -13,6 +13,8 @@ VM_STATS: dict[str, str | tuple[str, int]] = {
     "nx_lpage_splits": "nx_lpage_splits",
 }  # fmt: skip
 VCPU_STATS = ("pf_taken", "pf_fixed", "pf_fast", "pf_emulate", "pf_spurious", "pf_mmio_spte_created", "exits")
+# What recordings hold of each file; exits stand in a field of their own.
+RECORDED_STATS = {"vm": tuple(VM_STATS), "vcpu": tuple(name for name in VCPU_STATS if name != "exits")}
 _TABLE_COUNTERS: dict[str, str | tuple[str, int]] = {
     "sptes_written": "sptes_written", "splits_2m": ("splits", 1), "splits_1g": ("splits", 2), "zapped": "zapped", "collapsed": "collapsed",
     "dirty_marks": "dirty_marks", "flushes": "remote_tlb_flush_requests", "cpu_dirty_logging_requests": "cpu_dirty_logging_requests",

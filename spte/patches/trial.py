@@ -12,9 +12,8 @@ import numpy.typing as npt
 from spte.arrays.records import I64s
 from spte.arrays.slots import LOG_DIRTY_PAGES
 from spte.host.backing import Backing
-from spte.platform import Platform
+from spte.platform import PAGE_SIZE, Platform
 from spte.policy import Policy
-from spte.trace import PAGE_SIZE
 from spte.vm.vm import VM
 
 Value = int | str | tuple[int, ...]

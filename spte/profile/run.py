@@ -24,10 +24,10 @@ from spte.arrays.slots import LOG_DIRTY_PAGES
 from spte.arrays.vcpu import WRITE
 from spte.host.backing import Backing
 from spte.limits.bare_loops import scatter_bits
+from spte.platform import PAGE_SIZE
 from spte.policy import Policy, parse
 from spte.profile.report import Epoch, Phase, Row
 from spte.profile.workload import Access, Workload
-from spte.trace import PAGE_SIZE
 from spte.vm.vm import VM
 from spte.warm import warmup
 

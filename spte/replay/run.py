@@ -9,7 +9,7 @@ from spte.arrays.tables import PAE_ROOT
 from spte.bits import ROLE_INVALID
 from spte.errors import KvmError
 from spte.observe import listing
-from spte.observe.stats import stat_files
+from spte.observe.stats import RECORDED_STATS, stat_files
 from spte.platform import EPT
 from spte.recording.file import Recording
 from spte.recording.ops import OPS, RecordingError, short, unknown_args, with_defaults
@@ -19,10 +19,6 @@ from spte.replay.nested import NestedGuest
 from spte.replay.ops import HANDLERS
 from spte.replay.payload import CODE_SLOT, HIDDEN, TABLE_SLOT
 
-STATS = {
-    "vm": ("pages_4k", "pages_2m", "pages_1g", "remote_tlb_flush_requests", "nx_lpage_splits"),
-    "vcpu": ("pf_taken", "pf_fixed", "pf_fast", "pf_emulate", "pf_spurious", "pf_mmio_spte_created"),
-}
 EXIT_REASONS = {"EPT_VIOLATION": "ept_violations", "EPT_MISCONFIG": "ept_misconfigs", "PML_FULL": "pml_full"}
 
 class Replay:
@@ -107,7 +103,7 @@ class Replay:
         changed: dict[str, dict[str, int]] = {}
         for who, values in stat_files(vm.mmu.tables, vm.kvm.vcpu_arrays).items():
             before = self._stats.get(who, {})
-            kept = {name: values.get(name, 0) for name in STATS["vm" if who == "vm" else "vcpu"]}
+            kept = {name: values.get(name, 0) for name in RECORDED_STATS["vm" if who == "vm" else "vcpu"]}
             different = {name: value for name, value in sorted(kept.items()) if value != before.get(name, 0)}
             if different:
                 changed[who] = different

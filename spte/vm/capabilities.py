@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 
 from spte.errors import CapabilityError, RingTooLargeError
+<<<<<<< 14e1a1d2c4409bcfb604f7f3e449475f297361be
 from spte.platform import SHADOW
 from spte.vm.kvm import Kvm
+=======
+from spte.platform import PAGE_SIZE
+>>>>>>> 22134636f9e660a58345a9268df52c5fbcb8e11a
 from spte.vm.memslots import ADDRESS_SPACES, USER_MEM_SLOTS
 
 MANUAL_PROTECT, DIRTY_RING, DIRTY_RING_ACQ_REL, PREFAULT = 168, 192, 223, 236
-RING_ENTRY_BYTES, RING_MAX_BYTES, PAGE = 16, 65536 * 16, 4096
+RING_ENTRY_BYTES, RING_MAX_BYTES = 16, 65536 * 16
 RING_RESERVED = 64
 _NAMES = {"manual_dirty_log_protect2": MANUAL_PROTECT, "dirty_log_ring": DIRTY_RING, "dirty_log_ring_acq_rel": DIRTY_RING_ACQ_REL}
 _EXTENSIONS = {
@@ -48,9 +52,9 @@ def check_dirty_ring(size: int, cpu_dirty_log_size: int) -> None:
     """Refuse ring sizes, in bytes, that KVM refuses."""
     least = RING_ENTRY_BYTES * (RING_RESERVED + cpu_dirty_log_size)
     if size <= 0 or size & (size - 1):
-        raise CapabilityError(f"ring of {size} bytes is not a power of two; take {1 << max(size, PAGE - 1).bit_length()}")
-    if size < max(least, PAGE):
-        raise CapabilityError(f"ring of {size} bytes is too small; take at least {1 << (max(least, PAGE) - 1).bit_length()}")
+        raise CapabilityError(f"ring of {size} bytes is not a power of two; take {1 << max(size, PAGE_SIZE - 1).bit_length()}")
+    if size < max(least, PAGE_SIZE):
+        raise CapabilityError(f"ring of {size} bytes is too small; take at least {1 << (max(least, PAGE_SIZE) - 1).bit_length()}")
     if size > RING_MAX_BYTES:
         raise RingTooLargeError(f"ring of {size} bytes is too large; take at most {RING_MAX_BYTES}")
 

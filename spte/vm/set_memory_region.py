@@ -5,6 +5,7 @@ from __future__ import annotations
 from spte.arrays.slots import READONLY
 from spte.errors import NoSuchSlotError, SlotAlignmentError, SlotChangeError, SlotFlagsError, SlotOverlapError, SlotRangeError
 from spte.host.backing import Backing
+<<<<<<< 14e1a1d2c4409bcfb604f7f3e449475f297361be
 from spte.vm import dirty_log
 from spte.vm.kvm import Kvm
 from spte.vm.memslots import ADDRESS_SPACES, MAX_PAGES, USER_MEM_SLOTS, VALID_FLAGS, Memslot, Memslots, check_slot_number
@@ -12,6 +13,12 @@ from spte.vm.memslots import ADDRESS_SPACES, MAX_PAGES, USER_MEM_SLOTS, VALID_FL
 PAGE = 4096
 USER_END = (1 << 47) - PAGE
 TSS_SLOT, TSS_PAGES = 32764, 3  # the first of KVM's internal slots
+=======
+from spte.platform import PAGE_SIZE
+from spte.vm.memslots import ADDRESS_SPACES, MAX_PAGES, USER_MEM_SLOTS, VALID_FLAGS, Memslot, Memslots
+
+USER_END = (1 << 47) - PAGE_SIZE
+>>>>>>> 22134636f9e660a58345a9268df52c5fbcb8e11a
 CREATE, DELETE, MOVE, FLAGS_ONLY, NOTHING = "create", "delete", "move", "flags-only", "nothing"
 
 
@@ -20,16 +27,16 @@ def _check_numbers(slot: int, gpa: int, size: int, hva: int, flags: int) -> None
         check_slot_number(slot)
     if flags & ~VALID_FLAGS:
         raise SlotFlagsError(f"flags={flags:#x} has bits beyond LOG_DIRTY_PAGES (1) and READONLY (2)")
-    if size % PAGE or not 0 <= size < 1 << 64:
-        raise SlotAlignmentError(f"size={size:#x} is not a multiple of {PAGE} in 64 bits; round up")
-    if gpa % PAGE or not 0 <= gpa < 1 << 64:
-        raise SlotAlignmentError(f"gpa={gpa:#x} is not a multiple of {PAGE} in 64 bits; round down")
-    if hva % PAGE or hva < 0 or hva + size > USER_END:
+    if size % PAGE_SIZE or not 0 <= size < 1 << 64:
+        raise SlotAlignmentError(f"size={size:#x} is not a multiple of {PAGE_SIZE} in 64 bits; round up")
+    if gpa % PAGE_SIZE or not 0 <= gpa < 1 << 64:
+        raise SlotAlignmentError(f"gpa={gpa:#x} is not a multiple of {PAGE_SIZE} in 64 bits; round down")
+    if hva % PAGE_SIZE or hva < 0 or hva + size > USER_END:
         raise SlotAlignmentError(f"host range {hva:#x}+{size:#x} is not page aligned below {USER_END:#x}")
     check_slot_number(slot)
     if gpa + size >= 1 << 64 and size:
         raise SlotRangeError(f"gpa={gpa:#x} + size={size:#x} wraps; lower one of them")
-    if size // PAGE > MAX_PAGES:
+    if size // PAGE_SIZE > MAX_PAGES:
         raise SlotRangeError(f"size={size:#x} is more than {MAX_PAGES} pages; use several slots")
 
 
@@ -53,7 +60,7 @@ def plan(
         if old is None:
             raise NoSuchSlotError(f"slot={slot:#x} does not exist, so it can not be deleted (size 0)")
         return DELETE, old, None
-    new = Memslot(slot, gpa // PAGE, size // PAGE, flags, hva, backing)
+    new = Memslot(slot, gpa // PAGE_SIZE, size // PAGE_SIZE, flags, hva, backing)
     if old is None:
         change = CREATE
     else:
@@ -81,9 +88,10 @@ def _check_place(slots: Memslots, gpa_bits: int, new: Memslot) -> None:
             f"({other.base_gfn:#x}..{other.end_gfn - 1:#x}); move or delete that first"
         )
     if new.end_gfn > 1 << (gpa_bits - 12):
-        raise SlotRangeError(f"slot={new.slot:#x} ends at gpa {new.end_gfn * PAGE:#x}, beyond {gpa_bits} bits of guest-physical width")
+        raise SlotRangeError(f"slot={new.slot:#x} ends at gpa {new.end_gfn * PAGE_SIZE:#x}, beyond {gpa_bits} bits of guest-physical width")
 
 
+<<<<<<< 14e1a1d2c4409bcfb604f7f3e449475f297361be
 def set_memory_region(kvm: Kvm, slot: int, gpa: int, size: int, backing: Backing | None, hva: int | None, offset: int, flags: int) -> None:
     """Create, delete, move or re-flag a memslot; see `VM.set_memory_region`: kvm_set_memory_region."""
     slots = kvm.memslots
@@ -131,3 +139,17 @@ def set_tss_addr(kvm: Kvm, gpa: int) -> None:
     for slot in new:
         kvm.memslots.insert(slot)
         kvm.advance_generation(slot.as_id, 2)
+=======
+def plan_internal(slots: Memslots, gpa_bits: int, number: int, gpa: int, backing: Backing) -> list[Memslot]:
+    """Check and return internal memslot `number` over all of `backing` in every address space; nothing is changed."""
+    if gpa % PAGE_SIZE:
+        raise SlotAlignmentError(f"gpa={gpa:#x} is not a multiple of {PAGE_SIZE}; round down")
+    plans = []
+    for as_id in range(ADDRESS_SPACES):
+        new = Memslot(as_id << 16 | number, gpa // PAGE_SIZE, backing.size // PAGE_SIZE, 0, backing.hva, backing)
+        if slots.find(new.slot) is not None:
+            raise SlotChangeError(f"slot={new.slot:#x} exists already; an internal slot is made once")
+        _check_place(slots, gpa_bits, new)
+        plans.append(new)
+    return plans
+>>>>>>> 22134636f9e660a58345a9268df52c5fbcb8e11a

@@ -15,7 +15,7 @@ FLAGS_MASK = U64(0xFFFF_FFFF)
 
 @helper
 def _rearm(t, s, m, roots, slot, offset, mask):
-    """Re-arm one mask; a slot or offset that does not exist (userspace may write the ring) is passed over."""
+    """Re-arm one mask: KVM's kvm_reset_dirty_gfn. A slot or offset that does not exist (userspace may write the ring) is passed over."""
     last = np.int64(63)
     while (mask >> U64(last)) == ZERO:
         last -= 1
@@ -30,7 +30,10 @@ def _rearm(t, s, m, roots, slot, offset, mask):
 
 @kernel
 def reset_ring(t, s, mode, v, roots):
-    """Free the harvested entries of one ring from its reset index on; returns ``(entries freed, SPTEs changed)``."""
+    """Free the harvested entries of one ring from its reset index on: KVM's kvm_dirty_ring_reset.
+
+    Returns ``(entries freed, SPTEs changed)``.
+    """
     m = mode[0]
     vcpu = v.vcpu[0]
     freed, changed = 0, 0

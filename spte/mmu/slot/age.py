@@ -1,4 +1,4 @@
-"""Aging: ask which leaves were used, and make their next use visible. W and D of entries with A/D bits stay as they are."""
+"""Aging: tell which leaves were used, and make their next use visible. W and D of entries with A/D bits stay as they are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spte.mmu.walk import walk
 
 @kernel
 def age_range(t, mode, roots, start, end, clear):
-    """Count the accessed leaves of gfns ``[start, end)``; `clear`: take A, or park R and X where there is no A."""
+    """Count the accessed leaves of gfns ``[start, end)``: KVM's kvm_tdp_mmu_age_gfn_range. `clear`: take A, or park R and X without A."""
     m = mode[0]
     young = 0
     for r in range(roots.shape[0]):

@@ -21,7 +21,7 @@ from spte.mmu.slot.sweep import place
 
 @kernel
 def zap_rmaps(t, s, mode, k, start, end):
-    """Drop every SPTE that maps a page of gfns ``[start, end)`` of slot `k`, huge ones whole; returns SPTEs dropped."""
+    """Drop every SPTE that maps a page of gfns ``[start, end)`` of slot `k`: KVM's kvm_zap_rmap. Returns SPTEs dropped."""
     m = mode[0]
     dropped = 0
     for level in range(1, 4):
@@ -38,8 +38,8 @@ def zap_rmaps(t, s, mode, k, start, end):
 
 
 @kernel_apart
-def _alone(sptes, row, lo, hi, heads, first):
-    """Tell whether entries ``[lo, hi)`` of level-1 `row` are all leaves that alone map their gfns, heads from `first` on."""
+def _map_exclusively(sptes, row, lo, hi, heads, first):
+    """Tell whether entries ``[lo, hi)`` of level-1 `row` are all leaves, each the only one of its gfn; their rmaps begin at `first`."""
     present, other = MMU_PRESENT, np.int64(0)
     ref = np.int64(row * 512 + lo + 1)
     for i in range(U64(hi - lo)):
@@ -50,11 +50,11 @@ def _alone(sptes, row, lo, hi, heads, first):
 
 @helper
 def _drop_leaves(t, s, m, k, row, lo, hi):
-    """Drop the leaves ``[lo, hi)`` of level-1 page `row`, all of slot `k`; where all are there and alone, two fills do it."""
+    """Drop the leaves ``[lo, hi)`` of level-1 page `row`, all of slot `k`; where all are there and exclusive, two fills do it."""
     kvm = t.kvm[0]
     first = head_of(s, k, t.pages[row].gfn + lo, 1)
     dropped = np.int64(0)
-    if _alone(t.sptes, row, lo, hi, s.rmaps, first):
+    if _map_exclusively(t.sptes, row, lo, hi, s.rmaps, first):
         for i in range(U64(hi - lo)):
             s.rmaps[U64(first) + i] = 0
             t.sptes[U64(row), U64(lo) + i] = m.lay.nonpresent
@@ -72,9 +72,10 @@ def _drop_leaves(t, s, m, k, row, lo, hi):
 
 @kernel
 def zap_collapsible_rmaps(t, s, h, mode, k, max_row_level):
-    """Drop the leaves of direct pages of slot `k` whose gfns one larger leaf may map; the pages stay. Returns leaves dropped.
+    """Drop the leaves of direct pages of slot `k` whose gfns one larger leaf may map: KVM's kvm_rmap_zap_collapsible_sptes.
 
-    Pages above `max_row_level` are passed over. Since patch 5 the first gfn of a page decides for all its leaves.
+    The pages stay; those above `max_row_level` are passed over. Since patch 5 the first gfn of a page decides for all its leaves.
+    Returns leaves dropped.
     """
     m = mode[0]
     kvm = t.kvm[0]
@@ -86,16 +87,16 @@ def zap_collapsible_rmaps(t, s, h, mode, k, max_row_level):
         if t.pages[row].shadow != 1 or level == 0 or level > max_row_level or not is_direct(t, row):
             continue
         first = t.pages[row].gfn
-        whole = m.collapse_precise != 0
-        if whole and not (start <= first < end and may_collapse(s, h, m, k, first, level, PAGES_COMPOUND_OR_DEVICE)):
+        all_or_none = m.collapse_precise != 0
+        if all_or_none and not (start <= first < end and may_collapse(s, h, m, k, first, level, PAGES_COMPOUND_OR_DEVICE)):
             continue
         lo, hi = place(t, row, s.slots[k].id >> 16, start, end)
-        if whole and level == 1:
+        if all_or_none and level == 1:
             done += _drop_leaves(t, s, m, k, row, lo, hi)
             continue
         for i in range(lo, hi):
             gfn = first + (np.int64(i) << (9 * (level - 1)))
-            if is_leaf(t.sptes[row, i], level) and (whole or may_collapse(s, h, m, k, gfn, level, PAGES_COMPOUND_OR_DEVICE)):
+            if is_leaf(t.sptes[row, i], level) and (all_or_none or may_collapse(s, h, m, k, gfn, level, PAGES_COMPOUND_OR_DEVICE)):
                 drop_leaf(t, s, m, row, i)
                 done += 1
     kvm.collapsed += done
@@ -104,7 +105,7 @@ def zap_collapsible_rmaps(t, s, h, mode, k, max_row_level):
 
 @kernel
 def age_rmaps(t, s, mode, k, start, end, clear):
-    """Count the accessed leaves that map gfns ``[start, end)`` of slot `k`; `clear`: take their A."""
+    """Count the accessed leaves that map gfns ``[start, end)`` of slot `k`: KVM's kvm_age_rmap. `clear`: take their A."""
     m = mode[0]
     young = 0
     for level in range(1, 4):
@@ -127,16 +128,16 @@ def age_rmaps(t, s, mode, k, start, end, clear):
 
 @kernel
 def split_slot_rmaps(t, s, mode, k):
-    """Split the huge leaves of the shadow MMU that map slot `k`, as `split_rmaps`; returns leaves split."""
+    """Split the huge leaves of the shadow MMU that map slot `k`: KVM's kvm_shadow_mmu_try_split_huge_pages. Returns leaves split."""
     m = mode[0]
     return split_rmaps(t, s, m, k, s.slots[k].base_gfn, s.slots[k].base_gfn + s.slots[k].npages)
 
 
 @kernel
 def zap_all_shadow(t, s, mode):
-    """Free every shadow page but those that vCPUs hold as roots, which turn invalid and empty; returns the pages that were valid.
+    """Free every shadow page but those that vCPUs hold as roots, which turn invalid and empty: KVM's kvm_mmu_zap_all_fast.
 
-    Rmaps are the caller's to clear.
+    Returns the pages that were valid. Rmaps are the caller's to clear.
     """
     m = mode[0]
     kvm = t.kvm[0]

@@ -12,7 +12,7 @@ from spte.mmu.walk import walk
 
 @kernel
 def zap_root(t, mode, root):
-    """Mark `root` invalid and drop all below it; the row itself stays until no vCPU holds it. Returns leaves dropped."""
+    """Mark `root` invalid and drop all below it: KVM's tdp_mmu_zap_root. The row stays until no vCPU holds it. Returns leaves dropped."""
     m = mode[0]
     t.pages[root].role |= np.uint32(ROLE_INVALID)
     dropped = 0
@@ -27,7 +27,7 @@ def zap_root(t, mode, root):
 
 @kernel
 def zap_range(t, mode, roots, start, end):
-    """Drop every leaf that maps a page of gfns ``[start, end)``, huge ones whole; tables stay. Returns leaves dropped."""
+    """Drop every leaf that maps a page of gfns ``[start, end)``: KVM's kvm_tdp_mmu_zap_leafs. Tables stay. Returns leaves dropped."""
     m = mode[0]
     dropped = 0
     for r in range(roots.shape[0]):
