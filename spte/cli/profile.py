@@ -15,13 +15,8 @@ import click
 
 from spte.cli.exit_codes import EXIT_DIFFERENCE, EXIT_OK
 from spte.cli.metrics import as_json
-<<<<<<< 14e1a1d2c4409bcfb604f7f3e449475f297361be
 from spte.cli.params import announce_compilation, size, spell_size, target
-from spte.platform import named
-=======
-from spte.cli.params import size, spell_size, target
 from spte.platform import PAGE_SIZE, named
->>>>>>> 22134636f9e660a58345a9268df52c5fbcb8e11a
 from spte.policy import parse
 from spte.profile.perf_test import SOURCES, PerfTest
 from spte.profile.report import Row

@@ -12,15 +12,8 @@ from spte.arrays.reserve import Pool
 from spte.errors import SlotAlignmentError, SlotRangeError
 from spte.host import guest_memory
 from spte.host import pages as hostmm
-<<<<<<< 14e1a1d2c4409bcfb604f7f3e449475f297361be
 from spte.host.mmu_notifier import MmuNotifier, host_write
-=======
 from spte.platform import PAGE_SIZE
-from spte.vm import notifier
-
-if TYPE_CHECKING:
-    from spte.vm.vm import VM
->>>>>>> 22134636f9e660a58345a9268df52c5fbcb8e11a
 
 _BLOCK = 2 << 20
 _GIB = 1 << 30

@@ -24,7 +24,7 @@ import numpy as np
 
 from spte import bits as bt
 from spte._numba.jit import helper, kernel
-from spte.arrays.mode import Mode
+from spte.arrays.mode import Modes
 from spte.arrays.slots import BEGAN_SET, LOG_DIRTY_PAGES, READONLY, UNARMED, Slots
 from spte.arrays.tables import PAE_ROOT, Tables
 from spte.arrays.vcpu import Vcpu
@@ -115,7 +115,7 @@ def _scan(t, s, mode, count):
     return 0, 0, 0
 
 
-def check(t: Tables, spaces: Sequence[Slots], m: Mode, vcpus: Sequence[Vcpu], nr_memslots_dirty_logging: int) -> None:
+def check(t: Tables, spaces: Sequence[Slots], m: Modes, vcpus: Sequence[Vcpu], nr_memslots_dirty_logging: int) -> None:
     """Raise InvariantError for the first invariant that does not hold.
 
     Parameters
@@ -124,7 +124,7 @@ def check(t: Tables, spaces: Sequence[Slots], m: Mode, vcpus: Sequence[Vcpu], nr
         The arena.
     spaces : sequence of Slots
         Memslots by address space.
-    m : Mode
+    m : Modes
         Of a vCPU that runs L1.
     vcpus : sequence of Vcpu
         None of them in the guest.
@@ -145,7 +145,7 @@ def check(t: Tables, spaces: Sequence[Slots], m: Mode, vcpus: Sequence[Vcpu], nr
     counted = t.kvm[0].pages
     if (counted != count).any():
         raise InvariantError(f"S9 broken: pages_4k, _2m, _1g are {counted.tolist()}, the tables hold {count.tolist()} leaves")
-    logging = sum(int((s.slots[: s.memslots[0].used_slots].flags & LOG_DIRTY_PAGES != 0).sum()) for s in spaces)
+    logging = sum(int((s.slots["flags"][: s.memslots[0].used_slots] & LOG_DIRTY_PAGES != 0).sum()) for s in spaces)
     if logging != nr_memslots_dirty_logging:
         raise InvariantError(f"M2 broken: {nr_memslots_dirty_logging} slots counted as logging, {logging} do")
     for index, v in enumerate(vcpus):

@@ -9,13 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spte.arrays.tables import PAE_ROOT, Tables
-<<<<<<< 14e1a1d2c4409bcfb604f7f3e449475f297361be
 from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, ROLE_GUEST_MODE, ROLE_INVALID, ROLE_IS_DIRECT, Layout
-from spte.mmu.slot.sweep import GFN_SHIFT, is_scattered
-=======
-from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, Layout
 from spte.mmu.slot.sweep import GFN_SHIFT, is_indirect
->>>>>>> 22134636f9e660a58345a9268df52c5fbcb8e11a
 
 _PRESENT, _LARGE, _FRAME, _NO_FRAME = int(MMU_PRESENT), int(LARGE), int(PFN_MASK), ~PFN_MASK
 _TOP_BIT = 1 << 63  # of an entry that is not present: suppress-#VE of EPT, or the non-present value of NPT

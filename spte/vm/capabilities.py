@@ -5,12 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from spte.errors import CapabilityError, RingTooLargeError
-<<<<<<< 14e1a1d2c4409bcfb604f7f3e449475f297361be
-from spte.platform import SHADOW
+from spte.platform import PAGE_SIZE, SHADOW
 from spte.vm.kvm import Kvm
-=======
-from spte.platform import PAGE_SIZE
->>>>>>> 22134636f9e660a58345a9268df52c5fbcb8e11a
 from spte.vm.memslots import ADDRESS_SPACES, USER_MEM_SLOTS
 
 MANUAL_PROTECT, DIRTY_RING, DIRTY_RING_ACQ_REL, PREFAULT = 168, 192, 223, 236

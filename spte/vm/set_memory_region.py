@@ -5,20 +5,13 @@ from __future__ import annotations
 from spte.arrays.slots import READONLY
 from spte.errors import NoSuchSlotError, SlotAlignmentError, SlotChangeError, SlotFlagsError, SlotOverlapError, SlotRangeError
 from spte.host.backing import Backing
-<<<<<<< 14e1a1d2c4409bcfb604f7f3e449475f297361be
+from spte.platform import PAGE_SIZE
 from spte.vm import dirty_log
 from spte.vm.kvm import Kvm
 from spte.vm.memslots import ADDRESS_SPACES, MAX_PAGES, USER_MEM_SLOTS, VALID_FLAGS, Memslot, Memslots, check_slot_number
 
-PAGE = 4096
-USER_END = (1 << 47) - PAGE
-TSS_SLOT, TSS_PAGES = 32764, 3  # the first of KVM's internal slots
-=======
-from spte.platform import PAGE_SIZE
-from spte.vm.memslots import ADDRESS_SPACES, MAX_PAGES, USER_MEM_SLOTS, VALID_FLAGS, Memslot, Memslots
-
 USER_END = (1 << 47) - PAGE_SIZE
->>>>>>> 22134636f9e660a58345a9268df52c5fbcb8e11a
+TSS_SLOT, TSS_PAGES = 32764, 3  # the first of KVM's internal slots
 CREATE, DELETE, MOVE, FLAGS_ONLY, NOTHING = "create", "delete", "move", "flags-only", "nothing"
 
 
@@ -91,7 +84,6 @@ def _check_place(slots: Memslots, gpa_bits: int, new: Memslot) -> None:
         raise SlotRangeError(f"slot={new.slot:#x} ends at gpa {new.end_gfn * PAGE_SIZE:#x}, beyond {gpa_bits} bits of guest-physical width")
 
 
-<<<<<<< 14e1a1d2c4409bcfb604f7f3e449475f297361be
 def set_memory_region(kvm: Kvm, slot: int, gpa: int, size: int, backing: Backing | None, hva: int | None, offset: int, flags: int) -> None:
     """Create, delete, move or re-flag a memslot; see `VM.set_memory_region`: kvm_set_memory_region."""
     slots = kvm.memslots
@@ -128,10 +120,10 @@ def set_memory_region(kvm: Kvm, slot: int, gpa: int, size: int, backing: Backing
 
 def set_tss_addr(kvm: Kvm, gpa: int) -> None:
     """Map three pages at `gpa` in every address space as an internal memslot: KVM_SET_TSS_ADDR."""
-    if gpa % PAGE:
-        raise SlotAlignmentError(f"gpa={gpa:#x} is not a multiple of {PAGE}; round down")
-    backing = Backing("4k", TSS_PAGES * PAGE)
-    new = [Memslot(as_id << 16 | TSS_SLOT, gpa // PAGE, TSS_PAGES, 0, backing.hva, backing) for as_id in range(ADDRESS_SPACES)]
+    if gpa % PAGE_SIZE:
+        raise SlotAlignmentError(f"gpa={gpa:#x} is not a multiple of {PAGE_SIZE}; round down")
+    backing = Backing("4k", TSS_PAGES * PAGE_SIZE)
+    new = [Memslot(as_id << 16 | TSS_SLOT, gpa // PAGE_SIZE, TSS_PAGES, 0, backing.hva, backing) for as_id in range(ADDRESS_SPACES)]
     for slot in new:
         if kvm.memslots.find(slot.slot) is not None:
             raise SlotChangeError(f"slot={slot.slot:#x} exists already; an internal slot is made once")
@@ -139,17 +131,3 @@ def set_tss_addr(kvm: Kvm, gpa: int) -> None:
     for slot in new:
         kvm.memslots.insert(slot)
         kvm.advance_generation(slot.as_id, 2)
-=======
-def plan_internal(slots: Memslots, gpa_bits: int, number: int, gpa: int, backing: Backing) -> list[Memslot]:
-    """Check and return internal memslot `number` over all of `backing` in every address space; nothing is changed."""
-    if gpa % PAGE_SIZE:
-        raise SlotAlignmentError(f"gpa={gpa:#x} is not a multiple of {PAGE_SIZE}; round down")
-    plans = []
-    for as_id in range(ADDRESS_SPACES):
-        new = Memslot(as_id << 16 | number, gpa // PAGE_SIZE, backing.size // PAGE_SIZE, 0, backing.hva, backing)
-        if slots.find(new.slot) is not None:
-            raise SlotChangeError(f"slot={new.slot:#x} exists already; an internal slot is made once")
-        _check_place(slots, gpa_bits, new)
-        plans.append(new)
-    return plans
->>>>>>> 22134636f9e660a58345a9268df52c5fbcb8e11a

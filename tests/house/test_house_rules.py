@@ -10,23 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from spte import kernels
-
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "spte"
 MAX_LINES, MAX_FILES = 320, 13
 
 # Floor of each module or subpackage below `spte`; imports point down or stay on the floor.
 FLOORS = {
-<<<<<<< 14e1a1d2c4409bcfb604f7f3e449475f297361be
-    "_version": 0, "errors": 0, "exits": 0, "_numba": 0, "trace": 0,
-    "platform": 1, "policy": 1, "bits": 2,
-    "arrays": 3, "kernels": 4, "host": 5, "mm": 5, "mmu": 6,
-=======
     "_version": 0, "errors": 0, "exits": 0, "_numba": 0,
     "platform": 1, "policy": 1, "trace": 1, "bits": 2,
-    "arrays": 3, "kernels": 4, "host": 5, "mmu": 6,
->>>>>>> 22134636f9e660a58345a9268df52c5fbcb8e11a
+    "arrays": 3, "kernels": 4, "host": 5, "mm": 5, "mmu": 6,
     "cpu": 7, "guest_tables": 7, "observe": 7,
     "vm": 8, "warm": 8,
     "recording": 9, "replay": 10, "check": 10, "patches": 10, "profile": 10, "limits": 10,
@@ -122,7 +114,6 @@ def test_the_library_does_not_import_the_command_line():
     assert not [dotted(p) for p in sources() if "cli" not in p.parts and any("spte.cli" in name for name in imports_of(p))]
 
 
-<<<<<<< 14e1a1d2c4409bcfb604f7f3e449475f297361be
 VERBS = ("recording", "replay", "check", "patches", "profile", "limits", "cli")
 
 
@@ -133,13 +124,6 @@ def test_import_spte_loads_no_verb():
     assert all((PACKAGE / verb / "__init__.py").exists() for verb in VERBS)
 
 
-def test_kernel_families_do_not_import_each_other():
-    """They may share argument checks, no more: what two share moves down."""
-    shared = {"_check", "_bitmap"}
-    families = [p for p in sources() if p.parent.name == "kernels" and p.stem not in {"__init__", *shared}]
-    assert len(families) == len(kernels.__all__)
-    assert not [(p.name, name) for p in families for name in imports_of(p) if re.match(rf"spte\.kernels\.(?!{'|'.join(shared)})", name)]
-=======
 KERNEL_FAMILIES = {"_write_protect", "_clear_dirty", "_harvest", "_pml_flush", "_split", "_collapse"}
 SHARED_BY_KERNELS = {"_bitmap", "_check", "_entries", "_layout"}
 
@@ -166,7 +150,6 @@ def test_the_page_size_is_defined_once():
         if isinstance(v, ast.Constant) and v.value == PAGE_SIZE
     ]
     assert assigned == ["spte.platform"]
->>>>>>> 22134636f9e660a58345a9268df52c5fbcb8e11a
 
 
 def test_only_two_modules_know_numba():
