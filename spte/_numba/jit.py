@@ -111,7 +111,7 @@ def kernel(func: Callable[..., Any], *, noinline: bool = False, inner: bool = Fa
         made = part = jit(**inlined, no_cpython_wrapper=inner)(func)
     else:
         part = LINK.Part(func, inlined | {"no_cpython_wrapper": True})
-        made = part if inner else LINK.Whole(func, options, part)
+        made = part if inner else LINK.Entry(func, options, part)
     if not inner:
         _enable_cache(made)
     KERNELS.append(Kernel(None if inner else made, part))

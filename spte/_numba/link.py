@@ -1,7 +1,7 @@
-"""How kernels become machine code: each function is lowered once, and a kernel takes in what it calls and is optimized as a whole.
+"""How kernels become machine code: each function is lowered to LLVM's code once; a kernel links all that it calls, then is optimized.
 
-numba by itself makes a whole of every function: what several kernels share is then optimized and kept in the cache once for each
-of them, and at each level of calls (to compile everything takes 69 s instead of 52, to load a kernel from the cache up to 45 ms
+numba by itself links and optimizes every function: what several kernels share is then optimized and kept in the cache once for
+each of them, and at each level of calls (to compile everything takes 69 s instead of 52, to load a kernel from the cache up to 45 ms
 instead of 5).
 
 It stands on names that numba promises to nobody. Beside the classes imported below these are ``_linking_libraries``,
@@ -59,7 +59,7 @@ class PartLibrary(JITCodeLibrary):
         self._finalized = True
 
 
-class WholeLibrary(JITCodeLibrary):
+class KernelLibrary(JITCodeLibrary):
     """The code of a kernel with all that it calls."""
 
     def finalize(self) -> None:
@@ -102,14 +102,14 @@ class LowerPart(NativeLowering):
 
 
 @register_pass(mutates_CFG=True, analysis_only=False)
-class LowerWhole(NativeLowering):
+class LowerKernel(NativeLowering):
     """Lower a kernel, link and compile it."""
 
-    _name = "spte_lower_whole"
+    _name = "spte_lower_kernel"
 
     def run_pass(self, state: Any) -> bool:
         """Do as numba does, with a library that links parts."""
-        state.library = WholeLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
+        state.library = KernelLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
         state.library.enable_object_caching()
         return bool(super().run_pass(state))
 
@@ -133,10 +133,10 @@ class PartCompiler(_Compiler):
     lowering = LowerPart
 
 
-class WholeCompiler(_Compiler):
+class KernelCompiler(_Compiler):
     """Compiles what Python calls."""
 
-    lowering = LowerWhole
+    lowering = LowerKernel
 
 
 class Part:
@@ -155,11 +155,11 @@ class Part:
         return self.dispatcher._numba_type_
 
 
-class Whole(CPUDispatcher):
+class Entry(CPUDispatcher):
     """A function that Python calls; other kernels see its `part`."""
 
     def __init__(self, func: Callable[..., Any], options: dict[str, Any], part: Part) -> None:
-        super().__init__(func, targetoptions=options, pipeline_class=WholeCompiler)
+        super().__init__(func, targetoptions=options, pipeline_class=KernelCompiler)
         self.part = part
 
     @property
