@@ -2,7 +2,8 @@
 
 from spte import kernels, policy
 from spte._version import __version__
-from spte.arrays.context import EXEC, LOG_DIRTY_PAGES, READ, READONLY, WRITE
+from spte.access import EXEC, READ, WRITE, Access
+from spte.arrays.context import LOG_DIRTY_PAGES, READONLY
 from spte.errors import DirtyLoggingLeak, InvariantError, KvmError
 from spte.exits import Exit
 from spte.guest_tables import GuestTables
@@ -18,6 +19,7 @@ __all__ = [
     "READONLY",
     "VM",
     "WRITE",
+    "Access",
     "Backing",
     "DirtyLoggingLeak",
     "Exit",

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from spte.access import Access
 from spte.bits import GuestPaging, Layout
 
 U64s = npt.NDArray[np.uint64]
 I64s = npt.NDArray[np.int64]
 
-READ, WRITE, EXEC = 0, 1, 2  # kinds of guest access
+READ, WRITE, EXEC = (int(kind) for kind in Access)  # kinds of guest access
 PAE_ROOT = 2  # Tables.shadow of a vCPU's PAE root
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte.arrays.context import PML_INDEX, PML_ON, READ
+from spte.access import READ
+from spte.arrays.context import PML_INDEX, PML_ON
 from spte.guest_tables import GuestTables
 from spte.patches.states import around
 from spte.patches.trial import Play, Scenario, Slot, Trial

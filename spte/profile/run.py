@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spte.arrays.context import LOG_DIRTY_PAGES, WRITE
+from spte.access import WRITE
+from spte.arrays.context import LOG_DIRTY_PAGES
 from spte.host.backing import Backing
 from spte.limits.bare_loops import scatter_bits
 from spte.policy import Policy, parse

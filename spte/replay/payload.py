@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-READ, WRITE, EXEC = 0, 1, 2
+from spte.access import EXEC, READ, WRITE
+
 STRING_IO = 255  # not an access: KVM emulates `rep insb` here
 
 CODE, COMMANDS, STACK = 0xC0000, 0xC0001, 0xC000F

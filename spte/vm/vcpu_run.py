@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from spte.access import Access
 from spte.arrays import context as cx
 from spte.arrays.context import I64s
 from spte.bits import GUEST_EPT, GUEST_EPT_NO_AD, GUEST_LONG, PFN_MASK, WRITABLE, is_leaf
@@ -132,7 +133,7 @@ def vcpu_run(kvm: Kvm, vcpu: KvmVcpu, gfns: I64s, kinds: Kinds, *, stays: bool =
             mmu.load(vcpu.mmu, v)
         elif reason != cx.EXIT_LOG:
             kind = int(kinds[at] if len(kinds) > 1 and at < len(kinds) else kinds[0]) if len(kinds) else cx.READ
-            return Exit(_REASONS[reason], int(at), int(v.reg[cx.EXIT_GFN]), kind)
+            return Exit(_REASONS[reason], int(at), int(v.reg[cx.EXIT_GFN]), Access(kind))
 
 
 def _copy_page(kvm: Kvm, v: cx.Vcpu, gfn: int) -> bool:
