@@ -2,8 +2,8 @@
 
 from spte import kernels, policy
 from spte._version import __version__
+from spte.access import EXEC, READ, WRITE, Access
 from spte.arrays.slots import LOG_DIRTY_PAGES, READONLY
-from spte.arrays.vcpu import EXEC, READ, WRITE
 from spte.errors import DirtyLoggingLeak, InvariantError, KvmError
 from spte.exits import Exit
 from spte.guest_tables import GuestTables
@@ -19,6 +19,7 @@ __all__ = [
     "READONLY",
     "VM",
     "WRITE",
+    "Access",
     "Backing",
     "DirtyLoggingLeak",
     "Exit",

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from spte.access import WRITE
 from spte.arrays import reserve as memory
 from spte.arrays.records import I64s, U64s
 from spte.arrays.slots import Slots
@@ -23,7 +24,7 @@ from spte.vm.vm import VM
 
 BATCH = 1 << 23  # gfns of one batch: 64 MiB
 FRESH_ROWS = 8  # upper tables beyond one in 512
-_WRITE = np.array([1], np.uint8)
+_WRITE = np.array([WRITE], np.uint8)
 
 
 def nothing() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte.arrays.vcpu import READ
+from spte.access import READ
 from spte.guest_tables import GuestTables
 from spte.patches.states import around
 from spte.patches.trial import Play, Scenario, Slot, Trial

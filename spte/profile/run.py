@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from spte.access import WRITE
 from spte.arrays.slots import LOG_DIRTY_PAGES
-from spte.arrays.vcpu import WRITE
 from spte.host.backing import Backing
 from spte.limits.bare_loops import scatter_bits
 from spte.platform import PAGE_SIZE

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from spte.access import WRITE
 from spte.replay.payload import (
     COMPARE_EXCHANGE,
     FETCH,
@@ -15,7 +16,6 @@ from spte.replay.payload import (
     READ_MODIFY_WRITE,
     STORE,
     STRING_IO,
-    WRITE,
     Accesses,
     Command,
     Payload,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from spte.access import Access
 from spte.bits import ROLE_AD_DISABLED, ROLE_EPT12, ROLE_GUEST_MODE, ROLE_LONG, ROLE_NPT12
 from spte.errors import NestedError, OutOfTablesError
 from spte.exits import Exit
@@ -105,7 +106,7 @@ def invept(kvm: Kvm, vcpu: KvmVcpu, ept: int | None) -> None:
 def reflect(kvm: Kvm, vcpu: KvmVcpu, stop: Exit) -> Exit:
     """Turn a fault that L1's tables or its PML buffer cause into the exit that L1 sees: nested_ept_inject_page_fault."""
     if stop.reason == "page_fault":
-        stop = dataclasses.replace(stop, allows=int(vcpu.arrays.vcpu[0].walker.pte_access))
+        stop = dataclasses.replace(stop, allows=_access_of(int(vcpu.arrays.vcpu[0].walker.pte_access)))
     l2 = vcpu.nested.l2
     if l2 is None or l2.ept is None or stop.reason not in ("page_fault", "pml_full"):
         return stop
@@ -126,6 +127,11 @@ def _write_vmcb(kvm: Kvm, vcpu: KvmVcpu) -> None:
     if l2 is not None and l2.vmcb is not None:
         kick(kvm)
         kvm.write_guest_page(l2.vmcb >> 12, vcpu.index)
+
+
+def _access_of(acc: int) -> Access:
+    """Return what KVM's ACC_EXEC_MASK (1), ACC_WRITE_MASK (2) and ACC_USER_MASK (4, here: may be read) allow."""
+    return Access((acc >> 2 & 1) | acc & 2 | (acc & 1) << 2)
 
 
 def _check_page(name: str, gpa: int | None) -> None:

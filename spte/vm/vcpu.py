@@ -15,6 +15,7 @@ from spte.vm import nested
 from spte.vm.kvm import Kvm, KvmVcpu
 from spte.vm.vcpu_run import ONE_KIND, Kinds, enter_guest, frames, pre_fault_memory, vcpu_run, written_page
 
+_IS_KIND = np.isin(np.arange(256), tuple(ONE_KIND))
 DIRTY_GFN = np.dtype([("flags", "<u4"), ("slot", "<u4"), ("offset", "<u8")])  # struct kvm_dirty_gfn
 
 
@@ -85,8 +86,10 @@ class VirtualCpu(KvmVcpu):
             None if every access was done, else what stopped the batch.
         """
         each = np.array(kinds, np.uint8)
-        if each.shape != np.shape(gfns) or (each > EXEC).any():
-            raise TypeError(f"kinds has shape {each.shape} or values above {EXEC}; pass one of 0..{EXEC} a gfn")
+        if each.shape != np.shape(gfns):
+            raise TypeError(f"kinds has shape {each.shape}, gfns {np.shape(gfns)}; pass one kind for each gfn")
+        if not _IS_KIND[each].all():
+            raise TypeError(f"kinds holds {each[~_IS_KIND[each]][0]}; pass READ (1), WRITE (2) or EXEC (4) for each gfn")
         return self._run(gfns, each if len(each) != 1 else ONE_KIND[int(each[0])], stays=stays)
 
     def _run(self, gfns: npt.ArrayLike, kinds: Kinds, *, stays: bool = False) -> Exit | None:

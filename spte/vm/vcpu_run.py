@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from spte.access import Access
 from spte.arrays.mode import replace
 from spte.arrays.records import I64s
 from spte.arrays.vcpu import (
@@ -149,7 +150,7 @@ def vcpu_run(kvm: Kvm, vcpu: KvmVcpu, gfns: I64s, kinds: Kinds, *, stays: bool =
             mmu.load(vcpu.mmu, v)
         elif reason != EXIT_LOG:
             kind = int(kinds[at] if len(kinds) > 1 and at < len(kinds) else kinds[0]) if len(kinds) else READ
-            return Exit(_REASONS[reason], int(at), int(v.vcpu[0].exit_gfn), kind)
+            return Exit(_REASONS[reason], int(at), int(v.vcpu[0].exit_gfn), Access(kind))
 
 
 def _copy_page(kvm: Kvm, v: Vcpu, gfn: int) -> bool:

@@ -34,7 +34,7 @@ def state(vm: spte.VM, log: np.ndarray) -> list[object]:
 def test_a_large_batch_does_what_small_ones_do(platform, policy, logs, mixed):
     rng = np.random.default_rng(3)
     gfns = rng.integers(0, PAGES, MANY)
-    kinds = rng.integers(0, 3, MANY).astype(np.uint8) if mixed else np.full(MANY, spte.WRITE, np.uint8)
+    kinds = (1 << rng.integers(0, 3, MANY)).astype(np.uint8) if mixed else np.full(MANY, spte.WRITE, np.uint8)
     got = []
     for size in (MANY, 100):
         vm, backing = guest(platform, policy)
