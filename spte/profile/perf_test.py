@@ -8,12 +8,8 @@ from typing import Any
 
 import numpy as np
 
-<<<<<<< f318bb9df3fcd2d033a2968f65fdb9b869b7d3f6
-from spte.arrays.vcpu import READ, WRITE
-from spte.platform import PAGE_SIZE
-=======
 from spte.access import READ, WRITE
->>>>>>> eb5bba1bbd8217c3e8caf04c9e15aa8893599f91
+from spte.platform import PAGE_SIZE
 from spte.profile.workload import Access, WorkloadError, ascending, check_choice, check_seed, check_vcpus
 from spte.trace import MAX_NPAGES
 

@@ -14,14 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-<<<<<<< f318bb9df3fcd2d033a2968f65fdb9b869b7d3f6
+from spte.access import EXEC, READ, WRITE
 from spte.platform import PAGE_SIZE
 
-READ, WRITE, EXEC = 0, 1, 2
-=======
-from spte.access import EXEC, READ, WRITE
-
->>>>>>> eb5bba1bbd8217c3e8caf04c9e15aa8893599f91
 STRING_IO = 255  # not an access: KVM emulates `rep insb` here
 
 CODE, COMMANDS, STACK = 0xC0000, 0xC0001, 0xC000F

@@ -17,13 +17,8 @@ MAX_LINES, MAX_FILES = 320, 13
 
 # Floor of each module or subpackage below `spte`; imports point down or stay on the floor.
 FLOORS = {
-<<<<<<< f318bb9df3fcd2d033a2968f65fdb9b869b7d3f6
-    "_version": 0, "errors": 0, "exits": 0, "_numba": 0,
+    "_version": 0, "errors": 0, "access": 0, "exits": 0, "_numba": 0,
     "platform": 1, "policy": 1, "trace": 1, "bits": 2,
-=======
-    "_version": 0, "errors": 0, "access": 0, "exits": 0, "_numba": 0, "trace": 0,
-    "platform": 1, "policy": 1, "bits": 2,
->>>>>>> eb5bba1bbd8217c3e8caf04c9e15aa8893599f91
     "arrays": 3, "kernels": 4, "host": 5, "mm": 5, "mmu": 6,
     "cpu": 7, "guest_tables": 7, "observe": 7,
     "vm": 8, "warm": 8,
