@@ -8,6 +8,7 @@ from spte.bits import ONE, U64, ZERO
 
 WORD_SHIFT, WORD_MASK = U64(6), U64(63)
 LAST_BIT = ONE << WORD_MASK
+TWO, THREE, FOUR = U64(2), U64(3), U64(4)
 
 
 @kernel_apart
@@ -21,6 +22,17 @@ def first_block(words, start, first, count):
             return first
         first += HARVEST_WORDS
     return count
+
+
+@helper
+def next_word(words, w, end):
+    """Return the first of the words ``w, w + 1, ...`` that is not 0, `end` if there is none before; all `np.uint64`."""
+    # By fours: where a hundredth is dirty, in runs, a harvest took 1.25 times as long word by word.
+    while w + FOUR <= end and (words[w] | words[w + ONE] | words[w + TWO] | words[w + THREE]) == ZERO:
+        w += FOUR
+    while w < end and words[w] == ZERO:
+        w += ONE
+    return w
 
 
 @helper

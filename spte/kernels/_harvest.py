@@ -12,7 +12,7 @@ from spte._numba.jit import ctz, helper, kernel, popcount, prefetch
 from spte.arrays.records import U64s
 from spte.arrays.tables import HARVEST_WORDS
 from spte.bits import INDEX_MASK, ONE, U64, W_SHIFT, ZERO
-from spte.kernels._bitmap import WORD_SHIFT, count_bits, first_block, list_pages, take_words
+from spte.kernels._bitmap import WORD_SHIFT, count_bits, first_block, list_pages, next_word, take_words
 from spte.kernels._check import changed, separate
 from spte.kernels._entries import clear_entry
 from spte.kernels._layout import AnyPlatform, resolve
@@ -57,9 +57,10 @@ def _harvest(sptes, bitmap, out, places, shift):
         take_words(bitmap, ZERO, out, first, end)
         found, pages = count_bits(out, first, end)
         if pages >= found * U64(DENSE):
-            for w in range(U64(first), U64(end)):
-                if out[w] != ZERO:
-                    done += rearm_window(sptes, w << WORD_SHIFT, out[w], shift, W_SHIFT)
+            w = next_word(out, U64(first), U64(end))
+            while w < U64(end):
+                done += rearm_window(sptes, w << WORD_SHIFT, out[w], shift, W_SHIFT)
+                w = next_word(out, w + ONE, U64(end))
         else:
             done += rearm_places(sptes, places, list_pages(out, first, end, places), shift, W_SHIFT)
         first = first_block(bitmap, ZERO, end, count)

@@ -10,8 +10,8 @@ import numpy as np
 
 from spte._numba.jit import helper, kernel, kernel_apart, prefetch
 from spte.arrays.tables import HARVEST_WORDS
-from spte.bits import U64, ZERO
-from spte.kernels._bitmap import WORD_SHIFT, count_bits, first_block, list_pages, take_words
+from spte.bits import ONE, U64, ZERO
+from spte.kernels._bitmap import WORD_SHIFT, count_bits, first_block, list_pages, next_word, take_words
 from spte.kernels._harvest import DENSE, IN_FLIGHT, rearm_places, rearm_window
 from spte.mmu.dirty_log.pt_masked import rearm
 from spte.mmu.dirty_log.pt_masked_rmap import rearm_rmap_words
@@ -37,13 +37,14 @@ def _rearm_dense(t, m, root, base, masks, first, end):
     changed = 0
     shift = log_shift(t, m, root)
     row = np.int64(-1)
-    for w in range(U64(first), U64(end)):
+    w = next_word(masks, U64(first), U64(end))
+    while w < U64(end):
         gfn = base + np.int64(w << WORD_SHIFT)
-        if masks[w] != ZERO:
-            if row < 0 or t.pages[row].gfn != gfn & ~511:
-                row = leaf_table(t, root, gfn)
-            if row >= 0:
-                changed += rearm_window(t.flat, row * 512 + (gfn & 511), masks[w], shift, shift)
+        if row < 0 or t.pages[row].gfn != gfn & ~511:
+            row = leaf_table(t, root, gfn)
+        if row >= 0:
+            changed += rearm_window(t.flat, row * 512 + (gfn & 511), masks[w], shift, shift)
+        w = next_word(masks, w + ONE, U64(end))
     return changed
 
 
