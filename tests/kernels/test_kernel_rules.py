@@ -26,6 +26,9 @@ from spte import policy
 from spte._numba import jit as _jit
 from spte.warm import warmup
 
+if _jit.LINK:
+    del _jit.LINK.Entry.__call__  # numba looks at the arguments of every call
+
 
 def arrays(args):
     "Array types among the arguments, those inside named tuples too; scalars may differ between callers."
