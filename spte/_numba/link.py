@@ -28,6 +28,7 @@ from numba.core.compiler_machinery import PassManager, register_pass
 from numba.core.registry import CPUDispatcher
 from numba.core.typed_passes import NativeLowering
 
+BOUNDSCHECK = bool(getattr(config, "BOUNDSCHECK", False))
 _WRAPPER = "_ZN7cpython"  # begins the name of what Python calls
 NEEDS: dict[Any, tuple[str, ...]] = {
     JITCodeLibrary: ("_finalized", "_get_module_for_linking", "finalize", "enable_object_caching"),
@@ -174,9 +175,9 @@ class Entry(CPUDispatcher):
         if self._code is not None:
             return self._code(*args)
         result = super().__call__(*args)
-        if not config.BOUNDSCHECK:
+        if not BOUNDSCHECK:
             (compiled,) = self.overloads.values()  # one signature
-            self._code = compiled.entry_point
+            self._code = compiled.entry_point  # type: ignore[attr-defined]
         return result
 
     @property
