@@ -91,7 +91,7 @@ class Layout(NamedTuple):
 
 def layout(platform: Platform, era: str) -> Layout:
     """Return the layout of `platform` in the era ``"6.1"`` or ``"6.12"``."""
-    suppress = SUPPRESS_VE if era == "6.12" else ZERO
+    suppress = SUPPRESS_VE if era in ("6.12", "7.2") else ZERO
     l1tf = U64(0x1F) << U64(platform.l1tf - 5) if platform.l1tf else ZERO
     if platform.paging == EPT:
         present = suppress if platform.exec_only else suppress | ONE

@@ -13,7 +13,7 @@ from spte.policy import COLLAPSE_PAGES, Policy
 def mode_of(platform: Platform, policy: Policy, manual: int) -> Mode:
     """Return the mode of a VM whose vCPUs run L1."""
     i = np.int64
-    lay = layout(platform, policy.era)
+    lay = layout(platform, policy.spte_layout)
     nx_marks = 2 if policy.nx_marks == "linked" else 0 if platform.paging == SHADOW else 1
     if policy.software_ad and not platform.ad_bits:
         lay = lay._replace(accessed=SOFT_ACCESSED, dirty=SOFT_DIRTY)
@@ -21,7 +21,7 @@ def mode_of(platform: Platform, policy: Policy, manual: int) -> Mode:
         lay=lay, max_level=i(platform.max_level), ad=i(platform.ad_bits),
         dirty_log_size=i(platform.cpu_dirty_log_size), eager=i(policy.eager_page_split and platform.tdp_mmu), nx=i(policy.nx_huge_pages),
         split_in_place=i(policy.fault_split == "in-place"), fast_fault=i(policy.fast_page_fault),
-        oldest_first=i(policy.pml_order == "oldest-first"), dirty_on_remake=i(policy.dirty_on_remake),
+        oldest_first=i(policy.pml_order == "oldest-first"), dirty_on_remake=i(policy.dirty_on_remake != "never"),
         flush_each=i(policy.collapse_flush == "each"), recover=i(policy.collapse == "recover"),
         clear_arms_huge=i(manual == 3 and policy.initially_set_enable == "nothing"), shadow=i(not platform.tdp_mmu),
         nx_marks=i(nx_marks), nx_any_table=i(policy.nx_any_table),

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from spte.policy import NAMES, Policy
+from spte.policy import NAMES, RECORDED, Policy
 
 SCHEMA = "spte-policies/1"
 
@@ -27,7 +27,8 @@ A decision can be replaced alone wherever a policy is taken:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; `schema` names its version.")
 def policies(as_json: bool) -> None:
     """Print the decisions as a table or as JSON."""
-    described = {name: Policy.named(name).describe() for name in NAMES}
+    names = NAMES if as_json else RECORDED
+    described = {name: Policy.named(name).describe() for name in names}
     decisions: list[dict[str, Any]] = [
         {
             "decision": field,
@@ -35,7 +36,7 @@ def policies(as_json: bool) -> None:
             "source": source,
             "values": {name: rows[i][1] for name, rows in described.items()},
         }
-        for i, (field, _, meaning, source) in enumerate(described[NAMES[0]])
+        for i, (field, _, meaning, source) in enumerate(described[names[0]])
     ]
     if as_json:
         click.echo(json.dumps({"schema": SCHEMA, "policies": list(NAMES), "decisions": decisions}, indent=1))
@@ -51,11 +52,11 @@ def _print(decisions: list[dict[str, Any]]) -> None:
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("decision", no_wrap=True)
-    for name in NAMES:
+    for name in RECORDED:
         table.add_column(name, overflow="fold")
     table.add_column("meaning", overflow="fold")
     table.add_column("source", overflow="fold")
     for entry in decisions:
-        cells = (entry["decision"], *entry["values"].values(), entry["meaning"], entry["source"])
+        cells = (entry["decision"], *(entry["values"][name] for name in RECORDED), entry["meaning"], entry["source"])
         table.add_row(*map(Text, cells))
     Console(width=shutil.get_terminal_size(fallback=(120, 0)).columns).print(table)
