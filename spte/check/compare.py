@@ -20,16 +20,18 @@ DIRECT = frozenset({
     *(f"init_ret{vcpu}" for vcpu in range(VCPU_LIMIT)),
 })  # fmt: skip
 IN_FORCE = frozenset({"slots", "kbitmap", "mmu", "stats", "nested"})
-EACH_OP = frozenset({"exits", "exit_reasons", "hw"})
-NOT_COMPARED = frozenset({"events", "vals", "mem"})
+EACH_OP = frozenset({"exits", "exit_reasons", "hw", "counts"})
+NOT_COMPARED = frozenset({"events", "vals", "mem", "debugfs"})
 KNOWN = INPUT | DIRECT | IN_FORCE | EACH_OP | NOT_COMPARED | {"l1_exits"}
 
 VM_STATS = frozenset({"pages_4k", "pages_2m", "pages_1g", "remote_tlb_flush_requests", "nx_lpage_splits"})
 VCPU_STATS = frozenset({"pf_taken", "pf_fixed", "pf_fast", "pf_emulate", "pf_spurious", "pf_mmio_spte_created"})
 OTHER_STATS = frozenset({
     "tlb_flush", "mmu_cache_miss", "mmu_shadow_zapped", "mmu_pte_write", "max_mmu_rmap_size", "remote_tlb_flush", "mmu_unsync",
+    "mmu_shadow_pages",
 })  # fmt: skip
 
+COUNTS = frozenset({"flush_all", "fault", "mmio_fault", "fast_fixed"})
 SLOT_KEYS = ("base_gfn", "npages", "flags", "disallow_l2", "disallow_l3", "kbitmap")
 NESTED_KEYS = ("in_l2", "rmaps", "logging_slots", "pml01", "pml02", "deferred")
 EXIT_KEYS = frozenset({"exit", "error", "more", "gpa", "len", "write", "in", "port", "size", "count"})
@@ -89,6 +91,7 @@ class InForce:
             unknown += [f"mmu.{k}" for m in record["mmu"] for k in unknown_mmu_keys(m)]
         self.nested |= record.get("nested", {})
         unknown += [f"nested.{k}" for k in record.get("nested", {}) if k not in NESTED_KEYS]
+        unknown += [f"counts.{k}" for k in record.get("counts", {}) if k not in COUNTS]
         unknown += [f"exits.{k}" for e in record.get("exits", ()) for k in e if k not in EXIT_KEYS]
         unknown += [f"exit_reasons.{k}" for k in record.get("exit_reasons", {}) if k not in KNOWN_REASONS]
         unknown += [f"hw.{h[0]}" for h in record.get("hw", ()) if h[0] not in HW_COMPARED | HW_CPU]
@@ -141,6 +144,10 @@ def differences(
         for name in sorted(EXIT_REASONS):
             if ours.get(name, 0) != theirs.get(name, 0):
                 yield Difference(f"exit_reasons.{name}", theirs.get(name, 0), ours.get(name, 0))
+    ours, theirs = got.get("counts", {}), expected.get("counts", {})
+    for name in sorted(COUNTS):
+        if ours.get(name, 0) != theirs.get(name, 0):
+            yield Difference(f"counts.{name}", theirs.get(name, 0), ours.get(name, 0))
     for who, name in sorted(force.stats.keys() | model.stats.keys()):
         a, b = force.stats.get((who, name), 0), model.stats.get((who, name), 0)
         if a != b:

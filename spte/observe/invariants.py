@@ -129,7 +129,7 @@ def check(vm: Observable) -> None:
     t, count = vm.mmu.tables, np.zeros(3, np.int64)
     broken, row, i = _scan(t, vm.memslots.spaces[0], vm.mmu.mode, count)
     if broken:
-        where = f"entry {i} of table {row}: level {t.level[row]}, first gfn {t.gfn[row]:#x}, value {t.sptes[row, i]:#x}"
+        where = f"entry {i} of table {row}: level {t.level[row]}, first gfn {t.gfn[row]:#x}, value {vm.bits.spte(int(t.sptes[row, i])):#x}"
         raise InvariantError(f"{NAMES[broken]} broken by {where}")
     counted = t.meta[PAGES_4K : PAGES_4K + 3]
     if (counted != count).any():

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from spte.arrays.context import PAE_ROOT, Tables
-from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, Layout
+from spte.bits import LARGE, MMU_PRESENT, PFN_MASK
+from spte.kernel_bits import KernelBits
 from spte.mmu.slot.sweep import GFN_SHIFT, is_scattered
 
 _PRESENT, _LARGE, _FRAME, _NO_FRAME = int(MMU_PRESENT), int(LARGE), int(PFN_MASK), ~PFN_MASK
@@ -82,7 +83,7 @@ def _collect(t: Tables, row: int, hide: tuple[int, int] | None, address: int, fo
                     found.append(Run("other", level, gfn, 1, int(entries[i])))
 
 
-def leafs(walked: list[Run], *, mapped: bool = False) -> list[list[Any]]:
+def leafs(walked: list[Run], bits: KernelBits, *, mapped: bool = False) -> list[list[Any]]:
     """Return ``[level, first_gfn, count, flags]`` runs of the leaves of a walk that follow each other with equal bits but for the frame.
 
     `mapped` adds the gfn that the first one maps, where the tables translate other addresses than gfns.
@@ -91,7 +92,7 @@ def leafs(walked: list[Run], *, mapped: bool = False) -> list[list[Any]]:
     for run in walked:
         if run.what != "leaf":
             continue
-        level, flags = run.level, f"{run.value:x}"
+        level, flags = run.level, f"{bits.spte(run.value):x}"
         last = runs[-1] if runs else None
         if last and last[0] == level and last[3] == flags:
             size = last[2] << (9 * (level - 1))
@@ -102,14 +103,17 @@ def leafs(walked: list[Run], *, mapped: bool = False) -> list[list[Any]]:
     return runs
 
 
-def tables(t: Tables, walked: list[Run]) -> list[list[Any]]:
-    """Return ``[level, gfn, count, role, tdp, nx_disallowed, unsync]`` runs of the page-table pages of a walk, parents before children."""
+def tables(t: Tables, walked: list[Run], role_of: Callable[[int], int]) -> list[list[Any]]:
+    """Return ``[level, gfn, count, role, tdp, nx_disallowed, unsync]`` runs of the page-table pages of a walk, parents before children.
+
+    `role_of` returns the role of a row as the kernel has it.
+    """
     runs: list[list[Any]] = []
     for run in walked:
         if run.what != "table":
             continue
         level, gfn, row = run.level, run.gfn, run.value
-        key = [f"{int(t.role[row]):x}", 1 - int(t.shadow[row]), int(t.nx_disallowed[row] != 0), int(t.unsync[row])]
+        key = [f"{role_of(row):x}", 1 - int(t.shadow[row]), int(t.nx_disallowed[row] != 0), int(t.unsync[row])]
         last = runs[-1] if runs else None
         if last and last[0] == level and last[3:] == key and last[1] + (last[2] << (9 * level)) == gfn:
             last[2] += 1
@@ -118,10 +122,9 @@ def tables(t: Tables, walked: list[Run]) -> list[list[Any]]:
     return runs
 
 
-def other(walked: list[Run], lay: Layout) -> list[list[Any]]:
+def other(walked: list[Run], bits: KernelBits) -> list[list[Any]]:
     """Return ``[level, gfn, full hex]`` of the entries of a walk that are neither present nor empty: MMIO and frozen ones."""
-    empty = int(lay.nonpresent)
-    return [[r.level, r.gfn, f"{r.value:x}"] for r in walked if r.what == "other" and r.value != empty]
+    return [[r.level, r.gfn, f"{bits.spte(r.value):x}"] for r in walked if r.what == "other" and r.value != bits.nonpresent]
 
 
 def runs_of(values: list[int]) -> list[list[int]]:

@@ -62,6 +62,9 @@ class Policy:
         "prefault of a page that has an SPTE makes it anew, or leaves it alone", "remakes", "recordings 6.12/k1_prefault",
         ("6.13", "leaves", "6385d01eec16; recordings 6.18/k1_prefault"),
     )  # fmt: skip
+    binary_stats: bool = _decision(
+        "statistics are read through file descriptors", False, "recordings 5.10", ("5.14", True, "ce55c049459c; recordings 6.1")
+    )
     eager_page_split: bool = _decision(
         "split huge leaves when logging starts, or at CLEAR with initially-set", False, "recordings 5.10/b1_thp_eager",
         ("5.18", True, "a3fe5dbda0a4; recordings 6.1"),

@@ -23,6 +23,7 @@ STATS = {
     "vm": ("pages_4k", "pages_2m", "pages_1g", "remote_tlb_flush_requests", "nx_lpage_splits"),
     "vcpu": ("pf_taken", "pf_fixed", "pf_fast", "pf_emulate", "pf_spurious", "pf_mmio_spte_created"),
 }
+COUNTS = {"flush_all": "flushes", "fault": "ept_violations", "mmio_fault": "ept_misconfigs", "fast_fixed": "faults_fast"}
 EXIT_REASONS = {"EPT_VIOLATION": "ept_violations", "EPT_MISCONFIG": "ept_misconfigs", "PML_FULL": "pml_full"}
 
 class Replay:
@@ -112,9 +113,16 @@ class Replay:
             if different:
                 changed[who] = different
             self._stats[who] = kept
-        if changed:
-            out["stats"] = changed
         counters = self.machine.counters()
+        if self.machine.policy.binary_stats:
+            if changed:
+                out["stats"] = changed
+        elif self._traced and not new:
+            counts = {name: counters[key] - self._counters.get(key, 0) for name, key in COUNTS.items()}
+            if self.machine.platform.paging == EPT:
+                counts["mmio_fault"] = 0  # a misconfiguration is not traced as a fault
+            if counts := {name: count for name, count in counts.items() if count}:
+                out["counts"] = counts
         reasons = {name: counters[key] - self._counters.get(key, 0) for name, key in EXIT_REASONS.items()}
         reasons["IO_INSTRUCTION"] = counters["io_exits"] - self._counters.get("io_exits", 0)
         self._counters = counters
@@ -139,13 +147,13 @@ class Replay:
         roots = [int(each.arrays.reg[ROOT]) for each in vm.vcpus]
         root = roots[vcpu]
         role, level = int(vm.mmu.tables.role[root]), int(vm.mmu.tables.level[root])
-        entry: dict[str, Any] = {"vcpu": vcpu, "root_level": level, "role": f"{role & ~ROLE_INVALID:x}"}
+        entry: dict[str, Any] = {"vcpu": vcpu, "root_level": level, "role": f"{vm.role_of(vcpu)(root) & ~vm.bits.role_invalid:x}"}
         if root in roots[:vcpu]:
             return {**entry, "root": f"same as vcpu {roots.index(root)}"}
         entry["root_invalid"] = -1 if vm.mmu.tables.shadow[root] == PAE_ROOT else int(role & ROLE_INVALID != 0)
         walked = listing.walk(vm.mmu.tables, root, HIDDEN)
-        entry["leafs"], entry["tables"] = listing.leafs(walked), listing.tables(vm.mmu.tables, walked)
-        other = listing.other(walked, vm.mmu.mode.lay)
+        entry["leafs"], entry["tables"] = listing.leafs(walked, vm.bits), listing.tables(vm.mmu.tables, walked, vm.role_of(vcpu))
+        other = listing.other(walked, vm.bits)
         if other:
             entry["other"] = other
         return entry

@@ -63,6 +63,7 @@ class NestedVcpu:
         self.active, self.role, self.pgd = self.root_mmu, vm.first_role, 0
         self.pae_root = -1
         self.cr3: int | None = None
+        self.long_mode = False  # the guest has its paging on
         self.l2: L2 | None = None
         self.pml01 = vm.pml_wanted  # the PML control while L1 runs
         self.update_requested = self.update_deferred = self.sync_requested = False
@@ -105,6 +106,7 @@ class NestedVcpu:
         if self._vm.platform.paging == SHADOW and gpa is not None:
             self._vm.mmu.check_root(gpa)
         self.end_stay()
+        self.long_mode = gpa is not None
         if self._vm.platform.paging == SHADOW:
             mmu = self._vm.mmu
             if self.cr3 is None and self.pae_root >= 0 and isinstance(mmu, ShadowPaging):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from spte.arrays.context import ROOT
+from spte.arrays.context import PAE_ROOT, ROOT
 from spte.bits import ROLE_GUEST_MODE, ROLE_INVALID, ROLE_IS_DIRECT
+from spte.kernel_bits import KernelBits, kernel_bits
 from spte.observe import listing
 from spte.observe.invariants import check as check_invariants
 from spte.observe.stats import counters, stats
+from spte.platform import Platform
+from spte.policy import Policy
 from spte.vm.memslots import Memslots
 from spte.vm.mmu import Mmu
 
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 class Observable:
     """The part of a VM that only looks."""
 
+    platform: Platform
+    policy: Policy
     mmu: Mmu
     memslots: Memslots
     vcpus: Sequence[VirtualCpu]
@@ -35,15 +40,30 @@ class Observable:
 
     def leafs(self, vcpu: int = 0, *, hide: tuple[int, int] | None = None) -> list[list[Any]]:
         """Return the leaves of a vCPU's root as ``[level, first_gfn, count, flags]`` runs; `hide` leaves gfns ``[a, b)`` out."""
-        return listing.leafs(self._walk(vcpu, hide))
+        return listing.leafs(self._walk(vcpu, hide), self.bits)
 
     def tables(self, vcpu: int = 0, *, hide: tuple[int, int] | None = None) -> list[list[Any]]:
         """Return its page-table pages as ``[level, gfn, count, role, tdp, nx_disallowed, unsync]`` runs."""
-        return listing.tables(self.mmu.tables, self._walk(vcpu, hide))
+        return listing.tables(self.mmu.tables, self._walk(vcpu, hide), self.role_of(vcpu))
 
     def other(self, vcpu: int = 0, *, hide: tuple[int, int] | None = None) -> list[list[Any]]:
         """Return its MMIO and frozen entries as ``[level, gfn, hex]``."""
-        return listing.other(self._walk(vcpu, hide), self.mmu.mode.lay)
+        return listing.other(self._walk(vcpu, hide), self.bits)
+
+    @property
+    def bits(self) -> KernelBits:
+        """How the kernel of the VM's policy has its SPTEs and roles; the arena itself has one layout."""
+        return kernel_bits(self.platform, self.policy)
+
+    def role_of(self, vcpu: int) -> Callable[[int], int]:
+        """Return a function that gives the role of a row below a root of `vcpu` as the kernel has it."""
+        t, bits, nx = self.mmu.tables, self.bits, self.vcpus[vcpu].long_mode
+
+        def role(row: int) -> int:
+            below = not t.shadow[row] and t.parent[row] >= 0
+            return bits.role(int(t.role[row]), tdp=below, pae=int(t.shadow[row]) == PAE_ROOT, nx=nx)
+
+        return role
 
     def _walk(self, vcpu: int, hide: tuple[int, int] | None) -> list[listing.Run]:
         return listing.walk(self.mmu.tables, int(self.vcpus[vcpu].arrays.reg[ROOT]), hide)
@@ -58,10 +78,10 @@ class Observable:
         for vcpu in self.vcpus:
             for name, cache in (("root_mmu", vcpu.root_mmu), ("guest_mmu", vcpu.guest_mmu)):
                 for which, root in cache:
-                    role = int(t.role[root.row])
+                    role, named = int(t.role[root.row]), self.role_of(vcpu.index)
                     entry = {"vcpu": vcpu.index, "mmu": name, "which": which, "active": int(cache is vcpu.active and which == "cur")}
                     if which == "cur":
-                        entry |= {"root_level": int(t.level[root.row]), "role": f"{root.role:x}"}
+                        entry |= {"root_level": int(t.level[root.row]), "role": f"{self.bits.role(root.role, nx=vcpu.long_mode):x}"}
                     entry["pgd"] = f"{root.pgd:x}"
                     if root.row in seen:
                         found.append({**entry, "root": f"same as {seen[root.row]}"})
@@ -69,11 +89,13 @@ class Observable:
                     seen[root.row] = f"{vcpu.index} {name} {which}"
                     walked = listing.walk(t, root.row, hide)
                     entry |= {
-                        "root_role": f"{role:x}", "direct": int(role & ROLE_IS_DIRECT != 0), "guest_mode": int(role & ROLE_GUEST_MODE != 0),
+                        "root_role": f"{named(root.row):x}", "direct": int(role & ROLE_IS_DIRECT != 0),
+                        "guest_mode": int(role & ROLE_GUEST_MODE != 0),
                         "root_invalid": int(role & ROLE_INVALID != 0),
-                        "leafs": listing.leafs(walked, mapped=name == "guest_mmu"), "tables": listing.tables(t, walked),
+                        "leafs": listing.leafs(walked, self.bits, mapped=name == "guest_mmu"),
+                        "tables": listing.tables(t, walked, named),
                     }  # fmt: skip
-                    other = listing.other(walked, self.mmu.mode.lay)
+                    other = listing.other(walked, self.bits)
                     found.append({**entry, "other": other} if other else entry)
         return found
 
@@ -87,7 +109,7 @@ class Observable:
 
     def trace_events(self, on: bool) -> None:
         """Record tracepoints from now on, or stop to."""
-        self.mmu.log.tracing = on
+        self.mmu.log.tracing, self.mmu.log.bits = on, self.bits
         self._keep_logs()
 
     def trace_hw(self, on: bool) -> None:

@@ -1,5 +1,6 @@
 """Policies by version: each decision as of that version, stable releases, unknown versions, and what a decision rests on."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -29,13 +30,13 @@ def test_changes_of_a_decision_are_in_order_and_each_changes_something(decision)
     at = [VERSIONS.index(c.version) for c in found]
     assert at == sorted(set(at))
     assert at[0] == 0
-    assert all(a.value != b.value for a, b in zip(found, found[1:], strict=False))
+    assert all(a.value != b.value for a, b in itertools.pairwise(found))
     assert all(c.source for c in found)
 
 
 def test_names_are_those_of_policies_that_differ():
     versions = [name for name in NAMES if name != SERIES]
-    assert all(values(a) != values(b) for a, b in zip(versions, versions[1:], strict=False))
+    assert all(values(a) != values(b) for a, b in itertools.pairwise(versions))
     for version in set(VERSIONS) - set(versions):
         before = VERSIONS[VERSIONS.index(version) - 1]
         assert values(version) == values(before)
