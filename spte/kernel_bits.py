@@ -141,6 +141,11 @@ class KernelBits(NamedTuple):
         return role
 
     @property
+    def mmio_generations(self) -> int:
+        """Generations of memslots that an MMIO SPTE tells apart."""
+        return 1 << (18 if self.sptes == "5.10" else 19)
+
+    @property
     def role_invalid(self) -> int:
         """The bit of a role that is set in a root that was zapped."""
         return ROLE_INVALID << 1 if self.roles == "7.2" else ROLE_INVALID

@@ -97,11 +97,9 @@ def madvise(backing: Backing, first: int, count: int, advice: int = DONTNEED, *,
         raise HostRangeError(f"advice={advice} is not for {backing.kind} memory; take 4 (DONTNEED)")
     hpage = backing.hpage + first
     split = _split_partial(hpage, count)
-    if advice in (DONTNEED, FREE):
-        unmap(backing.users, [(hpage, count), *split])
-    else:
-        for part in split:
-            unmap(backing.users, [part])
+    whole = [(hpage, count)] if advice in (DONTNEED, FREE) else []
+    for part in [*whole, *split]:
+        unmap(backing.users, [part])
     for block, _ in split:
         _pages(block >> 9)
         _settle(block >> 9)

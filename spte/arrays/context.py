@@ -107,12 +107,12 @@ class Vcpu(NamedTuple):
 
 # Columns of Vcpu.reg.
 PML_ON, PML_INDEX, RING_SIZE, RING_DIRTY, RING_RESET, RING_SOFT, RING_FULL_REQUEST = 0, 1, 2, 3, 4, 5, 6
-ROOT, EXIT_REASON, COUNTED, LOGGED, EXIT_GFN = 7, 8, 9, 10, 11
-PGD, STORE, AHEAD, STAY = 12, 13, 14, 15  # gfn of the guest's root table if KVM shadows it, else -1; bytes into the page of a write ...
-L1_PML_GFN, L1_PML_INDEX = 16, 17  # L1's own PML buffer while L2 runs with it, else -1; its index
-PML_BARRED = 18  # L2 runs with PML off: a full buffer is an exit that must not happen
-ASKED = 19  # AHEAD, ASKED: accesses up to which none is walked ahead, and whose faults' lines were asked for; kept over EXIT_SHADOW
-REG_COLUMNS = 20
+ROOT, EXIT_REASON, LOGGED, EXIT_GFN = 7, 8, 9, 10
+PGD, STORE, AHEAD, STAY = 11, 12, 13, 14  # gfn of the guest's root table if KVM shadows it, else -1; bytes into the page of a write ...
+L1_PML_GFN, L1_PML_INDEX = 15, 16  # L1's own PML buffer while L2 runs with it, else -1; its index
+PML_BARRED = 17  # L2 runs with PML off: a full buffer is an exit that must not happen
+ASKED = 18  # AHEAD, ASKED: accesses up to which none is walked ahead, and whose faults' lines were asked for; kept over EXIT_SHADOW
+REG_COLUMNS = 19
 # Columns of Vcpu.guest: level and gfn that the walk came to, access allowed there; table and access on the way by level.
 GW_LEVEL, GW_GFN, GW_ACCESS, GW_TABLE, GW_TABLE_ACCESS = 0, 1, 2, 3, 9
 GW_COLUMNS = 14
@@ -144,6 +144,15 @@ class Mode(NamedTuple):
     fast_fault: np.int64
     oldest_first: np.int64
     dirty_on_remake: np.int64
+    fast_huge_fault: np.int64  # a huge leaf may be mended without mmu_lock
+    prefetch_tail: np.int64  # prefetch fills the run that ends the group
+    freed_table_flush: np.int64  # each table of the TDP MMU that is freed flushes
+    l2_types: np.int64  # leaves of guest_mmu, where PML does not serve, are tagged as write-protected
+    sync_remakes: np.int64  # a sync makes every leaf anew
+    sync_accessed: np.int64  # with A
+    dirty_on_sync: np.int64  # and, over one with W, with D
+    aging_clears: np.uint64  # bits that aging takes beside A, in the TDP MMU
+    prefault_leaves: np.int64  # prefault leaves a present leaf alone
     flush_each: np.int64
     recover: np.int64
     clear_arms_huge: np.int64  # initially-set: CLEAR finds huge leaves that may be writable

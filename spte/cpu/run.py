@@ -79,17 +79,17 @@ def soft_full(v):
 @helper
 def _fault(t, s, h, v, m, gfn, kind, row, i, level):
     """Handle a violation or misconfiguration of a TDP MMU's root; returns an exit reason, cx.DONE to enter again."""
-    mmio, kind, present, again = begin_fault(m, s, v, gfn, kind, t.sptes[row, i], level)
+    mmio, kind, present = begin_fault(m, s, v, gfn, kind, t.sptes[row, i], level)
     if mmio:
         return cx.EXIT_MMIO
     k = find_slot(s, gfn)
-    may_be_fast = not again and k >= 0 and m.fast_fault and ((present and kind == cx.WRITE) or (not m.ad and not present))
+    may_be_fast = k >= 0 and m.fast_fault and ((present and kind == cx.WRITE) or (not m.ad and not present))
     if may_be_fast and fast_fault(t, s, v, m, k, gfn, kind, False, row, i, level):
         return cx.DONE
     if k >= 0 and kind == cx.WRITE and s.table[k, cx.FLAGS] & cx.READONLY:
         v.stat[cx.PF_EMULATE] += 1
         return cx.EXIT_MMIO
-    v.stat[cx.SLOW_FAULTS] += 1 - again
+    v.stat[cx.SLOW_FAULTS] += 1
     return map_gfn(t, s, h, v, m, k, gfn, kind, False, row, i, level)
 
 
@@ -97,7 +97,7 @@ def _fault(t, s, h, v, m, gfn, kind, row, i, level):
 def _may_run_on(v, m, gfns, kinds, at):
     """Tell whether faults from access `at` on may be alike: the next gfn follows, nothing looks at single ones."""
     plain = kinds.shape[0] == 1 and kinds[0] != cx.EXEC and v.log.shape[0] == 0
-    quiet = v.reg[cx.COUNTED] == 0 and v.reg[cx.RING_FULL_REQUEST] == 0
+    quiet = v.reg[cx.RING_FULL_REQUEST] == 0
     return plain and quiet and at + 1 < gfns.shape[0] and gfns[at + 1] == gfns[at] + 1
 
 
@@ -116,8 +116,8 @@ def run(t, s, h, v, m, gfns, kinds, start):
     ahead, resumed = max(start, v.reg[cx.AHEAD]), v.reg[cx.AHEAD] > 0
     listed, unlisted = forget_leaf_rows(t), start if resumed else start - n
     shadowed = m.shadow or v.reg[cx.PGD] >= 0 or t.meta[cx.INDIRECT] > 0
-    # A fault that the host has just served is not over, a stay that goes on was not left: no entry in between.
-    if v.reg[cx.COUNTED] == 0 and not v.reg[cx.STAY] & STAYED and soft_full(v):
+    # A stay that goes on was not left: no entry in between.
+    if not v.reg[cx.STAY] & STAYED and soft_full(v):
         reason = cx.EXIT_RING_FULL
     while at < n and reason == cx.DONE:
         if at >= ahead and v.log.shape[0] == 0:  # a log wants each access alone
@@ -166,7 +166,7 @@ def run(t, s, h, v, m, gfns, kinds, start):
             if count > 0:
                 ahead = max(ahead, at + 2)  # the next table and the run in it, before walking ahead again
                 continue
-        v.stat[cx.EXITS] += 1 - v.reg[cx.COUNTED]
+        v.stat[cx.EXITS] += 1
         drain(t, s, v, m)
         slow = v.stat[cx.SLOW_FAULTS]
         reason = cx.EXIT_SHADOW if shadowed else _fault(t, s, h, v, m, gfn, kind, row, i, level)

@@ -9,9 +9,10 @@ import numpy as np
 
 from spte._numba.jit import helper, kernel
 from spte.arrays.context import ROWS, U64s
-from spte.bits import LARGE_SHIFT, ONE, PRESENT_SHIFT, U64, W_SHIFT, ZERO
+from spte.bits import LARGE_SHIFT, ONE, PRESENT_SHIFT, U64, W_SHIFT, WRITABLE, ZERO
 from spte.kernels._check import rows
 from spte.mmu.slot.sweep import clear_scattered, is_scattered, place
+from spte.mmu.walk import is_leaf
 
 
 @helper
@@ -46,6 +47,19 @@ def write_protect_slot(t, as_id, start, end, min_level):
             if lo < hi:
                 changed += protect_entries(t.sptes, row, lo, hi, t.level[row] > 1)
     return changed
+
+
+@kernel
+def count_protected(t, as_id, start, end, min_level):
+    """Count the TDP MMU's leaves of level >= `min_level` for gfns ``[start, end)`` that have no W: old kernels write them again."""
+    count = 0
+    for row in range(t.meta[ROWS]):
+        if t.level[row] >= min_level and t.shadow[row] == 0:
+            lo, hi = place(t, row, as_id, start, end)
+            for i in range(lo, hi):
+                spte = t.sptes[row, i]
+                count += is_leaf(spte, t.level[row]) and (spte & WRITABLE) == ZERO
+    return count
 
 
 @kernel

@@ -37,23 +37,20 @@ def is_fresh_mmio(m, s, spte):
 
 @helper
 def begin_fault(m, s, v, gfn, kind, spte, level):
-    """Count a violation or misconfiguration; returns ``(still MMIO, kind, entry is present, counted before)``."""
+    """Count a violation or misconfiguration; returns ``(still MMIO, kind, entry is present)``."""
     present = is_leaf(spte, level) and (spte & (m.lay.readable | WRITABLE | m.lay.x)) != ZERO
-    again = v.reg[cx.COUNTED]
-    v.reg[cx.COUNTED] = 0
     if level == 1 and (spte & m.lay.mmio_mask) == m.lay.mmio_test and (spte & MMU_PRESENT) == ZERO:
         v.stat[cx.MISCONFIGS] += 1
         if is_fresh_mmio(m, s, spte):
-            return True, kind, present, again
+            return True, kind, present
         if m.lay.x != ZERO:  # an EPT misconfiguration does not say what the access was: KVM takes it for a read
             kind = np.int64(cx.READ)
     else:
-        v.stat[cx.VIOLATIONS] += 1 - again
-    if not again:
-        v.stat[cx.PF_TAKEN] += 1
-        if v.log.shape[0] > 0:
-            note(v, cx.EV_FAULT, gfn, kind, present, 0, 0)
-    return False, kind, present, again
+        v.stat[cx.VIOLATIONS] += 1
+    v.stat[cx.PF_TAKEN] += 1
+    if v.log.shape[0] > 0:
+        note(v, cx.EV_FAULT, gfn, kind, present, 0, 0)
+    return False, kind, present
 
 
 @helper
@@ -64,8 +61,9 @@ def _install(t, v, m, row, i, gfn, level, new):
         count_leaf(t, level, 1)
     elif level > 1 and is_link(old):
         count_leaf(t, level, 1)
+        freed = t.meta[cx.FREED]
         free_table(t, child_of(old))
-        t.meta[cx.FLUSHES] += 1
+        t.meta[cx.FLUSHES] += t.meta[cx.FREED] - freed if m.freed_table_flush else 1
     t.sptes[row, i] = new
     t.meta[cx.SPTES_WRITTEN] += 1
     if v.log.shape[0] > 0:
@@ -157,7 +155,7 @@ def fast_fault(t, s, v, m, k, gfn, kind, prefetch, row, i, level):
         new = restore_access_tracked(new, m.lay)
     if kind == cx.WRITE and (old & m.lay.mmu_writable) != ZERO:
         new |= WRITABLE
-        if level > 1 and s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES:
+        if level > 1 and (not m.fast_huge_fault or s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES):
             return False
     fixed = new != old and allowed(m, new, kind)
     if fixed:
@@ -209,11 +207,13 @@ def map_gfn(t, s, h, v, m, k, gfn, kind, prefetch, row, i, level):
             note(v, cx.EV_SPTE, gfn, level, old, new, 0)
             note(v, cx.EV_MMIO, gfn, 0, 0, 0, 0)
         return cx.EXIT_MMIO
+    if prefetch and m.prefault_leaves and is_leaf(old, level):
+        return cx.DONE
     first = pfn & ~((ONE << U64(9 * (level - 1))) - ONE)
     write = host_writable and ((old & WRITABLE) != ZERO or may_write(t, gfn, True, prefetch))
     access = np.int64(ACC_ALL & ~ACC_EXEC if m.nx and level > 1 else ACC_ALL)
     new = make_leaf(m, level, first, old, prefetch, host_writable, np.int64(t.role[row]), access, write)
-    if write and s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES:
+    if (new & WRITABLE) != ZERO and s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES:
         mark_dirty(t, s, v, k, gfn)
     if new != old:
         _install(t, v, m, row, i, gfn, level, new)

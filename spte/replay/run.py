@@ -139,7 +139,7 @@ class Replay:
             return state
         return state | {
             "logging_slots": vm.nr_memslots_dirty_logging, "pml01": [int(v.pml01) for v in vm.vcpus],
-            "pml02": [int(v.pml01 and vm.policy.pml_in_l2) for v in vm.vcpus], "deferred": [int(v.update_deferred) for v in vm.vcpus],
+            "pml02": [int(v.ran_l2 and v.pml01 and vm.policy.pml_in_l2) for v in vm.vcpus], "deferred": [int(v.update_deferred) for v in vm.vcpus],
         }  # fmt: skip
 
     def _mmu_entry(self, vcpu: int) -> dict[str, Any]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from spte.errors import CapabilityError, RingTooLargeError
-from spte.vm.memslots import ADDRESS_SPACES, USER_MEM_SLOTS
+from spte.policy import Policy
+from spte.vm.memslots import ADDRESS_SPACES
 
+NR_MEMSLOTS, ADDRESS_SPACE_COUNT = 10, 118
 MANUAL_PROTECT, DIRTY_RING, DIRTY_RING_ACQ_REL, PREFAULT = 168, 192, 223, 236
 RING_ENTRY_BYTES, RING_MAX_BYTES, PAGE = 16, 65536 * 16, 4096
 RING_RESERVED = 64
 _NAMES = {"manual_dirty_log_protect2": MANUAL_PROTECT, "dirty_log_ring": DIRTY_RING, "dirty_log_ring_acq_rel": DIRTY_RING_ACQ_REL}
-_EXTENSIONS = {
-    10: USER_MEM_SLOTS, 118: ADDRESS_SPACES, MANUAL_PROTECT: 3, DIRTY_RING: RING_MAX_BYTES, DIRTY_RING_ACQ_REL: RING_MAX_BYTES, 236: 1,
-}  # fmt: skip
 
 
 def _number_of(name: str | int) -> int | None:
@@ -28,9 +27,14 @@ def number(name: str | int) -> int:
     return found
 
 
-def check_extension(cap: str | int) -> int:
-    """Return what KVM_CHECK_EXTENSION says of a capability given by name or number: 0 = unknown."""
-    return _EXTENSIONS.get(_number_of(cap) or 0, 0)
+def check_extension(cap: str | int, policy: Policy, *, shadow: bool) -> int:
+    """Return what KVM_CHECK_EXTENSION says of a capability given by name or number: 0 = unknown; `shadow`: neither EPT nor NPT."""
+    ring = RING_MAX_BYTES if policy.dirty_ring else 0
+    known = {
+        NR_MEMSLOTS: policy.user_mem_slots, ADDRESS_SPACE_COUNT: ADDRESS_SPACES, MANUAL_PROTECT: 3, DIRTY_RING: ring,
+        DIRTY_RING_ACQ_REL: ring, PREFAULT: int(policy.prefault and not shadow),
+    }  # fmt: skip
+    return known.get(_number_of(cap) or 0, 0)
 
 
 def check_manual_protect(arg0: int) -> None:
@@ -39,8 +43,10 @@ def check_manual_protect(arg0: int) -> None:
         raise CapabilityError(f"manual={arg0} is not 0 (off), 1 (ENABLE) or 3 (ENABLE | INITIALLY_SET)")
 
 
-def check_dirty_ring(size: int, cpu_dirty_log_size: int) -> None:
-    """Refuse ring sizes, in bytes, that KVM refuses."""
+def check_dirty_ring(size: int, cpu_dirty_log_size: int, policy: Policy) -> None:
+    """Refuse ring sizes, in bytes, that KVM refuses: all of them on a kernel without rings."""
+    if not policy.dirty_ring:
+        raise CapabilityError(f"policy {policy.name} has no dirty rings; pass ring_bytes=0 and harvest by get_dirty_log()")
     least = RING_ENTRY_BYTES * (RING_RESERVED + cpu_dirty_log_size)
     if size <= 0 or size & (size - 1):
         raise CapabilityError(f"ring of {size} bytes is not a power of two; take {1 << max(size, PAGE - 1).bit_length()}")

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spte.arrays.context import READONLY, SPTES_WRITTEN, VCPU_KICKS, U64s
-from spte.errors import BufferFaultError, ClearRangeError, DirtyRingInUseError, NoDirtyLogError, RingDisabledError
+from spte.bits import ROLE_GUEST_MODE
+from spte.errors import BufferFaultError, ClearRangeError, DirtyRingInUseError, NoDirtyLogError, NoRingIoctlError, RingDisabledError
 from spte.host.pages import the_host
 from spte.kernels._clear_dirty import clear_dirty_slot
 from spte.kernels._collapse import collapse_slot
 from spte.kernels._harvest import clear_dirty_log, get_dirty_log
 from spte.kernels._split import split_slot
-from spte.kernels._write_protect import write_protect_slot
+from spte.kernels._write_protect import count_protected, write_protect_slot
 from spte.mmu.dirty_log.ring_reset import reset_ring
 from spte.mmu.slot.rmap import split_slot_rmaps, zap_collapsible_rmaps
 from spte.mmu.slot.set_dirty import set_dirty_slot
@@ -26,8 +27,11 @@ if TYPE_CHECKING:
 
 
 def _write_protect(vm: VM, slot: Memslot, level: int) -> int:
+    """Write-protect the leaves of `slot` of `level` and above; returns SPTEs written."""
+    t, place = vm.mmu.tables, (slot.as_id, slot.base_gfn, slot.end_gfn, level)
+    rewritten = int(count_protected(t, *place)) if vm.policy.tdp_rewrites else 0
     with vm.mmu.traced():
-        return int(write_protect_slot(vm.mmu.tables, slot.as_id, slot.base_gfn, slot.end_gfn, level))
+        return rewritten + int(write_protect_slot(t, *place))
 
 
 def arm_slot(vm: VM, slot: Memslot) -> None:
@@ -69,18 +73,20 @@ def collapse(vm: VM, slot: Memslot) -> None:
         levels = np.int64(1 if vm.policy.collapse == "zap-leaf" else 2)
         if zap_collapsible_rmaps(t, s, the_host(), m, k, levels):
             vm.mmu.flush()
+    roots = vm.mmu.roots(slot.as_id)
     with vm.mmu.traced():
         if vm.policy.collapse == "zap-leaf":
-            done = zap_collapsible(t, s, the_host(), m, k)
+            done = [zap_collapsible(t, s, the_host(), m, k, int(t.role[root]) & ROLE_GUEST_MODE) for root in roots]
         else:
-            done = collapse_slot(t, s, the_host(), m, vm.mmu.roots(slot.as_id), k)
-    if done and not m.flush_each:
-        vm.mmu.flush()
+            done = [collapse_slot(t, s, the_host(), m, roots, k)]
+    for dropped in done:
+        if dropped and not m.flush_each:
+            vm.mmu.flush()
     if vm.policy.disable_sets_dirty and m.dirty_log_size:
         with vm.mmu.traced():
-            changed = set_dirty_slot(t, m, slot.as_id, slot.base_gfn, slot.end_gfn)
-        t.meta[SPTES_WRITTEN] += changed
-        if changed:
+            written, flush = set_dirty_slot(t, m, slot.as_id, slot.base_gfn, slot.end_gfn, vm.policy.tdp_rewrites)
+        t.meta[SPTES_WRITTEN] += written
+        if flush:
             vm.mmu.flush()
 
 
@@ -113,7 +119,7 @@ def _sync(vm: VM) -> None:
 def get(vm: VM, slot: int, out: U64s | None) -> U64s:
     """KVM_GET_DIRTY_LOG; what is dirty is exchanged, re-armed and flushed before `out` is looked at."""
     _refuse_ring(vm)
-    check_slot_number(slot)
+    check_slot_number(slot, vm.memslots.user_mem_slots)
     memslot = _logging_slot(vm, slot)
     _sync(vm)
     if vm.manual:
@@ -136,7 +142,7 @@ def get(vm: VM, slot: int, out: U64s | None) -> U64s:
 def clear(vm: VM, slot: int, first_page: int, num_pages: int, bitmap: U64s) -> None:
     """KVM_CLEAR_DIRTY_LOG; all is checked before anything changes."""
     _refuse_ring(vm)
-    check_slot_number(slot)
+    check_slot_number(slot, vm.memslots.user_mem_slots)
     if first_page % 64 or first_page < 0:
         raise ClearRangeError(f"first_page={first_page} is not a multiple of 64; round down to {max(first_page & ~63, 0)}")
     memslot = _logging_slot(vm, slot)
@@ -160,6 +166,8 @@ def clear(vm: VM, slot: int, first_page: int, num_pages: int, bitmap: U64s) -> N
 
 def reset_rings(vm: VM) -> int:
     """KVM_RESET_DIRTY_RINGS: free the harvested entries of every ring and re-arm their pages; returns entries freed."""
+    if not vm.policy.dirty_ring:
+        raise NoRingIoctlError(f"policy {vm.policy.name} has no dirty rings; harvest by get_dirty_log()")
     if not vm.has_ring:
         raise RingDisabledError("the VM has no dirty rings; pass ring_bytes when making it")
     freed = 0

@@ -16,7 +16,6 @@ from spte.host.backing import Backing
 from spte.mmu.memslot import find_slot
 from spte.observe.listing import bit_runs, runs_of
 
-USER_MEM_SLOTS = 32764
 ADDRESS_SPACES = 2
 MAX_PAGES = (1 << 31) - 1
 VALID_FLAGS = cx.LOG_DIRTY_PAGES | cx.READONLY
@@ -71,7 +70,8 @@ class Memslots:
     Mutating methods keep the kernels' tables in step; they check nothing: that is the VM's part.
     """
 
-    def __init__(self, *, rmaps: bool = False) -> None:
+    def __init__(self, user_mem_slots: int, *, rmaps: bool = False) -> None:
+        self.user_mem_slots = user_mem_slots  # of an address space; ids above are KVM's own
         self._rmaps = rmaps
         self._heads = Pool(np.int64, 1 << 33)
         nodes, node_meta = memory.reserve(np.int64, 1 << 28, 2), zeros(2)

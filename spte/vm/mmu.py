@@ -15,10 +15,11 @@ from spte.host.pages import the_host
 from spte.mmu.shadow.sync import get_page, sync_children
 from spte.mmu.slot.age import age_range
 from spte.mmu.slot.rmap import age_rmaps, zap_all_shadow, zap_rmaps
-from spte.mmu.slot.zap import zap_range, zap_root
+from spte.mmu.slot.zap import zap_range, zap_range_tables, zap_root
 from spte.mmu.walk import alloc_row, free_row, new_tables
 from spte.observe.tracepoints import EventLog
 from spte.platform import Platform
+from spte.policy import Policy
 from spte.vm.memslots import Memslot, Memslots
 from spte.vm.root_cache import Root
 
@@ -35,13 +36,16 @@ class Mmu:
     ----------
     platform : Platform
         Says who owns direct roots, and gives their role.
+    policy : Policy
+        What the kernel version does; replaced when a module parameter is set.
     mode : Mode
         What kernels need to know; replaced when a policy or capability changes.
     memslots : Memslots
         Whose rmaps the shadow MMU keeps.
     """
 
-    def __init__(self, platform: Platform, mode: Mode, memslots: Memslots) -> None:
+    def __init__(self, platform: Platform, policy: Policy, mode: Mode, memslots: Memslots) -> None:
+        self.policy = policy
         self.tables = new_tables()
         self.mode = mode
         self.memslots = memslots
@@ -60,6 +64,8 @@ class Mmu:
 
     def load(self, vcpu: NestedVcpu) -> None:
         """Before a guest entry: let go of roots that were zapped, give `vcpu` the root that it is to run on."""
+        if vcpu.reload_requested:
+            self._drop_roots(vcpu)
         for cache in (vcpu.root_mmu, vcpu.guest_mmu):
             self.release(cache.drop({root.row for _, root in cache if self.is_invalid(root.row)}))
         reg, cache = vcpu.arrays.reg, vcpu.active
@@ -72,6 +78,16 @@ class Mmu:
             self.sync(vcpu)
         reg[ROOT] = cache.current.row
         reg[PGD] = -1 if vcpu.role & ROLE_IS_DIRECT else vcpu.pgd >> 12
+
+    def _drop_roots(self, vcpu: NestedVcpu) -> None:
+        """Let `vcpu` let go of all its roots, also of those that are valid, and free those of the TDP MMU that nobody holds."""
+        vcpu.reload_requested = False
+        for cache in (vcpu.root_mmu, vcpu.guest_mmu):
+            self.release(cache.drop({root.row for _, root in cache}))
+        unheld = [role for role, row in self._tdp.items() if not self.tables.held[row]]
+        for role in unheld:
+            zap_root(self.tables, self.mode, np.int64(self._tdp[role]), True)
+        self._forget_roots(unheld)
 
     def _new_root(self, vcpu: NestedVcpu) -> int:
         role = vcpu.role
@@ -138,19 +154,29 @@ class Mmu:
 
         Pages of the shadow MMU go with a flush, if any was valid.
         """
+        new_roots = self.policy.zap_all == "new-roots"
         with self.traced():
-            for row in self._tdp.values():
-                zap_root(self.tables, self.mode, np.int64(row))
-        for row in self._tdp.values():
-            if not self.tables.held[row]:
-                free_row(self.tables, np.int64(row))
-        self._tdp.clear()
-        self._list_roots()
+            freed = sum(int(zap_root(self.tables, self.mode, np.int64(row), new_roots)) for row in self._tdp.values())
+        if freed and self.policy.freed_table_flush:
+            self.tables.meta[FLUSHES] += freed + 1
+        if new_roots:
+            self._forget_roots(self._tdp)
+        else:
+            for vcpu in self.vcpus:
+                vcpu.reload_requested = True
         if self.has_shadow_pages:
             valid = zap_all_shadow(self.tables, self.memslots.spaces[0], self.mode)
             self.memslots.clear_rmaps()
             if valid:
                 self.flush()
+
+    def _forget_roots(self, roles: Iterable[int]) -> None:
+        """Take the TDP MMU's roots of `roles` from its list, and free those that no vCPU holds."""
+        for role in list(roles):
+            row = self._tdp.pop(role)
+            if not self.tables.held[row]:
+                free_row(self.tables, np.int64(row))
+        self._list_roots()
 
     def zap_gfns(self, slot: Memslot, start: int, end: int) -> int:
         """Drop every SPTE of `slot` that maps gfns ``[start, end)``; returns SPTEs dropped, the caller flushes if not 0."""
@@ -158,8 +184,9 @@ class Mmu:
         if self.memslots.has_rmaps(slot):
             s, k = self.memslots.place(slot)
             dropped += int(zap_rmaps(self.tables, s, self.mode, k, np.int64(start), np.int64(end)))
+        zap = zap_range_tables if self.policy.unmap == "tables" else zap_range
         with self.traced():
-            return dropped + int(zap_range(self.tables, self.mode, self.roots(slot.as_id), np.int64(start), np.int64(end)))
+            return dropped + int(zap(self.tables, self.mode, self.roots(slot.as_id), np.int64(start), np.int64(end)))
 
     def age_gfns(self, slot: Memslot, start: int, end: int, *, clear: bool) -> int:
         """Return how many leaves of `slot` in gfns ``[start, end)`` were accessed; `clear`: make their next use visible."""

@@ -65,8 +65,9 @@ class NestedVcpu:
         self.cr3: int | None = None
         self.long_mode = False  # the guest has its paging on
         self.l2: L2 | None = None
+        self.ran_l2 = False  # so that vmcs02 has its controls
         self.pml01 = vm.pml_wanted  # the PML control while L1 runs
-        self.update_requested = self.update_deferred = self.sync_requested = False
+        self.update_requested = self.update_deferred = self.sync_requested = self.reload_requested = False
 
     @property
     def in_l2(self) -> bool:
@@ -160,7 +161,7 @@ class NestedVcpu:
             contents((log.hva >> 12) + (pml >> 12) - log.base_gfn)
         self.end_stay()
         before = self.active, self.role, self.pgd
-        self.l2 = L2(ept, has_ad, pml, vmcb)
+        self.l2, self.ran_l2 = L2(ept, has_ad, pml, vmcb), True
         self._write_vmcb()
         if ept is None:
             role = (ROLE_LONG | 4 if paging == SHADOW else self._vm.mmu.direct_role) | ROLE_GUEST_MODE

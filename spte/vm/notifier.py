@@ -27,15 +27,12 @@ def _mapped_at(vm: VM, hpage: int, count: int) -> Iterator[tuple[Memslot, int, i
             yield slot, start - first + slot.base_gfn, end - first + slot.base_gfn
 
 
-def unmap(vms: Iterable[VM], ranges: Ranges) -> bool:
-    """Drop every SPTE of `ranges` of host pages; one flush a VM that had some. Returns whether one did."""
-    any_dropped = False
+def unmap(vms: Iterable[VM], ranges: Ranges) -> None:
+    """Drop every SPTE of `ranges` of host pages, one notifier range together: one flush a VM that had some."""
     for vm in vms:
         dropped = sum(vm.mmu.zap_gfns(*place) for hpage, count in ranges for place in _mapped_at(vm, hpage, count))
         if dropped:
             vm.mmu.flush()
-            any_dropped = True
-    return any_dropped
 
 
 def age(vms: Iterable[VM], hpage: int, count: int) -> None:
@@ -47,9 +44,10 @@ def age(vms: Iterable[VM], hpage: int, count: int) -> None:
                 vm.mmu.flush()
 
 
-def host_write(hpage: int, vms: Iterable[VM]) -> bool:
-    """Make the host map `hpage` writable, copying a zero page; returns whether the copy dropped an SPTE of any VM."""
-    return hostmm.write_page(np.int64(hpage)) == hostmm.HOST_COW and unmap(vms, [(hpage, 1)])
+def host_write(hpage: int, vms: Iterable[VM]) -> None:
+    """Make the host map `hpage` writable, copying a zero page, with a notifier."""
+    if hostmm.write_page(np.int64(hpage)) == hostmm.HOST_COW:
+        unmap(vms, [(hpage, 1)])
 
 
 def kernel_write(vm: VM, gfn: int, vcpu: int) -> None:

@@ -172,7 +172,7 @@ class VirtualCpu(NestedVcpu):
             if reason == cx.DONE:
                 return None
             if reason == cx.EXIT_HOST:
-                v.reg[cx.COUNTED] = not self._copy_page(int(v.reg[cx.EXIT_GFN]))
+                self._copy_page(int(v.reg[cx.EXIT_GFN]))
             elif reason == cx.EXIT_NOMEM:
                 raise OutOfTablesError(f"no page-table page left for gfn {v.reg[cx.EXIT_GFN]:#x}; delete slots or close the VM")
             elif reason == cx.EXIT_ROOT:
@@ -196,14 +196,14 @@ class VirtualCpu(NestedVcpu):
         array = np.ascontiguousarray(array.view(np.int64) if array.dtype == np.uint64 else array, np.int64)
         return array if array.flags.writeable else array.copy()
 
-    def _copy_page(self, gfn: int) -> bool:
-        """Let the host copy the zero page under `gfn`; returns whether an SPTE was dropped, so that the guest faults again."""
+    def _copy_page(self, gfn: int) -> None:
+        """Let the host copy the zero page under `gfn`; its notifier makes KVM let the guest fault again, SPTE or not."""
         if self.arrays.reg[cx.PGD] >= 0:
             gfn = int(self.arrays.guest[cx.GW_GFN])
         slot = self._vm.memslots.at(gfn)
         assert slot is not None
         assert slot.backing is not None
-        return host_write((slot.hva >> 12) + gfn - slot.base_gfn, slot.backing.users)
+        host_write((slot.hva >> 12) + gfn - slot.base_gfn, slot.backing.users)
 
     def keep_log(self, on: bool) -> None:
         """Record events of the coming accesses, or stop to."""

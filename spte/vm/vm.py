@@ -15,7 +15,7 @@ from spte.platform import SHADOW, Platform, named
 from spte.policy import Policy
 from spte.vm import dirty_log, notifier
 from spte.vm import set_memory_region as region
-from spte.vm.capabilities import MANUAL_PROTECT, PREFAULT, check_dirty_ring, check_extension, check_manual_protect, number
+from spte.vm.capabilities import MANUAL_PROTECT, check_dirty_ring, check_extension, check_manual_protect, number
 from spte.vm.memslots import Memslots
 from spte.vm.mmu import Mmu
 from spte.vm.observable import Observable
@@ -23,9 +23,8 @@ from spte.vm.shadow_paging import ShadowPaging
 from spte.vm.vcpu import VirtualCpu
 
 MAX_VCPUS = 1024  # KVM_MAX_VCPUS of x86
-TSS_SLOT, TSS_PAGES = 32764, 3  # the first of KVM's internal slots
+TSS_PAGES = 3
 MIN_MMU_PAGES = 64  # KVM_MIN_ALLOC_MMU_PAGES
-MMIO_GENERATIONS = 1 << 19
 
 
 class VM(Observable):
@@ -60,11 +59,11 @@ class VM(Observable):
             raise CapabilityError(f"vcpus={vcpus} is not in 1..{MAX_VCPUS}")
         check_manual_protect(manual)
         if ring_bytes:
-            check_dirty_ring(ring_bytes, self.platform.cpu_dirty_log_size)
+            check_dirty_ring(ring_bytes, self.platform.cpu_dirty_log_size, self.policy)
         self.manual = manual
-        self.memslots = Memslots(rmaps=not self.platform.tdp_mmu)
+        self.memslots = Memslots(self.policy.user_mem_slots, rmaps=not self.platform.tdp_mmu)
         mmu = ShadowPaging if self.platform.paging == SHADOW else Mmu
-        self.mmu = mmu(self.platform, mode_of(self.platform, self.policy, manual), self.memslots)
+        self.mmu = mmu(self.platform, self.policy, mode_of(self.platform, self.policy, manual), self.memslots)
         self.first_role = ROLE_PAGING_OFF | 3 if self.platform.paging == SHADOW else self.mmu.direct_role
         self.nr_memslots_dirty_logging = 0
         self._closed = False
@@ -139,7 +138,7 @@ class VM(Observable):
                 vcpu.update_requested = True
 
     def _advance_generation(self, as_id: int, step: int) -> None:
-        if self.memslots.advance_generation(as_id, step) % MMIO_GENERATIONS == 0:
+        if self.memslots.advance_generation(as_id, step) % self.bits.mmio_generations == 0:
             self.mmu.zap_all()
 
     # -- dirty log --------------------------------------------------------------------------------------------------------
@@ -235,13 +234,12 @@ class VM(Observable):
             if arg0 != 3:
                 self.memslots.leave_initially_set()
             return
-        check_dirty_ring(arg0, self.platform.cpu_dirty_log_size)
+        check_dirty_ring(arg0, self.platform.cpu_dirty_log_size, self.policy)
         raise CapabilityError(f"ring of {arg0} bytes comes too late: vCPUs exist; pass ring_bytes={arg0} when making the VM")
 
     def check_extension(self, cap: str | int) -> int:
         """Return what KVM_CHECK_EXTENSION says of capability `cap`, a name or a number: 0 = unknown."""
-        prefault = self.policy.prefault and self.platform.paging != SHADOW
-        return check_extension(cap) if prefault or cap != PREFAULT else 0
+        return check_extension(cap, self.policy, shadow=self.platform.paging == SHADOW)
 
     def set_param(self, name: str, value: bool) -> None:
         """Set module parameter `name` (``eager_page_split`` or ``nx_huge_pages``) to `value`; nx_huge_pages zaps everything."""
@@ -255,7 +253,7 @@ class VM(Observable):
                 self.mmu.zap_all()
 
     def _set_mode(self) -> None:
-        self.mmu.mode = mode_of(self.platform, self.policy, self.manual)
+        self.mmu.policy, self.mmu.mode = self.policy, mode_of(self.platform, self.policy, self.manual)
 
     @property
     def pml_wanted(self) -> bool:
@@ -270,7 +268,7 @@ class VM(Observable):
     def set_tss_addr(self, gpa: int) -> None:
         """Give KVM three pages at `gpa` (bytes) for a TSS, as internal memslots: KVM_SET_TSS_ADDR; KvmError if they are not free."""
         self._kick()
-        for slot in region.plan_internal(self.memslots, self.platform.gpa_bits, TSS_SLOT, gpa, Backing("4k", TSS_PAGES * 4096)):
+        for slot in region.plan_internal(self.memslots, self.platform.gpa_bits, gpa, Backing("4k", TSS_PAGES * 4096)):
             self.memslots.insert(slot)
             self._advance_generation(slot.as_id, 2)
 

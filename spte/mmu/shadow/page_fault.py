@@ -74,13 +74,15 @@ def set_leaf(t, s, v, m, k, row, i, gfn, pfn, host_writable, access, prefetch):
             drop_leaf(t, s, m, row, i)
             flush = True
         else:
+            if prefetch and m.prefault_leaves:
+                return False, False
             mapped = True
     old = t.sptes[row, i]
     wants = host_writable and access & ACC_WRITE != 0
     write = wants and ((old & WRITABLE) != ZERO or may_write(t, gfn, True, prefetch))
     allowed = access & ~ACC_EXEC if m.nx and level > 1 else access
     new = make_leaf(m, level, pfn, old, prefetch, host_writable, np.int64(t.role[row]), allowed, write)
-    if write and s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES:
+    if (new & WRITABLE) != ZERO and s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES:
         mark_dirty(t, s, v, k, gfn)
     # An entry that keeps its pfn stays in the rmap where it is: only what the guest allows is new.
     set_shadowed(t, row, i, entry_gfn(t, row, i) if mapped else gfn, access)
@@ -129,7 +131,7 @@ def _prefetch_direct(t, s, h, v, m, row, at):
             first = np.int64(-1)
         elif first < 0:
             first = np.int64(i)
-    if first >= 0:
+    if first >= 0 and m.prefetch_tail:
         _prefetch_run(t, s, h, v, m, row, first, base + PREFETCH)
 
 
@@ -225,7 +227,7 @@ def _descend(t, s, h, v, m, row, address, gfn, goal, fits, no_huge, access):
 
 
 @kernel_apart
-def _guest_fault(t, s, h, v, m, address, kind, present, again):
+def _guest_fault(t, s, h, v, m, address, kind, present):
     """Take the slow path for a root that shadows the guest's tables; `address` is a page number of theirs.
 
     Returns an exit reason: DONE if the leaf is there; EXIT_GUEST_FAULT if the guest's tables do not allow the access.
@@ -240,7 +242,7 @@ def _guest_fault(t, s, h, v, m, address, kind, present, again):
     if k >= 0 and kind == cx.WRITE and s.table[k, cx.FLAGS] & cx.READONLY:
         v.stat[cx.PF_EMULATE] += 1
         return cx.EXIT_MMIO
-    v.stat[cx.SLOW_FAULTS] += 1 - again
+    v.stat[cx.SLOW_FAULTS] += 1
     reason, pfn, host_writable, fits = fault_page(s, h, m, k, gfn, kind)
     if reason != cx.DONE:
         return reason
@@ -274,22 +276,22 @@ def shadow_fault(t, s, h, v, m, address, kind, row, i, level):
 
     DONE: enter again; EMULATED: KVM did the write itself, because the page holds a guest table.
     """
-    mmio, kind, present, again = begin_fault(m, s, v, address, kind, t.sptes[row, i], level)
+    mmio, kind, present = begin_fault(m, s, v, address, kind, t.sptes[row, i], level)
     if mmio:
         return cx.EXIT_MMIO
     if v.reg[cx.PGD] >= 0:
-        reason = _guest_fault(t, s, h, v, m, address, kind, present, again)
+        reason = _guest_fault(t, s, h, v, m, address, kind, present)
         return emulate_write(t, s, v, m, v.guest[cx.GW_GFN]) if reason == cx.EMULATED else reason
     if present and kind == cx.WRITE and t.meta[cx.INDIRECT] > 0 and is_tracked(t, address):
         return emulate_write(t, s, v, m, address)
     k = find_slot(s, address)
-    may_be_fast = not again and k >= 0 and (m.fast_fault or m.shadow) and ((present and kind == cx.WRITE) or (not m.ad and not present))
+    may_be_fast = k >= 0 and (m.fast_fault or m.shadow) and ((present and kind == cx.WRITE) or (not m.ad and not present))
     if may_be_fast and fast_fault(t, s, v, m, k, address, kind, False, row, i, level):
         return cx.DONE
     if k >= 0 and kind == cx.WRITE and s.table[k, cx.FLAGS] & cx.READONLY:
         v.stat[cx.PF_EMULATE] += 1
         return cx.EXIT_MMIO
-    v.stat[cx.SLOW_FAULTS] += 1 - again
+    v.stat[cx.SLOW_FAULTS] += 1
     args = t, s, h, v, m, k, address, kind, False
     reason = shadow_map_gfn(*args) if m.shadow else direct_map_gfn(*args, row, i, level)
     return emulate_write(t, s, v, m, address) if reason == cx.EMULATED else reason

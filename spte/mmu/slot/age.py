@@ -22,7 +22,7 @@ def age_range(t, m, roots, start, end, clear):
             if is_leaf(spte, level) and is_accessed(m, spte):
                 young += 1
                 if clear:
-                    t.sptes[row, i] = make_old(m, spte)
+                    t.sptes[row, i] = make_old(m, spte) & ~m.aging_clears
                     t.meta[SPTES_WRITTEN] += 1
             gfn = (gfn | ((np.int64(1) << (9 * (level - 1))) - 1)) + 1
     return young

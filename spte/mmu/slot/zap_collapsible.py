@@ -6,6 +6,7 @@ import numpy as np
 
 from spte._numba.jit import kernel
 from spte.arrays.context import BASE, COLLAPSED, FLUSHES, NPAGES, ROWS, SLOT
+from spte.bits import ROLE_GUEST_MODE
 from spte.mmu.memslot import may_collapse
 from spte.mmu.slot.sweep import place
 from spte.mmu.tdp_mmu import drop_entry
@@ -13,8 +14,10 @@ from spte.mmu.walk import is_leaf
 
 
 @kernel
-def zap_collapsible(t, s, h, m, k):
-    """Drop the leaves of slot `k` that larger ones may replace, rows in arena order; returns leaves dropped.
+def zap_collapsible(t, s, h, m, k, guest_mode):
+    """Drop the leaves of slot `k` that larger ones may replace below one root, rows in arena order; returns leaves dropped.
+
+    The root is the one for L2 (`guest_mode` is that bit of a role) or for L1 (0).
 
     With one flush a leaf they are counted here, else the caller flushes if the result is not 0.
     """
@@ -22,7 +25,7 @@ def zap_collapsible(t, s, h, m, k):
     end = start + s.table[k, NPAGES]
     done = 0
     for row in range(t.meta[ROWS]):
-        if t.level[row] == 0 or t.shadow[row]:
+        if t.level[row] == 0 or t.shadow[row] or np.int64(t.role[row]) & ROLE_GUEST_MODE != guest_mode:
             continue
         level = np.int64(t.level[row])
         lo, hi = place(t, row, s.table[k, SLOT] >> 16, start, end)
