@@ -88,6 +88,7 @@ class Host(NamedTuple):
     own_pages: npt.NDArray[np.int32]  # pages of each row of `page` that are own and writable
     meta: I64s  # rows of `page` in use, rows freed
     free: npt.NDArray[np.int32]  # stack of freed rows of `page`
+    alone: U64s  # [blocks, 8] a bit a page of THP memory that is no part of a huge page: it was dropped alone
     words_of: npt.NDArray[np.int32]  # row + 1 of `words_page` of a block some of whose pages have contents
     words_page: npt.NDArray[np.int32]  # [rows, 512] row + 1 of `words`
     words: U64s  # [rows, 512] contents of the pages that hold guest page tables

@@ -13,7 +13,7 @@ from spte.check.compare_mmu import Root, Roots, root_differences, unknown_mmu_ke
 from spte.check.difference import Difference, Json, first_in_runs
 from spte.recording.ops import VCPU_LIMIT
 
-INPUT = frozenset({"i", "op", "args", "hva_mod_1g", "hva_mod_2m", "thp_kb", "now"})
+INPUT = frozenset({"i", "op", "args", "hva_mod_1g", "hva_mod_2m", "thp_kb", "now", "yields"})
 DIRECT = frozenset({
     "ret", "errno", "manual_ret", "manual_errno", "ring_ret", "ring_errno",
     "dirty", "bytes", "entries", "n", "left_gpa", "left_size", "pml_index", "log",

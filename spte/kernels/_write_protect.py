@@ -36,13 +36,17 @@ def protect_entries(sptes, row, lo, hi, huge):
 
 
 @kernel
-def write_protect_slot(t, as_id, start, end, min_level):
-    """Take W from the leaves of level >= `min_level` that map gfns ``[start, end)``, rows in arena order; returns SPTEs changed."""
+def write_protect_slot(t, as_id, start, end, min_level, tdp_level):
+    """Take W from the leaves of level >= `min_level` that map gfns ``[start, end)``, rows in arena order; returns SPTEs changed.
+
+    In the TDP MMU `tdp_level` is the lowest.
+    """
     changed = 0
     for row in range(t.meta[ROWS]):
-        if t.level[row] >= min_level and is_scattered(t, row):
+        least = min_level if t.shadow[row] else tdp_level
+        if t.level[row] >= least and is_scattered(t, row):
             changed += clear_scattered(t, row, as_id, start, end, W_SHIFT)
-        elif t.level[row] >= min_level:
+        elif t.level[row] >= least:
             lo, hi = place(t, row, as_id, start, end)
             if lo < hi:
                 changed += protect_entries(t.sptes, row, lo, hi, t.level[row] > 1)

@@ -7,7 +7,7 @@ import numpy as np
 from spte._numba.jit import helper, kernel, kernel_apart
 from spte.arrays import context as cx
 from spte.arrays.context import LOG_COLUMNS
-from spte.bits import ONE, U64
+from spte.bits import ONE, U64, ZERO
 from spte.host.pages import HUGE, HUGETLB_1G, HUGETLB_2M, THP, host_level
 
 U32_MASK = np.int64(0xFFFF_FFFF)
@@ -70,7 +70,9 @@ def _page_may_collapse(h, hpage, pages):
     device = (kind == HUGETLB_2M or kind == HUGETLB_1G) and h.device[hpage >> 9] != 0
     if pages == PAGES_THP_OR_DEVICE:
         return huge_thp or device
-    return kind == THP or kind == HUGETLB_2M or kind == HUGETLB_1G
+    if kind == THP:
+        return (h.alone[hpage >> 9, (hpage & 511) >> 6] >> U64(hpage & 63)) & ONE == ZERO
+    return kind == HUGETLB_2M or kind == HUGETLB_1G
 
 
 @helper

@@ -69,6 +69,14 @@ class Policy:
         "split huge leaves when logging starts, or at CLEAR with initially-set", False, "recordings 5.10/b1_thp_eager",
         ("5.18", True, "a3fe5dbda0a4; recordings 6.1"),
     )  # fmt: skip
+    slot_gpa_limit: bool = _decision(
+        "memslots end below the guest-physical width", False, "recordings 5.10/g2_set_region_errors",
+        ("5.18", True, "86931ff7207b; recordings 6.1/g2_set_region_errors"),
+    )  # fmt: skip
+    mprotect_restores: bool = _decision(
+        "mprotect to writable makes own pages writable at once; else their next write copies them",
+        False, "recordings 5.10/h3_notifier", ("5.19", True, "64fe24a3e05e; recordings 6.1/h3_notifier"),
+    )  # fmt: skip
     nx_huge_pages: bool = _decision("no huge leaf is executable; an exec fault splits it", False, "b8e8c8303ff2, 5.4", shown=False)
     nx_marks: str = _decision(
         "tables an exec fault links that count as held down: all, or with EPT and NPT those in a huge page's place",
@@ -155,7 +163,7 @@ class Policy:
         "recordings 5.10-nested/n05-700-writes-ept", ("5.13", False, "version from memory; recordings 6.12-nested"),
     )  # fmt: skip
     sync_remakes: bool = _decision(
-        "bringing a shadow page in step makes every leaf anew, not those alone that changed", True, "recordings 5.10-nested/n60-pml-in-l2",
+        "bringing shadow pages in step makes every leaf anew, not those alone that changed", True, "recordings 5.10-nested/n60-pml-in-l2",
         ("6.4", False, "e6722d9211b2; recordings 6.12-nested/n60-pml-in-l2"),
     )  # fmt: skip
     sync_keeps_accessed: bool = _decision(

@@ -79,9 +79,17 @@ class Replay:
             out |= HANDLERS[op](self.machine, given, record)
         except KvmError as error:
             raise RecordingError(f"op {record['i']}, {op}, can not be performed: {error}") from None
+        if "yields" in record:
+            out["yields"] = record["yields"]
+            self._yield(record["yields"])
         if self.machine.has_vm:
             self._observe(out, new=op == "new_vm")
         return out
+
+    def _yield(self, times: int) -> None:
+        """Let walks of the op have been rescheduled so often: each time KVM flushes what it has changed so far, and goes on."""
+        for _ in range(times):
+            self.machine.vm.mmu.flush()
 
     def _observe(self, out: dict[str, Any], *, new: bool) -> None:
         """Add to `out` what changed in statistics, hardware log, slots and tables."""
@@ -119,8 +127,9 @@ class Replay:
                 out["stats"] = changed
         elif self._traced and not new:
             counts = {name: counters[key] - self._counters.get(key, 0) for name, key in COUNTS.items()}
-            if self.machine.platform.paging == EPT:
-                counts["mmio_fault"] = 0  # a misconfiguration is not traced as a fault
+            if self.machine.intel:  # there a fault counts whatever its error code, and a misconfiguration is none
+                mmio = counts.pop("mmio_fault")
+                counts["fault"] += mmio if self.machine.platform.paging != EPT else 0
             if counts := {name: count for name, count in counts.items() if count}:
                 out["counts"] = counts
         reasons = {name: counters[key] - self._counters.get(key, 0) for name, key in EXIT_REASONS.items()}
@@ -139,7 +148,8 @@ class Replay:
             return state
         return state | {
             "logging_slots": vm.nr_memslots_dirty_logging, "pml01": [int(v.pml01) for v in vm.vcpus],
-            "pml02": [int(v.ran_l2 and v.pml01 and vm.policy.pml_in_l2) for v in vm.vcpus], "deferred": [int(v.update_deferred) for v in vm.vcpus],
+            "pml02": [int(v.ran_l2 and v.pml01 and vm.policy.pml_in_l2) for v in vm.vcpus],
+            "deferred": [int(v.update_deferred) for v in vm.vcpus],
         }  # fmt: skip
 
     def _mmu_entry(self, vcpu: int) -> dict[str, Any]:

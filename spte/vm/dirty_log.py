@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from spte.vm.vm import VM
 
 
-def _write_protect(vm: VM, slot: Memslot, level: int) -> int:
-    """Write-protect the leaves of `slot` of `level` and above; returns SPTEs written."""
-    t, place = vm.mmu.tables, (slot.as_id, slot.base_gfn, slot.end_gfn, level)
-    rewritten = int(count_protected(t, *place)) if vm.policy.tdp_rewrites else 0
+def _write_protect(vm: VM, slot: Memslot, level: int, tdp_level: int) -> int:
+    """Write-protect the leaves of `slot` of `level` and above, those of the TDP MMU from `tdp_level` on; returns SPTEs written."""
+    t, place = vm.mmu.tables, (slot.as_id, slot.base_gfn, slot.end_gfn)
+    rewritten = int(count_protected(t, *place, tdp_level)) if vm.policy.tdp_rewrites else 0
     with vm.mmu.traced():
-        return rewritten + int(write_protect_slot(t, *place))
+        return rewritten + int(write_protect_slot(t, *place, level, tdp_level))
 
 
 def arm_slot(vm: VM, slot: Memslot) -> None:
@@ -45,14 +45,14 @@ def arm_slot(vm: VM, slot: Memslot) -> None:
             s, k = vm.memslots.place(slot)
             split_slot_rmaps(t, s, m, k)
         with vm.mmu.traced():
-            split_slot(t, m, vm.mmu.roots(slot.as_id), slot.base_gfn, slot.end_gfn)
+            split_slot(t, m, vm.mmu.roots_of(slot), slot.base_gfn, slot.end_gfn)
     cleared = 0
     if pml and not all_set:
         with vm.mmu.traced():
             cleared = int(clear_dirty_slot(t, m, slot.as_id, slot.base_gfn, slot.end_gfn))
     level = 2 if pml or all_set else 1
     own_routine = pml and not policy.one_write_protect
-    protected = _write_protect(vm, slot, level if policy.tdp_start_level or own_routine or m.shadow else 1)
+    protected = _write_protect(vm, slot, level, level if policy.tdp_start_level or own_routine else 1)
     t.meta[SPTES_WRITTEN] += cleared + protected
     if policy.enable_flush == "always":
         vm.mmu.flush()
@@ -73,7 +73,7 @@ def collapse(vm: VM, slot: Memslot) -> None:
         levels = np.int64(1 if vm.policy.collapse == "zap-leaf" else 2)
         if zap_collapsible_rmaps(t, s, the_host(), m, k, levels):
             vm.mmu.flush()
-    roots = vm.mmu.roots(slot.as_id)
+    roots = vm.mmu.roots_of(slot)
     with vm.mmu.traced():
         if vm.policy.collapse == "zap-leaf":
             done = [zap_collapsible(t, s, the_host(), m, k, int(t.role[root]) & ROLE_GUEST_MODE) for root in roots]
@@ -128,7 +128,7 @@ def get(vm: VM, slot: int, out: U64s | None) -> U64s:
         snapshot = np.zeros(memslot.words, np.uint64)
         s, k = vm.memslots.place(memslot)
         with vm.mmu.traced():
-            found, changed = get_dirty_log(vm.mmu.tables, s, vm.mmu.mode, vm.mmu.roots(memslot.as_id), k, snapshot)
+            found, changed = get_dirty_log(vm.mmu.tables, s, vm.mmu.mode, vm.mmu.roots_of(memslot), k, snapshot)
         vm.mmu.tables.meta[SPTES_WRITTEN] += changed
         if found:
             vm.mmu.flush()
@@ -158,7 +158,7 @@ def clear(vm: VM, slot: int, first_page: int, num_pages: int, bitmap: U64s) -> N
     wanted[:] = bitmap[:words]
     s, k = vm.memslots.place(memslot)
     with vm.mmu.traced():
-        found, changed = clear_dirty_log(vm.mmu.tables, s, vm.mmu.mode, vm.mmu.roots(memslot.as_id), k, np.int64(first_page >> 6), wanted)
+        found, changed = clear_dirty_log(vm.mmu.tables, s, vm.mmu.mode, vm.mmu.roots_of(memslot), k, np.int64(first_page >> 6), wanted)
     vm.mmu.tables.meta[SPTES_WRITTEN] += changed
     if found:
         vm.mmu.flush()

@@ -70,8 +70,9 @@ class Memslots:
     Mutating methods keep the kernels' tables in step; they check nothing: that is the VM's part.
     """
 
-    def __init__(self, user_mem_slots: int, *, rmaps: bool = False) -> None:
+    def __init__(self, user_mem_slots: int, *, gpa_limit: bool, rmaps: bool = False) -> None:
         self.user_mem_slots = user_mem_slots  # of an address space; ids above are KVM's own
+        self.gpa_limit = gpa_limit  # no slot lies beyond what the guest can address; else one may, all of it
         self._rmaps = rmaps
         self._heads = Pool(np.int64, 1 << 33)
         nodes, node_meta = memory.reserve(np.int64, 1 << 28, 2), zeros(2)

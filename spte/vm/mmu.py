@@ -26,6 +26,7 @@ from spte.vm.root_cache import Root
 if TYPE_CHECKING:
     from spte.vm.nested import NestedVcpu
 
+REACH = 1 << 36  # gfns
 NO_ROOTS = np.zeros(0, np.int64)
 
 
@@ -147,6 +148,10 @@ class Mmu:
         """Return the rows of the TDP MMU's valid roots of an address space, newest first."""
         return self.tables.roots[: int(self.tables.meta[TDP_ROOTS])] if as_id == 0 else NO_ROOTS
 
+    def roots_of(self, slot: Memslot) -> I64s:
+        """Return those under which `slot` can be mapped: none for a slot beyond what four levels of tables reach."""
+        return self.roots(slot.as_id) if slot.base_gfn < REACH else NO_ROOTS
+
     # -- work on what is mapped -------------------------------------------------------------------------------------------
 
     def zap_all(self) -> None:
@@ -186,7 +191,7 @@ class Mmu:
             dropped += int(zap_rmaps(self.tables, s, self.mode, k, np.int64(start), np.int64(end)))
         zap = zap_range_tables if self.policy.unmap == "tables" else zap_range
         with self.traced():
-            return dropped + int(zap(self.tables, self.mode, self.roots(slot.as_id), np.int64(start), np.int64(end)))
+            return dropped + int(zap(self.tables, self.mode, self.roots_of(slot), np.int64(start), np.int64(end)))
 
     def age_gfns(self, slot: Memslot, start: int, end: int, *, clear: bool) -> int:
         """Return how many leaves of `slot` in gfns ``[start, end)`` were accessed; `clear`: make their next use visible."""
@@ -195,7 +200,7 @@ class Mmu:
             s, k = self.memslots.place(slot)
             young += int(age_rmaps(self.tables, s, self.mode, k, np.int64(start), np.int64(end), clear))
         with self.traced():
-            return young + int(age_range(self.tables, self.mode, self.roots(slot.as_id), np.int64(start), np.int64(end), clear))
+            return young + int(age_range(self.tables, self.mode, self.roots_of(slot), np.int64(start), np.int64(end), clear))
 
     def flush(self) -> None:
         """Count one TLB flush request."""

@@ -61,7 +61,7 @@ class VM(Observable):
         if ring_bytes:
             check_dirty_ring(ring_bytes, self.platform.cpu_dirty_log_size, self.policy)
         self.manual = manual
-        self.memslots = Memslots(self.policy.user_mem_slots, rmaps=not self.platform.tdp_mmu)
+        self.memslots = Memslots(self.policy.user_mem_slots, gpa_limit=self.policy.slot_gpa_limit, rmaps=not self.platform.tdp_mmu)
         mmu = ShadowPaging if self.platform.paging == SHADOW else Mmu
         self.mmu = mmu(self.platform, self.policy, mode_of(self.platform, self.policy, manual), self.memslots)
         self.first_role = ROLE_PAGING_OFF | 3 if self.platform.paging == SHADOW else self.mmu.direct_role

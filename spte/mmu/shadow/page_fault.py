@@ -6,34 +6,16 @@ import numpy as np
 
 from spte._numba.jit import helper, kernel_apart
 from spte.arrays import context as cx
-from spte.bits import (
-    ACC_EXEC,
-    ACC_WRITE,
-    MMU_PRESENT,
-    PFN_MASK,
-    ROLE_ACCESS,
-    ROLE_ACCESS_SHIFT,
-    ROLE_AD_DISABLED,
-    ROLE_IS_DIRECT,
-    ROLE_LEVEL,
-    SHIFT_PAGE,
-    U64,
-    WRITABLE,
-    ZERO,
-)
-from spte.host.pages import writable_now
-from spte.mmu.memslot import find_slot, mark_dirty, note
+from spte.bits import MMU_PRESENT, ROLE_ACCESS, ROLE_ACCESS_SHIFT, ROLE_AD_DISABLED, ROLE_IS_DIRECT, ROLE_LEVEL, U64, ZERO
+from spte.mmu.memslot import find_slot
 from spte.mmu.page_fault import begin_fault, fast_fault, fault_page, map_gfn, mmio_spte, nx_holds, nx_mark_of
-from spte.mmu.page_track import is_direct, is_tracked, may_write
-from spte.mmu.rmap import rmap_add
+from spte.mmu.page_track import is_direct, is_tracked
 from spte.mmu.shadow.emulate import emulate_write
-from spte.mmu.shadow.guest_walk import WALK_OK, WALK_PML_FULL, walk_guest
-from spte.mmu.shadow.page import drop_leaf, entry_access, entry_gfn, link_page, set_shadowed, unlink_page
-from spte.mmu.shadow.sync import clean_access, get_page, gpte_access, gpte_gfn, may_map_early, needs_flush, read_gpte, sync_children
-from spte.mmu.tdp_mmu import make_leaf
-from spte.mmu.walk import child_of, count_leaf, index_of, is_link
-
-PREFETCH = 8  # SPTEs of the aligned group that a fault fills
+from spte.mmu.shadow.guest_walk import WALK_FAULT, WALK_OK, WALK_PML_FULL, walk_guest
+from spte.mmu.shadow.page import drop_leaf, link_page, set_shadowed, unlink_page
+from spte.mmu.shadow.set_leaf import invalidate_address, prefetch_direct, prefetch_shadowed, set_leaf
+from spte.mmu.shadow.sync import get_page, sync_children
+from spte.mmu.walk import child_of, index_of, is_link
 
 
 @helper
@@ -57,99 +39,6 @@ def _next_page(t, s, h, v, m, row, i, gfn, direct, access):
         t.meta[cx.FLUSHES] += 1
     link_page(t, s, m, row, i, child)
     return child, True
-
-
-@helper
-def set_leaf(t, s, v, m, k, row, i, gfn, pfn, host_writable, access, prefetch):
-    """Put the leaf of `gfn` at entry `i` of `row`; returns whether the entry changed, and whether W was refused."""
-    level = np.int64(t.level[row])
-    old = t.sptes[row, i]
-    flush = False
-    mapped = False
-    if (old & MMU_PRESENT) != ZERO:
-        if level > 1 and is_link(old):  # the page below stays in the hash, with what it maps
-            unlink_page(t, s, m, row, i)
-            flush = True
-        elif ((old & PFN_MASK) >> SHIFT_PAGE) != pfn:
-            drop_leaf(t, s, m, row, i)
-            flush = True
-        else:
-            if prefetch and m.prefault_leaves:
-                return False, False
-            mapped = True
-    old = t.sptes[row, i]
-    wants = host_writable and access & ACC_WRITE != 0
-    write = wants and ((old & WRITABLE) != ZERO or may_write(t, gfn, True, prefetch))
-    allowed = access & ~ACC_EXEC if m.nx and level > 1 else access
-    new = make_leaf(m, level, pfn, old, prefetch, host_writable, np.int64(t.role[row]), allowed, write)
-    if (new & WRITABLE) != ZERO and s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES:
-        mark_dirty(t, s, v, k, gfn)
-    # An entry that keeps its pfn stays in the rmap where it is: only what the guest allows is new.
-    set_shadowed(t, row, i, entry_gfn(t, row, i) if mapped else gfn, access)
-    if new == old:
-        return False, wants and not write
-    t.sptes[row, i] = new
-    t.meta[cx.SPTES_WRITTEN] += 1
-    t.meta[cx.FLUSHES] += flush or (mapped and needs_flush(m, old, new))
-    if not mapped:
-        rmap_add(s, k, gfn, level, row * 512 + i)
-        count_leaf(t, level, 1)
-    if v.log.shape[0] > 0:
-        note(v, cx.EV_SET, gfn, level, new, 0, 0)
-    return True, wants and not write
-
-
-@helper
-def _prefetch_run(t, s, h, v, m, row, first, end):
-    """Fill the empty entries ``[first, end)`` of `row` while the host has a writable page at once; False ends all prefetch."""
-    gfn = entry_gfn(t, row, first)
-    k = find_slot(s, gfn)
-    access = entry_access(t, row, first)
-    if k < 0 or s.table[k, cx.FLAGS] & cx.READONLY or (access & ACC_WRITE and s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES):
-        return False
-    if gfn + (end - first) > s.table[k, cx.BASE] + s.table[k, cx.NPAGES]:
-        return False
-    hpage = s.table[k, cx.HPAGE] + gfn - s.table[k, cx.BASE]
-    if not writable_now(h, hpage):
-        return False
-    for i in range(first, end):
-        if not writable_now(h, hpage + i - first):
-            break
-        set_leaf(t, s, v, m, k, row, i, gfn + i - first, U64(hpage + i - first), True, access, True)
-    return True
-
-
-@helper
-def _prefetch_direct(t, s, h, v, m, row, at):
-    """Map the other pages of the aligned group of 8 before they are asked for; leaves not accessed yet."""
-    base = at & ~(PREFETCH - 1)
-    first = np.int64(-1)
-    for i in range(base, base + PREFETCH):
-        if (t.sptes[row, i] & MMU_PRESENT) != ZERO or i == at:
-            if first >= 0 and not _prefetch_run(t, s, h, v, m, row, first, i):
-                return
-            first = np.int64(-1)
-        elif first < 0:
-            first = np.int64(i)
-    if first >= 0 and m.prefetch_tail:
-        _prefetch_run(t, s, h, v, m, row, first, base + PREFETCH)
-
-
-@helper
-def _prefetch_shadowed(t, s, h, v, m, row, at):
-    """Do the same below a guest table, as far as its entries are accessed and the host has writable pages at once."""
-    base = at & ~(PREFETCH - 1)
-    for i in range(base, base + PREFETCH):
-        if i == at or (t.sptes[row, i] & MMU_PRESENT) != ZERO:
-            continue
-        gpte = read_gpte(s, h, t.gfn[row], i)
-        if not may_map_early(m, gpte):
-            return
-        gfn = gpte_gfn(gpte)
-        access = clean_access(m, gpte, gpte_access(m, gpte) & (np.int64(t.role[row]) >> ROLE_ACCESS_SHIFT))
-        set_shadowed(t, row, i, gfn, access)
-        if not _prefetch_run(t, s, h, v, m, row, np.int64(i), np.int64(i) + 1):
-            return
 
 
 @helper
@@ -189,7 +78,7 @@ def shadow_map_gfn(t, s, h, v, m, k, gfn, kind, prefetch):
         return cx.EXIT_NOMEM
     reason = _finish(t, s, h, v, m, k, row, i, gfn, pfn, host_writable, access, kind, prefetch)
     if reason != cx.EXIT_MMIO and not np.int64(t.role[row]) & ROLE_AD_DISABLED and t.level[row] == 1:
-        _prefetch_direct(t, s, h, v, m, row, i)
+        prefetch_direct(t, s, h, v, m, row, i)
     return reason
 
 
@@ -234,6 +123,8 @@ def _guest_fault(t, s, h, v, m, address, kind, present):
     """
     walked = walk_guest(t, s, h, v, m, address, kind)
     if walked != WALK_OK:
+        if walked == WALK_FAULT and v.guest[cx.GW_ACCESS] != 0:
+            invalidate_address(t, s, h, v, m, address)
         return cx.EXIT_GUEST_PML_FULL if walked == WALK_PML_FULL else cx.EXIT_GUEST_FAULT
     gfn, access = v.guest[cx.GW_GFN], v.guest[cx.GW_ACCESS]
     k = find_slot(s, gfn)
@@ -264,9 +155,9 @@ def _guest_fault(t, s, h, v, m, address, kind, present):
     reason = _finish(t, s, h, v, m, k, row, i, gfn, pfn, host_writable, access, kind, False)
     if reason != cx.EXIT_MMIO and t.level[row] == 1:
         if is_direct(t, row):
-            _prefetch_direct(t, s, h, v, m, row, i)
+            prefetch_direct(t, s, h, v, m, row, i)
         else:
-            _prefetch_shadowed(t, s, h, v, m, row, i)
+            prefetch_shadowed(t, s, h, v, m, row, i)
     return reason
 
 

@@ -64,7 +64,7 @@ def needs_flush(m, old, new):
 
 
 @helper
-def _sync_entry(t, s, h, v, m, row, i):
+def sync_entry(t, s, h, v, m, row, i):
     """Bring one entry of a level-1 page in step with the guest's; returns whether the caller must flush."""
     spte = t.sptes[row, i]
     gpte = read_gpte(s, h, t.gfn[row], i)
@@ -109,7 +109,7 @@ def sync_page(t, s, h, v, m, row):
     """Bring every entry of a level-1 page in step with the guest's; returns whether the caller must flush."""
     flush = False
     for i in range(512):
-        if t.sptes[row, i] != m.lay.nonpresent and _sync_entry(t, s, h, v, m, row, np.int64(i)):
+        if t.sptes[row, i] != m.lay.nonpresent and sync_entry(t, s, h, v, m, row, np.int64(i)):
             flush = True
     return flush
 
