@@ -1,6 +1,7 @@
 """The layout of one 64-bit SPTE per paging kind and kernel era: constants, predicates on a value, overlap checks.
 
-Sources: Intel SDM vol. 3 ch. 29 (EPT), AMD APM vol. 2 ch. 15.25 (NPT); software bits as Linux 6.12 and 6.1 place them.
+Sources: Intel SDM vol. 3 ch. 29 (EPT), AMD APM vol. 2 ch. 15.25 (NPT); software bits as Linux 6.12 and 6.1 place them;
+`spte.kernel_bits` has those of other versions.
 Every constant is `np.uint64`: numba turns a mix of signed and unsigned into a signed or a float.
 """
 
@@ -36,6 +37,7 @@ SOFT_ACCESSED, SOFT_DIRTY = ONE << U64(8), ONE << U64(9)  # EPT without A/D bits
 # Role of a page table, 32 bits: level 3:0, direct 7, access 10:8, invalid 11, efer_nx 12, cr0_wp 13, ad_disabled 16, guest_mode 17.
 ROLE_LEVEL = 0xF
 ROLE_IS_DIRECT = 1 << 7
+ROLE_EFER_NX = 1 << 12
 ROLE_CR0_WP = 1 << 13  # of what `root_mmu` runs on; roots that shadow L1's EPT or NPT have it clear
 ROLE_ACCESS_SHIFT = 8
 ROLE_ACCESS = 7 << ROLE_ACCESS_SHIFT
@@ -91,8 +93,11 @@ class Layout(NamedTuple):
 
 
 def layout(platform: Platform, era: str) -> Layout:
-    """Return the layout of `platform` in the era ``"6.1"`` or ``"6.12"``."""
-    suppress = SUPPRESS_VE if era == "6.12" else ZERO
+    """Return the layout of `platform` in the arena: 6.1's, or 6.12's, where bit 63 is set in what is not present.
+
+    `spte.kernel_bits` translates to other versions' bits.
+    """
+    suppress = SUPPRESS_VE if era in ("6.12", "7.2") else ZERO
     l1tf = U64(0x1F) << U64(platform.l1tf - 5) if platform.l1tf else ZERO
     if platform.paging == EPT:
         present = suppress if platform.exec_only else suppress | ONE

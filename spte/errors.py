@@ -88,6 +88,12 @@ class RingDisabledError(KvmError):
     """KVM_RESET_DIRTY_RINGS on a VM without rings."""
 
 
+class NoRingIoctlError(RingDisabledError):
+    """KVM_RESET_DIRTY_RINGS on a kernel without dirty rings."""
+
+    code = _errno.ENOTTY
+
+
 class PlatformError(KvmError):
     """A platform or policy that does not exist."""
 

@@ -97,11 +97,17 @@ def madvise(backing: Backing, first: int, count: int, advice: int = DONTNEED, *,
         raise HostRangeError(f"advice={advice} is not for {backing.kind} memory; take 4 (DONTNEED)")
     hpage = backing.hpage + first
     split = _split_partial(hpage, count)
+<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
     if advice in (DONTNEED, FREE):
         invalidate_range(backing.users, [(hpage, count), *split])
     else:
         for part in split:
             invalidate_range(backing.users, [part])
+=======
+    whole = [(hpage, count)] if advice in (DONTNEED, FREE) else []
+    for part in [*whole, *split]:
+        unmap(backing.users, [part])
+>>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
     for block, _ in split:
         _pages(block >> 9)
         _settle(block >> 9)
@@ -118,6 +124,14 @@ def madvise(backing: Backing, first: int, count: int, advice: int = DONTNEED, *,
             pages = _pages(block)
             pages[a:b] = (pages[a:b] & hostmm.PROTECTED) | hostmm.PAGE_NONE
             _settle(block)
+            h.alone[block] |= _bits(a, b) if kind == hostmm.THP else np.uint64(0)
+
+
+def _bits(first: int, end: int) -> npt.NDArray[np.uint64]:
+    """Return 512 bits, those of ``[first, end)`` set, as 8 words."""
+    bits = np.zeros(_BLOCK_PAGES, np.uint8)
+    bits[first:end] = 1
+    return np.packbits(bits, bitorder="little").view(np.uint64)
 
 
 def _protection(hpage: int, count: int) -> npt.NDArray[np.bool_]:
@@ -148,8 +162,19 @@ def _cut(backing: Backing, edge: int) -> None:
             _settle(block >> 9)
 
 
-def mprotect(backing: Backing, first: int, count: int, prot: int = PROT_READ_WRITE) -> None:
-    """Change the protection of pages ``[first, first + count)`` to `prot`: 1 read, 3 read and write; mutates host pages, drops SPTEs.
+def mprotect(backing: Backing, first: int, count: int, prot: int = PROT_READ_WRITE, *, restores: bool = True) -> None:
+    """Change the protection of pages; mutates host pages, drops SPTEs.
+
+    Parameters
+    ----------
+    backing : Backing
+        The memory.
+    first, count : int
+        Pages.
+    prot : int
+        1 read, 3 read and write.
+    restores : bool
+        Own pages are writable at once again; else their next write copies them (policy field ``mprotect_restores``).
 
     Raises
     ------
@@ -165,21 +190,29 @@ def mprotect(backing: Backing, first: int, count: int, prot: int = PROT_READ_WRI
         if protected != protect:
             _cut(backing, start)
             _cut(backing, start + pages)
+<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
             invalidate_range(backing.users, [(start, pages)])
             _set_protection(start, pages, protect)
+=======
+            unmap(backing.users, [(start, pages)])
+            _set_protection(start, pages, protect, restores)
+>>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 
 
-def _set_protection(hpage: int, count: int, protect: bool) -> None:
+def _set_protection(hpage: int, count: int, protect: bool, restores: bool) -> None:
     h = the_host()
+    back = _UNPROTECT if restores else _UNPROTECT | {hostmm.HUGE_RO: hostmm.HUGE_WP}
     for block, a, b in _blocks(hpage, count):
         state = int(h.blocks["state"][block])
         empty = state == hostmm.EMPTY and h.blocks["kind"][block] in (hostmm.SMALL, hostmm.SHM)
-        known = _PROTECT if protect else _UNPROTECT
+        known = _PROTECT if protect else back
         if b - a == _BLOCK_PAGES and state in known and not empty:
             h.blocks["state"][block] = known[state]
             continue
         pages = _pages(block)
         pages[a:b] = pages[a:b] | hostmm.PROTECTED if protect else pages[a:b] & ~np.uint8(hostmm.PROTECTED)
+        if not protect and not restores:
+            pages[a:b][pages[a:b] == hostmm.PAGE_OWN] = hostmm.PAGE_COPY
         _settle(block)
 
 

@@ -11,10 +11,9 @@ from spte.guest_tables import GuestTables
 from spte.host.backing import Backing
 from spte.host.pages import the_host
 from spte.mmu.memslot import max_mapping_level
-from spte.vm.memslots import USER_MEM_SLOTS
 from spte.vm.vm import VM
 
-_SLOT = USER_MEM_SLOTS - 1
+_SLOT = 508  # a large one that every version has
 
 
 def warmup(progress: Callable[[str], None] | None = None, *, steps: Iterable[str] | None = None) -> None:

@@ -39,6 +39,15 @@ class Mode(NamedTuple):
     hw_ad: int  # the running root's A and D bits are set by hardware
     disabled_ad: int  # A and D bits are kept in entries of type disabled too
     tdp: int  # the CPU has two-dimensional paging
+    fast_huge_fault: int  # a huge leaf may be mended without mmu_lock
+    prefetch_tail: int  # prefetch fills the run that ends the group
+    freed_table_flush: int  # each table of the TDP MMU that is freed flushes
+    l2_types: int  # leaves of guest_mmu, where PML does not serve, are tagged as write-protected
+    sync_remakes: int  # a sync makes every leaf anew
+    sync_accessed: int  # with A
+    dirty_on_sync: int  # and, over one with W, with D
+    aging_clears: np.uint64  # bits that aging takes beside A, in the TDP MMU
+    prefault_leaves: int  # prefault leaves a present leaf alone
     l2_root_wp: int  # PML hardware: the root that L2 shares with L1's memory is write-protected
 
 
@@ -75,5 +84,14 @@ def mode_of(platform: Platform, policy: Policy, manual: int) -> Modes:
         nx_marks=nx_marks, nx_any_table=policy.nx_any_table,
         collapse_pages=COLLAPSE_PAGES.index(policy.collapse_pages), collapse_precise=policy.collapse_precise,
         level_clamped=policy.mapping_level_clamped, hw_ad=platform.ad_bits, disabled_ad=policy.software_ad,
+        fast_huge_fault=policy.fast_huge_fault,
+        prefetch_tail=policy.prefetch_tail,
+        freed_table_flush=policy.freed_table_flush,
+        l2_types=platform.pml or policy.l2_type_without_pml,
+        sync_remakes=policy.sync_remakes,
+        sync_accessed=policy.sync_keeps_accessed,
+        dirty_on_sync=policy.dirty_on_remake == "always",
+        aging_clears=lay.dirty if policy.aging_clears_dirty else ZERO,
+        prefault_leaves=policy.prefault_present == "leaves",
         tdp=platform.paging != SHADOW, l2_root_wp=policy.l2_root_write_protect, gpte=GUEST_LONG,
     ))  # fmt: skip

@@ -14,21 +14,23 @@ from spte.check.difference import Difference, Json, first_in_runs
 from spte.observe.stats import RECORDED_STATS
 from spte.recording.ops import VCPU_LIMIT
 
-INPUT = frozenset({"i", "op", "args", "hva_mod_1g", "hva_mod_2m", "thp_kb", "now"})
+INPUT = frozenset({"i", "op", "args", "hva_mod_1g", "hva_mod_2m", "thp_kb", "now", "yields"})
 DIRECT = frozenset({
     "ret", "errno", "manual_ret", "manual_errno", "ring_ret", "ring_errno",
     "dirty", "bytes", "entries", "n", "left_gpa", "left_size", "pml_index", "log",
     *(f"init_ret{vcpu}" for vcpu in range(VCPU_LIMIT)),
 })  # fmt: skip
 IN_FORCE = frozenset({"slots", "kbitmap", "mmu", "stats", "nested"})
-EACH_OP = frozenset({"exits", "exit_reasons", "hw"})
-NOT_COMPARED = frozenset({"events", "vals", "mem"})
+EACH_OP = frozenset({"exits", "exit_reasons", "hw", "counts"})
+NOT_COMPARED = frozenset({"events", "vals", "mem", "debugfs"})
 KNOWN = INPUT | DIRECT | IN_FORCE | EACH_OP | NOT_COMPARED | {"l1_exits"}
 
 OTHER_STATS = frozenset({
     "tlb_flush", "mmu_cache_miss", "mmu_shadow_zapped", "mmu_pte_write", "max_mmu_rmap_size", "remote_tlb_flush", "mmu_unsync",
+    "mmu_shadow_pages",
 })  # fmt: skip
 
+COUNTS = frozenset({"flush_all", "fault", "mmio_fault", "fast_fixed"})
 SLOT_KEYS = ("base_gfn", "npages", "flags", "disallow_l2", "disallow_l3", "kbitmap")
 NESTED_KEYS = ("in_l2", "rmaps", "logging_slots", "pml01", "pml02", "deferred")
 EXIT_KEYS = frozenset({"exit", "error", "more", "gpa", "len", "write", "in", "port", "size", "count"})
@@ -88,6 +90,7 @@ class InForce:
             unknown += [f"mmu.{k}" for m in record["mmu"] for k in unknown_mmu_keys(m)]
         self.nested |= record.get("nested", {})
         unknown += [f"nested.{k}" for k in record.get("nested", {}) if k not in NESTED_KEYS]
+        unknown += [f"counts.{k}" for k in record.get("counts", {}) if k not in COUNTS]
         unknown += [f"exits.{k}" for e in record.get("exits", ()) for k in e if k not in EXIT_KEYS]
         unknown += [f"exit_reasons.{k}" for k in record.get("exit_reasons", {}) if k not in KNOWN_REASONS]
         unknown += [f"hw.{h[0]}" for h in record.get("hw", ()) if h[0] not in HW_COMPARED | HW_CPU]
@@ -140,13 +143,18 @@ def differences(
         for name in sorted(EXIT_REASONS):
             if ours.get(name, 0) != theirs.get(name, 0):
                 yield Difference(f"exit_reasons.{name}", theirs.get(name, 0), ours.get(name, 0))
+    ours, theirs = got.get("counts", {}), expected.get("counts", {})
+    for name in sorted(COUNTS):
+        if ours.get(name, 0) != theirs.get(name, 0):
+            yield Difference(f"counts.{name}", theirs.get(name, 0), ours.get(name, 0))
     for who, name in sorted(force.stats.keys() | model.stats.keys()):
         a, b = force.stats.get((who, name), 0), model.stats.get((who, name), 0)
         if a != b:
             yield Difference(f"stats.{who}.{name}", a, b)
     yield from _slots(force.slots, model.slots)
     for name in NESTED_KEYS:
-        if force.nested.get(name) != model.nested.get(name):
+        recorded = name in force.nested or not force.nested  # an old kernel has some of them alone
+        if recorded and force.nested.get(name) != model.nested.get(name):
             yield Difference(f"nested.{name}", force.nested.get(name), model.nested.get(name))
     yield from root_differences(force.mmu, model.mmu)
 

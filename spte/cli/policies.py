@@ -9,7 +9,11 @@ from collections.abc import Mapping, Sequence
 
 import click
 
+<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
 from spte.policy import NAMES, Policy, decisions, spell
+=======
+from spte.policy import NAMES, RECORDED, Policy
+>>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 
 SCHEMA = "spte-policies/1"
 FALLBACK_WIDTH = 100
@@ -32,6 +36,7 @@ A decision can be replaced alone wherever a policy is taken:
 @click.command(help=HELP, short_help="List every decision of every kernel version, with its source.")
 @click.option("--field", "fields", multiple=True, metavar="NAME", help="Tell what this decision means, and its source. Repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; `schema` names its version.")
+<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
 def policies(fields: tuple[str, ...], as_json: bool) -> None:
     """Print the decisions as a table, some of them in full, or as JSON."""
     told = {f.name: f.metadata for f in decisions()}
@@ -40,6 +45,21 @@ def policies(fields: tuple[str, ...], as_json: bool) -> None:
             raise click.BadParameter(f"{name!r} is no decision; take one of {', '.join(told)}", param_hint="--field")
     values = {name: {version: spell(getattr(Policy.named(version), name)) for version in NAMES} for name in fields or told}
     width = shutil.get_terminal_size(fallback=(FALLBACK_WIDTH, 0)).columns
+=======
+def policies(as_json: bool) -> None:
+    """Print the decisions as a table or as JSON."""
+    names = NAMES if as_json else RECORDED
+    described = {name: Policy.named(name).describe() for name in names}
+    decisions: list[dict[str, Any]] = [
+        {
+            "decision": field,
+            "meaning": meaning,
+            "source": source,
+            "values": {name: rows[i][1] for name, rows in described.items()},
+        }
+        for i, (field, _, meaning, source) in enumerate(described[names[0]])
+    ]
+>>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
     if as_json:
         listed = [{"decision": n, "meaning": told[n]["doc"], "source": told[n]["source"], "values": by} for n, by in values.items()]
         click.echo(json.dumps({"schema": SCHEMA, "policies": list(NAMES), "decisions": listed}, indent=1))
@@ -61,6 +81,7 @@ def history(values: Mapping[str, str]) -> History:
             found.append((version, value))
     return found
 
+<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
 
 def table(rows: Mapping[str, History], width: int) -> list[str]:
     """Return a line a decision: its oldest value and then ``version: value`` of each change; a row too long goes on below."""
@@ -89,3 +110,15 @@ def in_full(name: str, values: History, meaning: str, choices: str, source: str,
     wrap = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False, subsequent_indent=" " * (left + GAP))
     head = textwrap.wrap(f"{name}: {meaning}", width, break_long_words=False, break_on_hyphens=False)
     return head + [line for key, text in facts.items() for line in wrap.wrap(f"{'':{GAP}}{key:{left}}{text}")]
+=======
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("decision", no_wrap=True)
+    for name in RECORDED:
+        table.add_column(name, overflow="fold")
+    table.add_column("meaning", overflow="fold")
+    table.add_column("source", overflow="fold")
+    for entry in decisions:
+        cells = (entry["decision"], *(entry["values"][name] for name in RECORDED), entry["meaning"], entry["source"])
+        table.add_row(*map(Text, cells))
+    Console(width=shutil.get_terminal_size(fallback=(120, 0)).columns).print(table)
+>>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e

@@ -7,8 +7,8 @@ import numpy as np
 from spte._numba.jit import kernel
 from spte.arrays.vcpu import DONE, READ
 from spte.mmu.memslot import find_slot
-from spte.mmu.page_fault import fast_fault
-from spte.mmu.shadow.page_fault import direct_map_gfn, shadow_map_gfn
+from spte.mmu.page_fault import fast_fault, map_gfn
+from spte.mmu.shadow.page_fault import shadow_map_gfn
 from spte.mmu.walk import walk
 
 
@@ -26,6 +26,6 @@ def prefault(t, s, h, v, mode, gfn):
     elif m.shadow:
         reason = shadow_map_gfn(t, s, h, v, m, k, gfn, np.int64(READ), True)
     else:
-        reason = direct_map_gfn(t, s, h, v, m, k, gfn, np.int64(READ), True, row, i, level)
+        reason = map_gfn(t, s, h, v, m, k, gfn, np.int64(READ), True, row, i, level)
     _, _, level = walk(t, vcpu.root, gfn)
     return reason, level

@@ -100,26 +100,25 @@ def soft_full(v):
 def _fault(t, s, h, v, m, gfn, kind, row, i, level):
     """Handle a violation or misconfiguration of a TDP MMU's root; returns an exit reason, DONE to enter again."""
     vcpu = v.vcpu[0]
-    mmio, kind, present, again = begin_fault(m, s, v, gfn, kind, t.sptes[row, i], level)
+    mmio, kind, present = begin_fault(m, s, v, gfn, kind, t.sptes[row, i], level)
     if mmio:
         return EXIT_MMIO
     k = find_slot(s, gfn)
-    may_be_fast = not again and k >= 0 and m.fast_fault and ((present and kind == WRITE) or (not m.ad and not present))
+    may_be_fast = k >= 0 and m.fast_fault and ((present and kind == WRITE) or (not m.ad and not present))
     if may_be_fast and fast_fault(t, s, v, m, k, gfn, kind, False, row, i, level):
         return DONE
     if k >= 0 and kind == WRITE and s.slots[k].flags & READONLY:
         vcpu.pf_emulate += 1
         return EXIT_MMIO
-    vcpu.slow_faults += 1 - again
+    vcpu.slow_faults += 1
     return map_gfn(t, s, h, v, m, k, gfn, kind, False, row, i, level)
 
 
 @helper
 def _may_run_on(v, m, gfns, kinds, at):
     """Tell whether faults from access `at` on may be alike: the next gfn follows, nothing looks at single ones."""
-    vcpu = v.vcpu[0]
     plain = kinds.shape[0] == 1 and kinds[0] != EXEC and v.log.shape[0] == 0
-    quiet = vcpu.counted == 0 and vcpu.ring_soft_full == 0
+    quiet = v.vcpu[0].ring_soft_full == 0
     return plain and quiet and at + 1 < gfns.shape[0] and gfns[at + 1] == gfns[at] + 1
 
 
@@ -140,8 +139,8 @@ def run(t, s, h, v, mode, gfns, kinds, start):
     ahead, resumed = max(start, vcpu.ahead), vcpu.ahead > 0
     listed, unlisted = forget_leaf_rows(t), start if resumed else start - n
     shadowed = m.shadow or vcpu.pgd >= 0 or t.kvm[0].indirect_shadow_pages > 0
-    # A fault that the host has just served is not over, a stay that goes on was not left: no entry in between.
-    if vcpu.counted == 0 and not vcpu.stay & STAYED and soft_full(v):
+    # A stay that goes on was not left: no entry in between.
+    if not vcpu.stay & STAYED and soft_full(v):
         reason = EXIT_RING_FULL
     while at < n and reason == DONE:
         if at >= ahead and v.log.shape[0] == 0:  # a log wants each access alone
@@ -190,7 +189,7 @@ def run(t, s, h, v, mode, gfns, kinds, start):
             if count > 0:
                 ahead = max(ahead, at + 2)  # the next table and the run in it, before walking ahead again
                 continue
-        vcpu.exits += 1 - vcpu.counted
+        vcpu.exits += 1
         drain(t, s, v, m)
         slow = vcpu.slow_faults
         reason = EXIT_SHADOW if shadowed else _fault(t, s, h, v, m, gfn, kind, row, i, level)

@@ -47,6 +47,11 @@ def _release(first_block: int, blocks: int, unit: int, units: int) -> None:
     guest_memory.forget(first_block, blocks)
     for block in first_block + np.flatnonzero(h.blocks["state"][first_block : first_block + blocks] == hostmm.MIXED):
         hostmm.drop_mixed(h, block, np.uint8(hostmm.EMPTY))
+        h.alone[block] = 0
+    small = (h.blocks["state"][first_block : first_block + blocks] == hostmm.OWN) & (
+        h.blocks["kind"][first_block : first_block + blocks] == hostmm.THP
+    )
+    h.alone[first_block + np.flatnonzero(small)] = 0
     h.blocks["state"][first_block : first_block + blocks] = hostmm.EMPTY
     h.blocks["kind"][first_block : first_block + blocks] = hostmm.UNMAPPED
     _units().give(unit, units)

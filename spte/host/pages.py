@@ -20,12 +20,14 @@ import numpy as np
 
 from spte._numba.jit import helper, kernel, kernel_called
 from spte.arrays import reserve as memory
-from spte.arrays.host import BLOCK, HOST_ROWS, MIXED_BLOCK, Host
+from spte.arrays.host import Host
+from spte.bits import U64, ZERO
 
 UNMAPPED, SMALL, THP, HUGETLB_2M, HUGETLB_1G, SHM = 0, 1, 2, 3, 4, 5  # kinds of memory of a block
 EMPTY, OWN, MIXED, EMPTY_RO = 0, 1, 2, 3
 HUGE, HUGE_WP, HUGE_RO, HUGE_WP_RO = 4, 5, 6, 7  # from HUGE on: mapped huge
 PAGE_NONE, PAGE_OWN, PAGE_ZERO, PAGE_WP = 0, 1, 2, 3
+PAGE_COPY = 4  # own, write-protected by an old mprotect: the next write copies it
 PROTECTED = 0x80  # mprotect(PROT_READ), beside the state of a page
 HOST_OK, HOST_COW, HOST_EFAULT, HOST_NOMEM = 0, 1, 2, 3
 
@@ -33,6 +35,7 @@ BLOCKS = 1 << 26  # 2**47 bytes of user address space in 2 MiB blocks
 FIRST_BLOCK = 1 << 15  # below it, pfns name rows of the arena
 ZERO_PFN = np.uint64(FIRST_BLOCK << 9)
 MIXED_ROWS = 1 << 20
+ALL_ONES = ~U64(0)
 WORDS_BLOCKS, WORDS_PAGES = 1 << 16, 1 << 20
 
 
@@ -45,8 +48,10 @@ def the_host() -> Host:
     if _host is None:
         res = memory.reserve
         _host = Host(
-            blocks=res(BLOCK, BLOCKS), rows=np.zeros(1, HOST_ROWS), mixed_blocks=res(MIXED_BLOCK, MIXED_ROWS),
-            page=res(np.uint8, MIXED_ROWS, 512), words_page=res(np.int32, WORDS_BLOCKS, 512), words=res(np.uint64, WORDS_PAGES, 512),
+            kind=res(np.uint8, BLOCKS), device=res(np.uint8, BLOCKS), block=res(np.uint8, BLOCKS), mixed=res(np.int32, BLOCKS),
+            page=res(np.uint8, MIXED_ROWS, 512), own_pages=res(np.int32, MIXED_ROWS), alone=res(np.uint64, BLOCKS, 8), meta=zeros(2),
+            free=res(np.int32, MIXED_ROWS),
+            words_of=res(np.int32, BLOCKS), words_page=res(np.int32, WORDS_BLOCKS, 512), words=res(np.uint64, WORDS_PAGES, 512),
         )  # fmt: skip
     return _host
 
@@ -75,6 +80,9 @@ def make_mixed(h, block):
     for i in range(512):
         h.page[row, i] = state
     h.mixed_blocks[row].own_pages = 512 if state == PAGE_OWN else 0
+    if h.blocks[block].kind == THP and (was == EMPTY or was == EMPTY_RO):
+        for w in range(8):
+            h.alone[block, w] = ALL_ONES
     h.blocks[block].row = row
     h.blocks[block].state = MIXED
     return np.int64(row)
@@ -125,13 +133,16 @@ def fault_in_huge(h, block, kind, state):
             h.blocks[b].state = state
     else:
         h.blocks[block].state = state
+        for w in range(8):
+            h.alone[block, w] = ZERO
 
 
-@kernel
+@kernel_called
 def host_fault(h, hpage, write):
     """Make the host map `hpage` as an access needs it; returns ``(code, writable, zero)``.
 
-    HOST_COW: the host must copy a zero page, with a notifier; the caller lets `spte.host.backing` do it and asks again.
+    HOST_COW: the host must copy the page, most often the zero page, with a notifier; the caller lets `spte.host.backing` do
+    it and asks again.
     """
     block = hpage >> 9
     kind = h.blocks[block].kind
@@ -164,18 +175,18 @@ def host_fault(h, hpage, write):
         return HOST_OK, False, (h.page[row, i] & 3) == PAGE_ZERO
     if page == PAGE_OWN:
         return HOST_OK, True, False
-    if page == PAGE_ZERO and write:
+    if write and (page == PAGE_ZERO or page == PAGE_COPY):
         return HOST_COW, False, False
     if write or (page == PAGE_NONE and kind == SHM):
         set_page(h, block, row, i, PAGE_OWN)
         return HOST_OK, True, False
     if page == PAGE_NONE:
         h.page[row, i] = PAGE_ZERO
-    return HOST_OK, False, page != PAGE_WP
+    return HOST_OK, False, page == PAGE_NONE or page == PAGE_ZERO
 
 
 def write_page(hpage: np.int64) -> int:
-    """Store into a host page from the host itself; HOST_COW: a zero page was copied, which needs the unmap notifier."""
+    """Store into a host page from the host itself; HOST_COW: the page was copied, which needs the unmap notifier."""
     h = the_host()
     code, _, _ = host_fault(h, hpage, True)
     if code == HOST_COW:

@@ -14,7 +14,11 @@ from spte.bits import U64, ZERO
 
 # 2**24 rows map 32 TiB in 4 KiB pages. Only address space: 64 GiB and 0.5 GiB of attributes, nothing of it touched.
 CAPACITY = 1 << 24
+
+
 HASH_BUCKETS = 1 << 16
+
+
 LEAF_ROWS = 1 << 23  # 2 MiB each: 16 TiB of a guest
 
 

@@ -8,8 +8,8 @@ from spte._numba.jit import helper
 
 @helper
 def _write_protects_l2(m, role):
-    """Tell whether PML hardware, which logs L1's gfns alone, leaves the pages of `role` to write protection: L2 runs on them."""
-    return m.dirty_log_size > 0 and role & bt.ROLE_GUEST_MODE and (m.l2_root_wp or not role & bt.ROLE_CR0_WP)
+    """Tell whether the leaves of `role` are left to write protection, as L2 runs on them and PML logs L1's gfns alone."""
+    return m.l2_types and role & bt.ROLE_GUEST_MODE and (m.l2_root_wp or not role & bt.ROLE_CR0_WP)
 
 
 @helper

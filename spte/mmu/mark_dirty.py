@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import kernel, kernel_apart
+from spte._numba.jit import kernel_apart, kernel_called
 from spte.arrays.slots import LOG_DIRTY_PAGES
 from spte.arrays.vcpu import EV_MARK, EV_PUSH, LOG_COLUMNS
 from spte.bits import ONE, U64
@@ -13,6 +13,8 @@ U32_MASK = np.int64(0xFFFF_FFFF)
 
 
 RING_GFN_DIRTY = ONE
+
+
 SLOT_SHIFT = U64(32)
 
 
@@ -48,7 +50,7 @@ def ring_push(v, slot, offset):
         note(v, EV_PUSH, dirty, vcpu.reset_index, slot, offset, used)
 
 
-@kernel
+@kernel_called
 def mark_dirty(t, s, v, k, gfn):
     """Mark `gfn` of slot `k` dirty in the running vCPU's ring or the slot's bitmap; ignored if the slot does not log."""
     if v.log.shape[0] > 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import helper, kernel
+from spte.bits import ONE, U64, ZERO
 from spte.host.pages import HUGE, HUGETLB_1G, HUGETLB_2M, THP, host_level
 
 # What a struct page must be before patch 5: a THP that is mapped huge; that or device memory; any compound page or device memory.
@@ -64,7 +65,9 @@ def _page_may_collapse(h, hpage, pages):
     device = (kind == HUGETLB_2M or kind == HUGETLB_1G) and h.blocks[hpage >> 9].device != 0
     if pages == PAGES_THP_OR_DEVICE:
         return huge_thp or device
-    return kind == THP or kind == HUGETLB_2M or kind == HUGETLB_1G
+    if kind == THP:
+        return (h.alone[hpage >> 9, (hpage & 511) >> 6] >> U64(hpage & 63)) & ONE == ZERO
+    return kind == HUGETLB_2M or kind == HUGETLB_1G
 
 
 @helper

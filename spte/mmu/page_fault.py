@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import helper
+from spte._numba.jit import helper, kernel_apart
 from spte.arrays.slots import LOG_DIRTY_PAGES, READONLY
 from spte.arrays.vcpu import (
     DONE,
@@ -56,24 +56,21 @@ def is_fresh_mmio(m, s, spte):
 
 @helper
 def begin_fault(m, s, v, gfn, kind, spte, level):
-    """Count a violation or misconfiguration; returns ``(still MMIO, kind, entry is present, counted before)``."""
+    """Count a violation or misconfiguration; returns ``(still MMIO, kind, entry is present)``."""
     vcpu = v.vcpu[0]
     present = is_leaf(spte, level) and (spte & (m.lay.readable | WRITABLE | m.lay.x)) != ZERO
-    again = vcpu.counted
-    vcpu.counted = 0
     if level == 1 and (spte & m.lay.mmio_mask) == m.lay.mmio_test and (spte & MMU_PRESENT) == ZERO:
         vcpu.misconfigs += 1
         if is_fresh_mmio(m, s, spte):
-            return True, kind, present, again
+            return True, kind, present
         if m.lay.x != ZERO:  # an EPT misconfiguration does not say what the access was: KVM takes it for a read
             kind = np.int64(READ)
     else:
-        vcpu.violations += 1 - again
-    if not again:
-        vcpu.pf_taken += 1
-        if v.log.shape[0] > 0:
-            note(v, EV_FAULT, gfn, kind, present, 0, 0)
-    return False, kind, present, again
+        vcpu.violations += 1
+    vcpu.pf_taken += 1
+    if v.log.shape[0] > 0:
+        note(v, EV_FAULT, gfn, kind, present, 0, 0)
+    return False, kind, present
 
 
 @helper
@@ -85,8 +82,9 @@ def _install(t, v, m, row, i, gfn, level, new):
         count_leaf(t, level, 1)
     elif level > 1 and is_link(old):
         count_leaf(t, level, 1)
+        freed = kvm.freed
         free_table(t, child_of(old))
-        kvm.remote_tlb_flush_requests += 1
+        kvm.remote_tlb_flush_requests += kvm.freed - freed if m.freed_table_flush else 1
     t.sptes[row, i] = new
     kvm.sptes_written += 1
     if v.log.shape[0] > 0:
@@ -164,7 +162,7 @@ def allowed(m, spte, kind):
     return (spte & m.lay.readable) != ZERO
 
 
-@helper
+@kernel_apart
 def fast_fault(t, s, v, m, k, gfn, kind, prefetch, row, i, level):
     """Mend a write-protected or access-tracked leaf, where the walk ended, without mmu_lock; True if the access may go on."""
     vcpu = v.vcpu[0]
@@ -180,7 +178,7 @@ def fast_fault(t, s, v, m, k, gfn, kind, prefetch, row, i, level):
         new = restore_access_tracked(new, m.lay)
     if kind == WRITE and (old & m.lay.mmu_writable) != ZERO:
         new |= WRITABLE
-        if level > 1 and s.slots[k].flags & LOG_DIRTY_PAGES:
+        if level > 1 and (not m.fast_huge_fault or s.slots[k].flags & LOG_DIRTY_PAGES):
             return False
     fixed = new != old and allowed(m, new, kind)
     if fixed:
@@ -195,7 +193,7 @@ def fast_fault(t, s, v, m, k, gfn, kind, prefetch, row, i, level):
     return fixed
 
 
-@helper
+@kernel_apart
 def map_gfn(t, s, h, v, m, k, gfn, kind, prefetch, row, i, level):
     """Take the slow path from where the walk ended: host page, goal level, tables, leaf. Returns an exit reason, DONE if it is there.
 
@@ -233,11 +231,13 @@ def map_gfn(t, s, h, v, m, k, gfn, kind, prefetch, row, i, level):
             note(v, EV_SPTE, gfn, level, old, new, 0)
             note(v, EV_MMIO, gfn, 0, 0, 0, 0)
         return EXIT_MMIO
+    if prefetch and m.prefault_leaves and is_leaf(old, level):
+        return DONE
     first = pfn & ~((ONE << U64(9 * (level - 1))) - ONE)
     write = host_writable and ((old & WRITABLE) != ZERO or may_write(t, gfn, True, prefetch))
     access = np.int64(ACC_ALL & ~ACC_EXEC if m.nx and level > 1 else ACC_ALL)
     new = make_leaf(m, level, first, old, prefetch, host_writable, np.int64(t.pages[row].role), access, write)
-    if write and s.slots[k].flags & LOG_DIRTY_PAGES:
+    if (new & WRITABLE) != ZERO and s.slots[k].flags & LOG_DIRTY_PAGES:
         mark_dirty(t, s, v, k, gfn)
     if new != old:
         _install(t, v, m, row, i, gfn, level, new)

@@ -28,7 +28,7 @@ def is_direct(t, row):
     return np.int64(t.pages[row].role) & ROLE_IS_DIRECT != 0
 
 
-@helper
+@kernel_apart
 def protect_rmaps(t, s, m, k, gfn, lowest):
     """Take W and MMU_WRITABLE from every leaf of level >= `lowest` that maps `gfn` of slot `k` by rmap; returns SPTEs changed."""
     changed = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte import bits as bt
-from spte._numba.jit import helper
+from spte._numba.jit import helper, kernel_apart
 from spte.bits import child_of, is_leaf, is_link
 from spte.kernels._split import fill_table, first_child
 from spte.mmu.arena import alloc_row, count_leaf, free_row, take_row
@@ -39,7 +39,7 @@ def new_child(t, m, row, i):
     return alloc_row(t, level, child_gfn(t, row, i), _child_role(t, row), m.lay.nonpresent)
 
 
-@helper
+@kernel_apart
 def split_entry(t, m, row, i):
     """Replace a huge leaf by a table of 512 leaves that inherit its bits: KVM's tdp_mmu_split_huge_page.
 

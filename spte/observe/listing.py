@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
 from collections.abc import Iterable, Iterator
+=======
+from collections.abc import Callable, Iterator
+>>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from spte.arrays.tables import PAE_ROOT, Tables
+<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
 from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, ROLE_GUEST_MODE, ROLE_INVALID, ROLE_IS_DIRECT, Layout
 from spte.mmu.slot.sweep import GFN_SHIFT, is_indirect
+=======
+from spte.bits import LARGE, MMU_PRESENT, PFN_MASK
+from spte.kernel_bits import KernelBits
+from spte.mmu.slot.sweep import GFN_SHIFT, is_scattered
+>>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 
 _PRESENT, _LARGE, _FRAME, _NO_FRAME = int(MMU_PRESENT), int(LARGE), int(PFN_MASK), ~PFN_MASK
 _TOP_BIT = 1 << 63  # of an entry that is not present: suppress-#VE of EPT, or the non-present value of NPT
@@ -94,7 +104,7 @@ def _collect(t: Tables, row: int, hide: tuple[int, int] | None, address: int, fo
                     found.append(Run("other", level, gfn, 1, int(entries[i])))
 
 
-def leafs(walked: list[Run], *, mapped: bool = False) -> list[list[Any]]:
+def leafs(walked: list[Run], bits: KernelBits, *, mapped: bool = False) -> list[list[Any]]:
     """Return ``[level, first_gfn, count, flags]`` runs of the leaves of a walk that follow each other with equal bits but for the frame.
 
     `mapped` adds the gfn that the first one maps, where the tables translate other addresses than gfns.
@@ -103,7 +113,7 @@ def leafs(walked: list[Run], *, mapped: bool = False) -> list[list[Any]]:
     for run in walked:
         if run.what != "leaf":
             continue
-        level, flags = run.level, f"{run.value:x}"
+        level, flags = run.level, f"{bits.spte(run.value):x}"
         last = runs[-1] if runs else None
         if last and last[0] == level and last[3] == flags:
             size = last[2] << (9 * (level - 1))
@@ -114,19 +124,17 @@ def leafs(walked: list[Run], *, mapped: bool = False) -> list[list[Any]]:
     return runs
 
 
-def tables(t: Tables, walked: list[Run]) -> list[list[Any]]:
-    """Return ``[level, gfn, count, role, tdp, nx_disallowed, unsync]`` runs of the page-table pages of a walk, parents before children."""
+def tables(t: Tables, walked: list[Run], role_of: Callable[[int], int]) -> list[list[Any]]:
+    """Return ``[level, gfn, count, role, tdp, nx_disallowed, unsync]`` runs of the page-table pages of a walk, parents before children.
+
+    `role_of` returns the role of a row as the kernel has it.
+    """
     runs: list[list[Any]] = []
     for run in walked:
         if run.what != "table":
             continue
         level, gfn, row = run.level, run.gfn, run.value
-        key = [
-            f"{int(t.pages[row].role):x}",
-            1 - int(t.pages[row].shadow),
-            int(t.pages[row].nx_huge_page_disallowed != 0),
-            int(t.pages[row].unsync),
-        ]
+        key = [f"{role_of(row):x}", 1 - int(t.pages[row].shadow), int(t.pages[row].nx_huge_page_disallowed != 0), int(t.pages[row].unsync)]
         last = runs[-1] if runs else None
         if last and last[0] == level and last[3:] == key and last[1] + (last[2] << (9 * level)) == gfn:
             last[2] += 1
@@ -135,10 +143,9 @@ def tables(t: Tables, walked: list[Run]) -> list[list[Any]]:
     return runs
 
 
-def other(walked: list[Run], lay: Layout) -> list[list[Any]]:
+def other(walked: list[Run], bits: KernelBits) -> list[list[Any]]:
     """Return ``[level, gfn, full hex]`` of the entries of a walk that are neither present nor empty: MMIO and frozen ones."""
-    empty = int(lay.nonpresent)
-    return [[r.level, r.gfn, f"{r.value:x}"] for r in walked if r.what == "other" and r.value != empty]
+    return [[r.level, r.gfn, f"{bits.spte(r.value):x}"] for r in walked if r.what == "other" and r.value != bits.nonpresent]
 
 
 def roots(t: Tables, lay: Layout, kept: Iterable[KeptRoot], hide: tuple[int, int] | None = None) -> list[dict[str, Any]]:

@@ -25,26 +25,27 @@ from spte.arrays.vcpu import (
     Vcpu,
 )
 from spte.bits import PFN_MASK
+from spte.kernel_bits import KernelBits
 
 PFERR_PRESENT, PFERR_WRITE, PFERR_USER, PFERR_FETCH = 1, 2, 4, 16
 
 
-def _flags(spte: int) -> str:
-    return f"{spte & ~int(PFN_MASK):x}"
+def _flags(bits: KernelBits | None, spte: int) -> str:
+    return f"{(spte if bits is None else bits.spte(spte)) & ~int(PFN_MASK):x}"
 
 
-def _decode(vcpu: int, e: list[int]) -> list[Any] | None:
+def _decode(vcpu: int, e: list[int], bits: KernelBits | None) -> list[Any] | None:
     """Return one logged event as ``[tracepoint, fields...]``; None for what is hardware's, not KVM's."""
     kind, a, b, c, d, f = e
     if kind == EV_FAULT:
         error = PFERR_USER | (PFERR_PRESENT if c else 0) | {WRITE: PFERR_WRITE, EXEC: PFERR_FETCH}.get(b, 0)
         return ["kvm_page_fault", vcpu, a, f"{error:x}"]
     if kind == EV_FAST:
-        return ["fast_page_fault", vcpu, a, _flags(b), _flags(c), "fixed" if d else "no"]
+        return ["fast_page_fault", vcpu, a, _flags(bits, b), _flags(bits, c), "fixed" if d else "no"]
     if kind == EV_SET:
-        return ["kvm_mmu_set_spte", a, b, _flags(c)]
+        return ["kvm_mmu_set_spte", a, b, _flags(bits, c)]
     if kind == EV_SPTE:
-        return ["kvm_tdp_mmu_spte_changed", 0, a, b, _flags(c), _flags(d)]
+        return ["kvm_tdp_mmu_spte_changed", 0, a, b, _flags(bits, c), _flags(bits, d)]
     if kind == EV_MARK:
         return ["mark_page_dirty_in_slot", a]
     if kind == EV_PML_FULL:
@@ -65,6 +66,7 @@ class EventLog:
         self.events: list[list[Any]] = []
         self.hw: list[list[Any]] = []
         self.tracing = False
+        self.bits: KernelBits | None = None  # how the kernel has the entries; None: as the arena
         self.hardware = False
 
     @property
@@ -79,7 +81,7 @@ class EventLog:
                 self.hw.append(["pml", e[1], e[2], e[3], "setA" if e[4] else ""])
             elif self.hardware and e[0] == EV_PML_FULL:
                 self.hw.append(["pml_full", e[1], e[2], e[3]])
-            if self.tracing and (event := _decode(index, e)):
+            if self.tracing and (event := _decode(index, e, self.bits)):
                 self.events.append(event)
         v.vcpu[0].logged = 0
 
@@ -110,5 +112,5 @@ class EventLog:
         found = []
         for r, i in zip(rows.tolist(), places.tolist(), strict=True):
             at = int(gfn[r]) + (i << (9 * (int(level[r]) - 1)))
-            found.append((at, int(level[r]), _flags(int(sptes[r, i])), _flags(int(t.sptes[r, i]))))
+            found.append((at, int(level[r]), _flags(self.bits, int(sptes[r, i])), _flags(self.bits, int(t.sptes[r, i]))))
         self.events += [["kvm_tdp_mmu_spte_changed", 0, *change] for change in sorted(found, key=lambda c: (c[0], -c[1]))]

@@ -8,7 +8,7 @@ from typing import Any
 from spte.recording.ops import INT64, RecordingError, is_int, short
 
 _CONTAINERS: dict[str, type] = {
-    "args": dict, "stats": dict, "kbitmap": dict, "exit_reasons": dict,
+    "args": dict, "stats": dict, "counts": dict, "debugfs": dict, "kbitmap": dict, "exit_reasons": dict,
     "slots": list, "mmu": list, "exits": list, "events": list, "hw": list, "dirty": list, "entries": list,
     "nested": dict, "l1_exits": list, "log": list,
 }  # fmt: skip
@@ -18,6 +18,7 @@ _ROWS = {
     "leafs": "lnns", "tables": "lnnsnnn", "other": "lns", "disallow_l2": "nn", "disallow_l3": "nn", "kbitmap": "nn",
     "dirty": "nn", "entries": "nn", "l1_exits": "nss",
 }  # fmt: skip
+YIELD_LIMIT = 1 << 20
 _L1_ENTRY = "lnns"  # `entries` of l2_tables
 _GUEST_MMU_LEAF = "lnnsn"
 _PML_ROW = "snnnls"
@@ -76,6 +77,11 @@ def check_shapes(record: Mapping[str, Any], where: str) -> None:
     for who, values in record.get("stats", {}).items():
         if not isinstance(values, dict) or not all(map(is_int, values.values())):
             raise RecordingError(f"{where}: stats of {short(who)} are {short(values)}, not numbers by name")
+    if not all(map(is_int, record.get("counts", {}).values())):
+        raise RecordingError(f"{where}: counts are {short(record['counts'])}, not numbers by name")
+    yields = record.get("yields", 0)
+    if not is_int(yields) or not 0 <= yields < YIELD_LIMIT:
+        raise RecordingError(f"{where}: yields is {short(yields)}, not a number of 0..{YIELD_LIMIT - 1}")
     for key in ("dirty", "l1_exits"):
         _check_rows(where, record, key)
     _check_rows(where, record, "entries", _L1_ENTRY if record["op"] == "l2_tables" else "")

@@ -46,7 +46,7 @@ def mprotect(machine: Machine, args: Args, record: Args) -> Result:
     if args["prot"] not in (mm.PROT_READ, mm.PROT_READ_WRITE):
         raise RecordingError(f"prot {args['prot']} is not known; known are {mm.PROT_READ} and {mm.PROT_READ_WRITE}")
     for first, count in _pages_of(machine, args):
-        mm.mprotect(machine.backing(args["backing"]), first, count, args["prot"])
+        mm.mprotect(machine.backing(args["backing"]), first, count, args["prot"], restores=machine.policy.mprotect_restores)
     return _host_result(record)
 
 

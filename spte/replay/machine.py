@@ -25,7 +25,6 @@ PLATFORMS = {
     "intel-noad": "ept-noad", "intel-pml-legacy": "ept-pml-rmap", "intel-nopml-legacy": "ept-nopml-rmap", "intel-shadow": "shadow",
 }  # fmt: skip
 PLATFORMS |= {f"amd-{name}": PLATFORMS[name] for name in ("tdp", "legacy", "shadow")}  # as the nested recordings spell them
-VERSIONS = ("6.1", "6.12")
 RECORDED_PHYSICAL_BITS = 40  # physical address width of both recorded CPUs
 TSS = 0xFFFBD  # gfn where the recorder puts the TSS
 PARAMS = ("eager_page_split", "nx_huge_pages")
@@ -246,10 +245,9 @@ def _platform(config: str) -> platforms.Platform:
 
 
 def _policy(kernel: str) -> policies.Policy:
-    version = ".".join(kernel.split("-")[0].split(".")[:2])
-    if version not in VERSIONS:
-        known = ", ".join(f"{v}.*" for v in VERSIONS)
-        raise RecordingError(f"kernel {short(kernel)} has no policy here; known are {known}")
+    version = policies.mainline(kernel.split("-")[0])
+    if version is None:
+        raise RecordingError(f"kernel {short(kernel)} has no policy here; known are {policies.VERSIONS[0]} to {policies.VERSIONS[-1]}")
     return policies.Policy.named(version)
 
 

@@ -37,6 +37,7 @@ class L1Tables(GuestTables):
                 self.add_root()
             for gfn in WINDOWS:
                 self.map(gfn, gfn, level=2, root=root)
+        self.roots.reverse()  # the recorder lays out the tables of its last root first
 
     def map_recorded(self, gfn: int, to: int, *, level: int, perm: int, ad: int, root: int) -> None:
         """Map one page as ``l2_map`` does: `ad` presets A (1) and D (2)."""

@@ -19,6 +19,14 @@ from spte.replay.nested import NestedGuest
 from spte.replay.ops import HANDLERS
 from spte.replay.payload import CODE_SLOT, HIDDEN, TABLE_SLOT
 
+<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
+=======
+STATS = {
+    "vm": ("pages_4k", "pages_2m", "pages_1g", "remote_tlb_flush_requests", "nx_lpage_splits"),
+    "vcpu": ("pf_taken", "pf_fixed", "pf_fast", "pf_emulate", "pf_spurious", "pf_mmio_spte_created"),
+}
+COUNTS = {"flush_all": "flushes", "fault": "ept_violations", "mmio_fault": "ept_misconfigs", "fast_fixed": "faults_fast"}
+>>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 EXIT_REASONS = {"EPT_VIOLATION": "ept_violations", "EPT_MISCONFIG": "ept_misconfigs", "PML_FULL": "pml_full"}
 
 class Replay:
@@ -74,9 +82,17 @@ class Replay:
             out |= HANDLERS[op](self.machine, given, record)
         except KvmError as error:
             raise RecordingError(f"op {record['i']}, {op}, can not be performed: {error}") from None
+        if "yields" in record:
+            out["yields"] = record["yields"]
+            self._yield(record["yields"])
         if self.machine.has_vm:
             self._observe(out, new=op == "new_vm")
         return out
+
+    def _yield(self, times: int) -> None:
+        """Let walks of the op have been rescheduled so often: each time KVM flushes what it has changed so far, and goes on."""
+        for _ in range(times):
+            self.machine.vm.mmu.flush()
 
     def _observe(self, out: dict[str, Any], *, new: bool) -> None:
         """Add to `out` what changed in statistics, hardware log, slots and tables."""
@@ -108,9 +124,17 @@ class Replay:
             if different:
                 changed[who] = different
             self._stats[who] = kept
-        if changed:
-            out["stats"] = changed
         counters = self.machine.counters()
+        if self.machine.policy.binary_stats:
+            if changed:
+                out["stats"] = changed
+        elif self._traced and not new:
+            counts = {name: counters[key] - self._counters.get(key, 0) for name, key in COUNTS.items()}
+            if self.machine.intel:  # there a fault counts whatever its error code, and a misconfiguration is none
+                mmio = counts.pop("mmio_fault")
+                counts["fault"] += mmio if self.machine.platform.paging != EPT else 0
+            if counts := {name: count for name, count in counts.items() if count}:
+                out["counts"] = counts
         reasons = {name: counters[key] - self._counters.get(key, 0) for name, key in EXIT_REASONS.items()}
         reasons["IO_INSTRUCTION"] = counters["io_exits"] - self._counters.get("io_exits", 0)
         self._counters = counters
@@ -127,8 +151,13 @@ class Replay:
             return state
         return state | {
             "logging_slots": vm.nr_memslots_dirty_logging, "pml01": [int(v.pml01) for v in vm.vcpus],
+<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
             "pml02": [int(v.pml01 and vm.policy.pml_in_l2) for v in vm.vcpus],
             "deferred": [int(v.nested.update_deferred) for v in vm.vcpus],
+=======
+            "pml02": [int(v.ran_l2 and v.pml01 and vm.policy.pml_in_l2) for v in vm.vcpus],
+            "deferred": [int(v.update_deferred) for v in vm.vcpus],
+>>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
         }  # fmt: skip
 
     def _mmu_entry(self, vcpu: int) -> dict[str, Any]:
@@ -136,13 +165,13 @@ class Replay:
         roots = [int(each.arrays.vcpu[0].root) for each in vm.vcpus]
         root = roots[vcpu]
         role, level = int(vm.mmu.tables.pages[root].role), int(vm.mmu.tables.pages[root].level)
-        entry: dict[str, Any] = {"vcpu": vcpu, "root_level": level, "role": f"{role & ~ROLE_INVALID:x}"}
+        entry: dict[str, Any] = {"vcpu": vcpu, "root_level": level, "role": f"{vm.role_of(vcpu)(root) & ~vm.bits.role_invalid:x}"}
         if root in roots[:vcpu]:
             return {**entry, "root": f"same as vcpu {roots.index(root)}"}
         entry["root_invalid"] = -1 if vm.mmu.tables.pages[root].shadow == PAE_ROOT else int(role & ROLE_INVALID != 0)
         walked = listing.walk(vm.mmu.tables, root, HIDDEN)
-        entry["leafs"], entry["tables"] = listing.leafs(walked), listing.tables(vm.mmu.tables, walked)
-        other = listing.other(walked, vm.mmu.mode[0].lay)
+        entry["leafs"], entry["tables"] = listing.leafs(walked, vm.bits), listing.tables(vm.mmu.tables, walked, vm.role_of(vcpu))
+        other = listing.other(walked, vm.bits)
         if other:
             entry["other"] = other
         return entry

@@ -5,17 +5,26 @@ from __future__ import annotations
 import dataclasses
 
 from spte.errors import CapabilityError, RingTooLargeError
+<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
 from spte.platform import PAGE_SIZE, SHADOW
 from spte.vm.kvm import Kvm
 from spte.vm.memslots import ADDRESS_SPACES, USER_MEM_SLOTS
+=======
+from spte.policy import Policy
+from spte.vm.memslots import ADDRESS_SPACES
+>>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 
+NR_MEMSLOTS, ADDRESS_SPACE_COUNT = 10, 118
 MANUAL_PROTECT, DIRTY_RING, DIRTY_RING_ACQ_REL, PREFAULT = 168, 192, 223, 236
 RING_ENTRY_BYTES, RING_MAX_BYTES = 16, 65536 * 16
 RING_RESERVED = 64
 _NAMES = {"manual_dirty_log_protect2": MANUAL_PROTECT, "dirty_log_ring": DIRTY_RING, "dirty_log_ring_acq_rel": DIRTY_RING_ACQ_REL}
+<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
 _EXTENSIONS = {
     10: USER_MEM_SLOTS, 118: ADDRESS_SPACES, MANUAL_PROTECT: 3, DIRTY_RING: RING_MAX_BYTES, DIRTY_RING_ACQ_REL: RING_MAX_BYTES, PREFAULT: 1,
 }  # fmt: skip
+=======
+>>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 
 
 def _number_of(name: str | int) -> int | None:
@@ -32,10 +41,21 @@ def _enabled_number(name: str | int) -> int:
     return found
 
 
+<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
 def check_extension(kvm: Kvm, cap: str | int) -> int:
     """Return what KVM_CHECK_EXTENSION says of a capability given by name or number: 0 = unknown."""
     prefault = kvm.policy.prefault and kvm.platform.paging != SHADOW
     return _EXTENSIONS.get(_number_of(cap) or 0, 0) if prefault or cap != PREFAULT else 0
+=======
+def check_extension(cap: str | int, policy: Policy, *, shadow: bool) -> int:
+    """Return what KVM_CHECK_EXTENSION says of a capability given by name or number: 0 = unknown; `shadow`: neither EPT nor NPT."""
+    ring = RING_MAX_BYTES if policy.dirty_ring else 0
+    known = {
+        NR_MEMSLOTS: policy.user_mem_slots, ADDRESS_SPACE_COUNT: ADDRESS_SPACES, MANUAL_PROTECT: 3, DIRTY_RING: ring,
+        DIRTY_RING_ACQ_REL: ring, PREFAULT: int(policy.prefault and not shadow),
+    }  # fmt: skip
+    return known.get(_number_of(cap) or 0, 0)
+>>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 
 
 def check_manual_protect(arg0: int) -> None:
@@ -44,8 +64,10 @@ def check_manual_protect(arg0: int) -> None:
         raise CapabilityError(f"manual={arg0} is not 0 (off), 1 (ENABLE) or 3 (ENABLE | INITIALLY_SET)")
 
 
-def check_dirty_ring(size: int, cpu_dirty_log_size: int) -> None:
-    """Refuse ring sizes, in bytes, that KVM refuses."""
+def check_dirty_ring(size: int, cpu_dirty_log_size: int, policy: Policy) -> None:
+    """Refuse ring sizes, in bytes, that KVM refuses: all of them on a kernel without rings."""
+    if not policy.dirty_ring:
+        raise CapabilityError(f"policy {policy.name} has no dirty rings; pass ring_bytes=0 and harvest by get_dirty_log()")
     least = RING_ENTRY_BYTES * (RING_RESERVED + cpu_dirty_log_size)
     if size <= 0 or size & (size - 1):
         raise CapabilityError(f"ring of {size} bytes is not a power of two; take {1 << max(size, PAGE_SIZE - 1).bit_length()}")

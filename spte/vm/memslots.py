@@ -17,7 +17,6 @@ from spte.host.backing import Backing
 from spte.mmu.memslot import find_slot
 from spte.observe.listing import bit_runs, runs_of
 
-USER_MEM_SLOTS = 32764
 ADDRESS_SPACES = 2
 MAX_PAGES = (1 << 31) - 1
 VALID_FLAGS = LOG_DIRTY_PAGES | READONLY
@@ -87,7 +86,9 @@ class Memslots:
     Mutating methods keep the kernels' tables in step; they check nothing: that is the VM's part.
     """
 
-    def __init__(self, *, rmaps: bool = False) -> None:
+    def __init__(self, user_mem_slots: int, *, gpa_limit: bool, rmaps: bool = False) -> None:
+        self.user_mem_slots = user_mem_slots  # of an address space; ids above are KVM's own
+        self.gpa_limit = gpa_limit  # no slot lies beyond what the guest can address; else one may, all of it
         self._rmaps = rmaps
         self._heads = Pool(np.int64, 1 << 33)
         nodes = memory.reserve(PTE_LIST_DESC, 1 << 28)

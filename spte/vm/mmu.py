@@ -18,12 +18,18 @@ from spte.mmu.arena import alloc_row, free_row, new_tables
 from spte.mmu.shadow.root import alloc_root, link_root, sync_root, unlink_root
 from spte.mmu.slot.age import age_range
 from spte.mmu.slot.rmap import age_rmaps, zap_all_shadow, zap_rmaps
-from spte.mmu.slot.zap import zap_range, zap_root
+from spte.mmu.slot.zap import zap_range, zap_range_tables, zap_root
 from spte.observe.tracepoints import EventLog
+<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
 from spte.platform import SHADOW, Platform
+=======
+from spte.platform import Platform
+from spte.policy import Policy
+>>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 from spte.vm.memslots import Memslot, Memslots
 from spte.vm.root_cache import Root, VcpuMmu
 
+REACH = 1 << 36  # gfns
 NO_ROOTS = np.zeros(0, np.int64)
 PAE_ENTRIES = 4  # each maps 1 GiB
 _UNTRACED = contextlib.nullcontext()
@@ -36,14 +42,22 @@ class Mmu:
     ----------
     platform : Platform
         Says who owns direct roots, and gives their role.
+    policy : Policy
+        What the kernel version does; replaced when a module parameter is set.
     mode : Modes
         What kernels need to know.
     memslots : Memslots
         Whose rmaps the shadow MMU keeps.
     """
 
+<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
     def __init__(self, platform: Platform, mode: Modes, memslots: Memslots) -> None:
         self.tables: Tables = new_tables()
+=======
+    def __init__(self, platform: Platform, policy: Policy, mode: Modes, memslots: Memslots) -> None:
+        self.policy = policy
+        self.tables = new_tables()
+>>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
         self.mode = mode
         self.memslots = memslots
         self.log = EventLog()
@@ -62,11 +76,18 @@ class Mmu:
 
     # -- roots ------------------------------------------------------------------------------------------------------------
 
+<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
     def load(self, vcpu: VcpuMmu, v: Vcpu) -> None:
         """Before a guest entry let go of roots that were zapped, give the vCPU the root that it is to run on: kvm_mmu_reload."""
         if vcpu.role & ~0xF == ROLE_PAGING_OFF:
             self._load_pae_root(vcpu, v)
             return
+=======
+    def load(self, vcpu: NestedVcpu) -> None:
+        """Before a guest entry: let go of roots that were zapped, give `vcpu` the root that it is to run on."""
+        if vcpu.reload_requested:
+            self._drop_roots(vcpu)
+>>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
         for cache in (vcpu.root_mmu, vcpu.guest_mmu):
             self.release(cache.drop({root.row for _, root in cache if self.is_invalid(root.row)}))
         cache = vcpu.active
@@ -80,8 +101,22 @@ class Mmu:
         v.vcpu[0].root = cache.current.row
         v.vcpu[0].pgd = -1 if vcpu.is_direct else vcpu.pgd >> 12
 
+<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
     def _new_root(self, vcpu: VcpuMmu, v: Vcpu) -> int:
         """Return the row, -1 if there is none: mmu_alloc_direct_roots, mmu_alloc_shadow_roots, kvm_tdp_mmu_alloc_root."""
+=======
+    def _drop_roots(self, vcpu: NestedVcpu) -> None:
+        """Let `vcpu` let go of all its roots, also of those that are valid, and free those of the TDP MMU that nobody holds."""
+        vcpu.reload_requested = False
+        for cache in (vcpu.root_mmu, vcpu.guest_mmu):
+            self.release(cache.drop({root.row for _, root in cache}))
+        unheld = [role for role, row in self._tdp.items() if not self.tables.pages[row].root_count]
+        for role in unheld:
+            zap_root(self.tables, self.mode, np.int64(self._tdp[role]), True)
+        self._forget_roots(unheld)
+
+    def _new_root(self, vcpu: NestedVcpu) -> int:
+>>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
         role = vcpu.role
         if not vcpu.is_direct:
             self.check_root(vcpu.pgd)
@@ -184,6 +219,10 @@ class Mmu:
         """Return the rows of the TDP MMU's valid roots of an address space, newest first."""
         return NO_ROOTS if as_id else self._valid_roots
 
+    def roots_of(self, slot: Memslot) -> I64s:
+        """Return those under which `slot` can be mapped: none for a slot beyond what four levels of tables reach."""
+        return self.roots(slot.as_id) if slot.base_gfn < REACH else NO_ROOTS
+
     # -- work on what is mapped -------------------------------------------------------------------------------------------
 
     def zap_all(self) -> None:
@@ -191,7 +230,9 @@ class Mmu:
 
         Pages of the shadow MMU go with a flush, if any was valid.
         """
+        new_roots = self.policy.zap_all == "new-roots"
         with self.traced():
+<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
             for row in self._tdp.values():
                 zap_root(self.tables, self.mode, np.int64(row))
         for row in self._tdp.values():
@@ -200,11 +241,29 @@ class Mmu:
         self._tdp.clear()
         self._list_roots()
         self.generation += 1
+=======
+            freed = sum(int(zap_root(self.tables, self.mode, np.int64(row), new_roots)) for row in self._tdp.values())
+        if freed and self.policy.freed_table_flush:
+            self.tables.kvm[0].remote_tlb_flush_requests += freed + 1
+        if new_roots:
+            self._forget_roots(self._tdp)
+        else:
+            for vcpu in self.vcpus:
+                vcpu.reload_requested = True
+>>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
         if self.has_shadow_pages:
             valid = zap_all_shadow(self.tables, self.memslots.spaces[0], self.mode)
             self.memslots.clear_rmaps()
             if valid:
                 self.flush()
+
+    def _forget_roots(self, roles: Iterable[int]) -> None:
+        """Take the TDP MMU's roots of `roles` from its list, and free those that no vCPU holds."""
+        for role in list(roles):
+            row = self._tdp.pop(role)
+            if not self.tables.pages[row].root_count:
+                free_row(self.tables, np.int64(row))
+        self._list_roots()
 
     def zap_gfns(self, slot: Memslot, start: int, end: int) -> int:
         """Drop every SPTE of `slot` that maps gfns ``[start, end)``; returns how many, the caller flushes if not 0: kvm_unmap_gfn_range."""
@@ -212,8 +271,9 @@ class Mmu:
         if self.memslots.has_rmaps(slot):
             s, k = self.memslots.row_of(slot)
             dropped += int(zap_rmaps(self.tables, s, self.mode, k, np.int64(start), np.int64(end)))
+        zap = zap_range_tables if self.policy.unmap == "tables" else zap_range
         with self.traced():
-            return dropped + int(zap_range(self.tables, self.mode, self.roots(slot.as_id), np.int64(start), np.int64(end)))
+            return dropped + int(zap(self.tables, self.mode, self.roots_of(slot), np.int64(start), np.int64(end)))
 
     def age_gfns(self, slot: Memslot, start: int, end: int, *, clear: bool) -> int:
         """Return how many leaves of `slot` in gfns ``[start, end)`` were accessed; `clear`: make their next use visible: kvm_age_gfn."""
@@ -222,7 +282,7 @@ class Mmu:
             s, k = self.memslots.row_of(slot)
             young += int(age_rmaps(self.tables, s, self.mode, k, np.int64(start), np.int64(end), clear))
         with self.traced():
-            return young + int(age_range(self.tables, self.mode, self.roots(slot.as_id), np.int64(start), np.int64(end), clear))
+            return young + int(age_range(self.tables, self.mode, self.roots_of(slot), np.int64(start), np.int64(end), clear))
 
     def flush(self) -> None:
         """Count one TLB flush request: kvm_flush_remote_tlbs."""

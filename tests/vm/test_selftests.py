@@ -13,11 +13,11 @@ from spte.bits import PFN_MASK
 from spte.mmu.walk import walk
 from spte.profile import run as profile
 from spte.profile.perf_test import PerfTest
-from spte.vm.memslots import USER_MEM_SLOTS
 
 READONLY, MANUAL = 2, 3
 MIB, GIB = 1 << 20, 1 << 30
 HUGE = 2 * MIB
+SLOTS = 32764  # KVM_CAP_NR_MEMSLOTS
 
 
 @pytest.fixture(params=[name for name in PLATFORMS if name != "shadow"])
@@ -403,12 +403,12 @@ def test_set_memory_region_test_zero_slots(platform, kind):
 
 
 def test_set_memory_region_test_max_slots():
-    vm, backing = spte.VM(), spte.Backing("4k", USER_MEM_SLOTS * HUGE)
-    for sid in range(USER_MEM_SLOTS):
+    vm, backing = spte.VM(), spte.Backing("4k", SLOTS * HUGE)
+    for sid in range(SLOTS):
         slot_of(vm, sid, sid * HUGE, backing, size=HUGE, offset=sid * HUGE)
-    refuses(lambda: slot_of(vm, USER_MEM_SLOTS, USER_MEM_SLOTS * HUGE, backing, size=HUGE), errno.EINVAL)
-    assert USER_MEM_SLOTS == vm.check_extension(10) == len(vm.slots()) == 32764
-    gfns = np.array(random.Random(0).sample(range(USER_MEM_SLOTS * 512), 1000))
+    refuses(lambda: slot_of(vm, SLOTS, SLOTS * HUGE, backing, size=HUGE), errno.EINVAL)
+    assert vm.check_extension(10) == len(vm.slots()) == 32764
+    gfns = np.array(random.Random(0).sample(range(SLOTS * 512), 1000))
     touch(vm.vcpus[0], gfns)
     assert [host_page(vm, int(gfn)) for gfn in gfns] == (gfns + backing.hpage).tolist()
 

@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import numpy as np
 
+<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
 from spte._numba.jit import ctz, helper
 from spte.bits import ONE, U64, WRITABLE, ZERO, is_leaf
 from spte.kernels._entries import clear_entry
 from spte.kernels._harvest import rearm_window
+=======
+from spte._numba.jit import ctz, helper, kernel_apart, popcount
+from spte.bits import ONE, PRESENT_SHIFT, U64, WRITABLE, ZERO, is_leaf
+>>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 from spte.mmu.page_track import protect_rmaps
 from spte.mmu.rmap import head_of, next_of, ref_of
 from spte.mmu.shadow.split import split_rmaps
@@ -25,7 +30,7 @@ def rearm_in_table(t, m, row, first, mask):
     return rearm_window(t.flat, row * 512 + first, mask, shift, shift)
 
 
-@helper
+@kernel_apart
 def write_protect_huge(t, m, root, gfn):
     """Take W and MMU_WRITABLE from a huge leaf that covers `gfn`: KVM's kvm_tdp_mmu_write_protect_gfn. Returns SPTEs changed (0 or 1)."""
     row, i, level = walk(t, root, gfn)
@@ -61,7 +66,7 @@ def _ends(gfn, mask):
     return gfn + ctz(mask), end
 
 
-@helper
+@kernel_apart
 def _rearm_huge(t, m, root, gfn, mask):
     """With initially-set, huge leaves may be writable still: split them, or write-protect those of the mask's ends."""
     start, end = _ends(gfn, mask)
@@ -99,7 +104,7 @@ def rearm_mask(t, m, root, gfn, mask, row):
     return changed, row
 
 
-@helper
+@kernel_apart
 def rearm_rmaps(t, s, m, k, gfn, mask):
     """Make the next write to each ``gfn + b`` visible again in every SPTE of the shadow MMU that maps it.
 

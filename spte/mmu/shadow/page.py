@@ -41,7 +41,7 @@ def set_shadowed(t, row, i, gfn, access):
         t.shadowed[row, i] = (U64(gfn) << ACCESS_BITS) | U64(access)
 
 
-@helper
+@kernel_apart
 def drop_leaf(t, s, m, row, i):
     """Make a present leaf of the shadow MMU non-present and take it from its rmap."""
     kvm = t.kvm[0]

@@ -65,7 +65,7 @@ def needs_flush(m, old, new):
 
 
 @helper
-def _sync_entry(t, s, h, v, m, row, i):
+def sync_entry(t, s, h, v, m, row, i):
     """Bring one entry of a level-1 page in step with the guest's; returns whether the caller must flush."""
     spte = t.sptes[row, i]
     gpte = read_gpte(s, h, t.pages[row].gfn, i)
@@ -86,7 +86,7 @@ def _sync_entry(t, s, h, v, m, row, i):
     if gfn != entry_gfn(t, row, i) or (access == 0 and (m.lay.present & m.lay.readable) == ZERO):
         drop_leaf(t, s, m, row, i)
         return True
-    if access == entry_access(t, row, i):
+    if access == entry_access(t, row, i) and not m.sync_remakes:
         return False
     set_shadowed(t, row, i, gfn, access)
     host_writable = (spte & m.lay.host_writable) != ZERO
@@ -94,9 +94,12 @@ def _sync_entry(t, s, h, v, m, row, i):
     if write and (spte & WRITABLE) == ZERO:
         write = may_write(t, gfn, False, True)
     k = find_slot(s, gfn)
-    if write and s.slots[k].flags & LOG_DIRTY_PAGES:
+    pfn = (spte & PFN_MASK) >> SHIFT_PAGE
+    new = make_leaf(m, np.int64(1), pfn, spte, m.sync_accessed == 0, host_writable, role, access, write)
+    if (spte & WRITABLE) != ZERO and not m.dirty_on_sync:
+        new &= ~m.lay.dirty
+    if (new & WRITABLE) != ZERO and s.slots[k].flags & LOG_DIRTY_PAGES:
         mark_dirty(t, s, v, k, gfn)
-    new = make_leaf(m, np.int64(1), (spte & PFN_MASK) >> SHIFT_PAGE, spte, True, host_writable, role, access, write)
     t.sptes[row, i] = new
     t.kvm[0].sptes_written += 1
     return needs_flush(m, spte, new)
@@ -107,7 +110,7 @@ def sync_page(t, s, h, v, m, row):
     """Bring every entry of a level-1 page in step with the guest's; returns whether the caller must flush."""
     flush = False
     for i in range(512):
-        if t.sptes[row, i] != m.lay.nonpresent and _sync_entry(t, s, h, v, m, row, np.int64(i)):
+        if t.sptes[row, i] != m.lay.nonpresent and sync_entry(t, s, h, v, m, row, np.int64(i)):
             flush = True
     return flush
 

@@ -23,7 +23,7 @@ def age_range(t, mode, roots, start, end, clear):
             if is_leaf(spte, level) and is_accessed(m, spte):
                 young += 1
                 if clear:
-                    t.sptes[row, i] = make_old(m, spte)
+                    t.sptes[row, i] = make_old(m, spte) & ~m.aging_clears
                     t.kvm[0].sptes_written += 1
             gfn = (gfn | ((np.int64(1) << (9 * (level - 1))) - 1)) + 1
     return young

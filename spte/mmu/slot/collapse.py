@@ -8,8 +8,12 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import helper, kernel, prefetch
+<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
 from spte.bits import ZERO, child_of, is_leaf, is_link
 from spte.kernels._collapse import first_leaf, make_huge_spte
+=======
+from spte.bits import LARGE, MMU_PRESENT, ROLE_GUEST_MODE, SHIFT_PAGE, U64, ZERO, child_of, is_leaf, is_link
+>>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 from spte.mmu.arena import count_leaf
 from spte.mmu.make_spte import set_executable
 from spte.mmu.memslot import max_mapping_level, may_collapse
@@ -73,8 +77,15 @@ def collapse_slot(t, s, h, mode, roots, k):
 
 
 @kernel
+<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
 def zap_collapsible(t, s, h, mode, k):
     """Drop the leaves of slot `k` that larger ones may replace, rows in arena order: KVM's kvm_mmu_zap_collapsible_sptes.
+=======
+def zap_collapsible(t, s, h, mode, k, guest_mode):
+    """Drop the leaves of slot `k` that larger ones may replace below one root, rows in arena order; returns leaves dropped.
+
+    The root is the one for L2 (`guest_mode` is that bit of a role) or for L1 (0).
+>>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 
     Returns leaves dropped. With one flush a leaf they are counted here, else the caller flushes if the result is not 0.
     """
@@ -84,7 +95,7 @@ def zap_collapsible(t, s, h, mode, k):
     end = start + s.slots[k].npages
     done = 0
     for row in range(kvm.rows):
-        if t.pages[row].level == 0 or t.pages[row].shadow:
+        if t.pages[row].level == 0 or t.pages[row].shadow or np.int64(t.pages[row].role) & ROLE_GUEST_MODE != guest_mode:
             continue
         level = np.int64(t.pages[row].level)
         lo, hi = place(t, row, s.slots[k].id >> 16, start, end)
