@@ -97,17 +97,9 @@ def madvise(backing: Backing, first: int, count: int, advice: int = DONTNEED, *,
         raise HostRangeError(f"advice={advice} is not for {backing.kind} memory; take 4 (DONTNEED)")
     hpage = backing.hpage + first
     split = _split_partial(hpage, count)
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
-    if advice in (DONTNEED, FREE):
-        invalidate_range(backing.users, [(hpage, count), *split])
-    else:
-        for part in split:
-            invalidate_range(backing.users, [part])
-=======
-    whole = [(hpage, count)] if advice in (DONTNEED, FREE) else []
-    for part in [*whole, *split]:
-        unmap(backing.users, [part])
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
+    zapped = [(hpage, count)] if advice in (DONTNEED, FREE) else []
+    for part in [*zapped, *split]:
+        invalidate_range(backing.users, [part])
     for block, _ in split:
         _pages(block >> 9)
         _settle(block >> 9)
@@ -190,13 +182,8 @@ def mprotect(backing: Backing, first: int, count: int, prot: int = PROT_READ_WRI
         if protected != protect:
             _cut(backing, start)
             _cut(backing, start + pages)
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
             invalidate_range(backing.users, [(start, pages)])
-            _set_protection(start, pages, protect)
-=======
-            unmap(backing.users, [(start, pages)])
             _set_protection(start, pages, protect, restores)
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 
 
 def _set_protection(hpage: int, count: int, protect: bool, restores: bool) -> None:

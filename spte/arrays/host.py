@@ -29,5 +29,6 @@ class Host(NamedTuple):
     rows: Records  # [1] HOST_ROWS
     mixed_blocks: Records  # [rows] MIXED_BLOCK
     page: npt.NDArray[np.uint8]  # [rows, 512] states of single pages
+    alone: U64s  # [blocks, 8] a bit a page of THP memory that is no part of a huge page: it was dropped alone
     words_page: npt.NDArray[np.int32]  # [rows, 512] row + 1 of `words`
     words: U64s  # [rows, 512] contents of the pages that hold guest page tables

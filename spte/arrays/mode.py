@@ -18,6 +18,7 @@ class Mode(NamedTuple):
 
     lay: Layout
     gpte: GuestPaging  # the guest tables that KVM shadows
+    aging_clears: np.uint64  # bits that aging takes beside A, in the TDP MMU
     max_level: int
     ad: int  # hardware sets A and D
     dirty_log_size: int  # 512: PML hardware
@@ -46,14 +47,13 @@ class Mode(NamedTuple):
     sync_remakes: int  # a sync makes every leaf anew
     sync_accessed: int  # with A
     dirty_on_sync: int  # and, over one with W, with D
-    aging_clears: np.uint64  # bits that aging takes beside A, in the TDP MMU
     prefault_leaves: int  # prefault leaves a present leaf alone
     l2_root_wp: int  # PML hardware: the root that L2 shares with L1's memory is write-protected
 
 
 MODE = record("mode", [
     ("lay", record("layout", columns("u8", *Layout._fields))), ("gpte", record("guest_paging", columns("u8", *GuestPaging._fields))),
-    *columns("i8", *Mode._fields[2:]),
+    ("aging_clears", "u8"), *columns("i8", *Mode._fields[3:]),
 ])  # fmt: skip
 Modes = Records | tuple[Mode]  # one mode: a record for compiled kernels; for their twins, to which a record is slow, the tuple itself
 
@@ -70,7 +70,7 @@ def replace(mode: Modes, **fields: Any) -> Modes:
 
 def mode_of(platform: Platform, policy: Policy, manual: int) -> Modes:
     """Return the mode of a VM whose vCPUs run L1."""
-    lay = layout(platform, policy.era)
+    lay = layout(platform, policy.spte_layout)
     nx_marks = 2 if policy.nx_marks == "linked" else 0 if platform.paging == SHADOW else 1
     if policy.software_ad and not platform.ad_bits:
         lay = lay._replace(accessed=SOFT_ACCESSED, dirty=SOFT_DIRTY)
@@ -78,7 +78,7 @@ def mode_of(platform: Platform, policy: Policy, manual: int) -> Modes:
         lay=lay, max_level=platform.max_level, ad=platform.ad_bits,
         dirty_log_size=platform.cpu_dirty_log_size, eager=policy.eager_page_split and platform.tdp_mmu, nx=policy.nx_huge_pages,
         split_in_place=policy.fault_split == "in-place", fast_fault=policy.fast_page_fault,
-        oldest_first=policy.pml_order == "oldest-first", dirty_on_remake=policy.dirty_on_remake,
+        oldest_first=policy.pml_order == "oldest-first", dirty_on_remake=policy.dirty_on_remake != "never",
         flush_each=policy.collapse_flush == "each", recover=policy.collapse == "recover",
         clear_arms_huge=manual == 3 and policy.initially_set_enable == "nothing", shadow=not platform.tdp_mmu,
         nx_marks=nx_marks, nx_any_table=policy.nx_any_table,
@@ -91,7 +91,7 @@ def mode_of(platform: Platform, policy: Policy, manual: int) -> Modes:
         sync_remakes=policy.sync_remakes,
         sync_accessed=policy.sync_keeps_accessed,
         dirty_on_sync=policy.dirty_on_remake == "always",
-        aging_clears=lay.dirty if policy.aging_clears_dirty else ZERO,
+        aging_clears=lay.dirty if policy.aging_clears_dirty else np.uint64(0),
         prefault_leaves=policy.prefault_present == "leaves",
         tdp=platform.paging != SHADOW, l2_root_wp=policy.l2_root_write_protect, gpte=GUEST_LONG,
     ))  # fmt: skip

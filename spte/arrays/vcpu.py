@@ -31,7 +31,6 @@ KVM_VCPU = record("kvm_vcpu", [
     *columns("i8", "ring_size", "dirty_index", "reset_index", "soft_limit"),  # struct kvm_dirty_ring
     ("ring_soft_full", "i8"),  # KVM_REQ_DIRTY_RING_SOFT_FULL
     *columns("i8", "exit_reason", "exit_gfn"),
-    ("counted", "i8"),  # the access that is tried again was counted as a fault
     ("stay", "i8"),
     ("store_offset", "i8"),  # bytes into the page of a write
     *columns("i8", "ahead", "asked"),  # accesses up to which none is walked ahead, and whose faults' lines were asked for

@@ -15,17 +15,17 @@ Ranges = Sequence[tuple[int, int]]  # first host page, pages
 class MmuNotifier(Protocol):
     """A user of host pages: all that a `Backing` knows of a VM."""
 
-    def invalidate_range(self, ranges: Ranges) -> bool:
-        """Drop every SPTE of `ranges` of host pages and flush once; returns whether one did."""
+    def invalidate_range(self, ranges: Ranges) -> None:
+        """Drop every SPTE of `ranges` of host pages, one notifier range together, and flush once if there was one."""
 
     def clear_young(self, hpage: int, count: int) -> None:
         """Take the accessed state of host pages ``[hpage, hpage + count)``."""
 
 
-def invalidate_range(users: Iterable[MmuNotifier], ranges: Ranges) -> bool:
-    """Call `invalidate_range` of each of `users`; returns whether one had an SPTE there."""
-    dropped = [user.invalidate_range(ranges) for user in users]
-    return any(dropped)
+def invalidate_range(users: Iterable[MmuNotifier], ranges: Ranges) -> None:
+    """Call `invalidate_range` of each of `users`."""
+    for user in users:
+        user.invalidate_range(ranges)
 
 
 def clear_young(users: Iterable[MmuNotifier], hpage: int, count: int) -> None:
@@ -34,6 +34,7 @@ def clear_young(users: Iterable[MmuNotifier], hpage: int, count: int) -> None:
         user.clear_young(hpage, count)
 
 
-def host_write(users: Iterable[MmuNotifier], hpage: int) -> bool:
-    """Make the host map `hpage` writable, copying a zero page; returns whether the copy dropped an SPTE of any of `users`."""
-    return hostmm.write_page(np.int64(hpage)) == hostmm.HOST_COW and invalidate_range(users, [(hpage, 1)])
+def host_write(users: Iterable[MmuNotifier], hpage: int) -> None:
+    """Make the host map `hpage` writable, copying a zero page, with a notifier."""
+    if hostmm.write_page(np.int64(hpage)) == hostmm.HOST_COW:
+        invalidate_range(users, [(hpage, 1)])

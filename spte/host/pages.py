@@ -20,7 +20,7 @@ import numpy as np
 
 from spte._numba.jit import helper, kernel, kernel_called
 from spte.arrays import reserve as memory
-from spte.arrays.host import Host
+from spte.arrays.host import BLOCK, HOST_ROWS, MIXED_BLOCK, Host
 from spte.bits import U64, ZERO
 
 UNMAPPED, SMALL, THP, HUGETLB_2M, HUGETLB_1G, SHM = 0, 1, 2, 3, 4, 5  # kinds of memory of a block
@@ -48,10 +48,9 @@ def the_host() -> Host:
     if _host is None:
         res = memory.reserve
         _host = Host(
-            kind=res(np.uint8, BLOCKS), device=res(np.uint8, BLOCKS), block=res(np.uint8, BLOCKS), mixed=res(np.int32, BLOCKS),
-            page=res(np.uint8, MIXED_ROWS, 512), own_pages=res(np.int32, MIXED_ROWS), alone=res(np.uint64, BLOCKS, 8), meta=zeros(2),
-            free=res(np.int32, MIXED_ROWS),
-            words_of=res(np.int32, BLOCKS), words_page=res(np.int32, WORDS_BLOCKS, 512), words=res(np.uint64, WORDS_PAGES, 512),
+            blocks=res(BLOCK, BLOCKS), rows=np.zeros(1, HOST_ROWS), mixed_blocks=res(MIXED_BLOCK, MIXED_ROWS),
+            page=res(np.uint8, MIXED_ROWS, 512), alone=res(np.uint64, BLOCKS, 8),
+            words_page=res(np.int32, WORDS_BLOCKS, 512), words=res(np.uint64, WORDS_PAGES, 512),
         )  # fmt: skip
     return _host
 

@@ -10,7 +10,7 @@ import numpy as np
 from spte import bits
 from spte import policy as policies
 from spte.bits import W_SHIFT
-from spte.platform import Platform, named
+from spte.platform import EPT, Platform, named
 from spte.policy import Policy
 
 
@@ -28,8 +28,10 @@ AnyPlatform = str | Platform | KernelLayout
 @lru_cache(maxsize=64)
 def _prepare(platform: str | Platform, policy: str | Policy) -> KernelLayout:
     cpu = named(platform) if isinstance(platform, str) else platform
-    era = (policies.parse(policy) if isinstance(policy, str) else policy).era
-    lay = bits.layout(cpu, era)
+    version = policies.parse(policy) if isinstance(policy, str) else policy
+    if version.spte_layout == "5.10" or (version.spte_layout == "7.2" and cpu.paging == EPT):
+        raise ValueError(f"policy {version.name} has other bits than the kernels look at (present: 11, A/D type: 53:52); take 5.13 to 7.1")
+    lay = bits.layout(cpu, version.spte_layout)
     return KernelLayout(lay.dirty_shift, lay.dirty_shift if cpu.pml else W_SHIFT, lay.link)
 
 
@@ -41,7 +43,8 @@ def layout(platform: str | Platform, policy: str | Policy = "6.12") -> KernelLay
     platform : str or Platform
         Name of a platform, such as ``"ept-pml"`` or ``"npt"``, or a `spte.Platform`.
     policy : str or Policy
-        Kernel version as `spte.policy.parse` takes it, or a `spte.Policy`. Only its era counts: bit 63 of EPT's links is set from 6.10 on.
+        Kernel version as `spte.policy.parse` takes it, or a `spte.Policy`. It says where the bits lie:
+        bit 63 of EPT's links is set from 6.10 on.
 
     Returns
     -------
@@ -54,6 +57,8 @@ def layout(platform: str | Platform, policy: str | Policy = "6.12") -> KernelLay
         `platform` or `policy` is neither a name nor a value of its class.
     PlatformError
         The name is not known.
+    ValueError
+        SPTEs of that version have other bits than the kernels look at: up to 5.12, and with EPT 7.2.
     """
     if not isinstance(platform, str | Platform):
         raise TypeError(f"platform is of type {type(platform).__name__}; pass a name, a Platform or what spte.kernels.layout returns")

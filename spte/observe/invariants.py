@@ -139,7 +139,7 @@ def check(t: Tables, spaces: Sequence[Slots], m: Modes, vcpus: Sequence[Vcpu], n
     count = np.zeros(3, np.int64)
     broken, row, i = _scan(t, spaces[0], m, count)
     if broken:
-        where = f"entry {i} of table {row}: level {t.pages[row].level}, first gfn {t.pages[row].gfn:#x}, value {vm.bits.spte(int(t.sptes[row, i])):#x}"
+        where = f"entry {i} of table {row}: level {t.pages[row].level}, first gfn {t.pages[row].gfn:#x}, value {t.sptes[row, i]:#x}"
         raise InvariantError(f"{NAMES[broken]} broken by {where}")
     counted = t.kvm[0].pages
     if (counted != count).any():

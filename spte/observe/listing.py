@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
-from collections.abc import Iterable, Iterator
-=======
-from collections.abc import Callable, Iterator
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from spte.arrays.tables import PAE_ROOT, Tables
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
-from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, ROLE_GUEST_MODE, ROLE_INVALID, ROLE_IS_DIRECT, Layout
-from spte.mmu.slot.sweep import GFN_SHIFT, is_indirect
-=======
-from spte.bits import LARGE, MMU_PRESENT, PFN_MASK
+from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, ROLE_GUEST_MODE, ROLE_INVALID, ROLE_IS_DIRECT
 from spte.kernel_bits import KernelBits
-from spte.mmu.slot.sweep import GFN_SHIFT, is_scattered
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
+from spte.mmu.slot.sweep import GFN_SHIFT, is_indirect
 
 _PRESENT, _LARGE, _FRAME, _NO_FRAME = int(MMU_PRESENT), int(LARGE), int(PFN_MASK), ~PFN_MASK
 _TOP_BIT = 1 << 63  # of an entry that is not present: suppress-#VE of EPT, or the non-present value of NPT
@@ -45,8 +36,9 @@ class KeptRoot(NamedTuple):
     which: str  # "cur", "prev0" to "prev2"
     active: bool  # the vCPU runs on it
     row: int
-    role: int  # when it was loaded
+    role: int  # when it was loaded, in the kernel's bits
     pgd: int  # CR3 or EPTP of the guest table that it shadows, else 0
+    role_of: Callable[[int], int]  # role of a row at or below it, in the kernel's bits
 
 
 def _visible(level: int, gfn: int, count: int, hide: tuple[int, int] | None) -> Iterator[tuple[int, int]]:
@@ -148,7 +140,7 @@ def other(walked: list[Run], bits: KernelBits) -> list[list[Any]]:
     return [[r.level, r.gfn, f"{bits.spte(r.value):x}"] for r in walked if r.what == "other" and r.value != bits.nonpresent]
 
 
-def roots(t: Tables, lay: Layout, kept: Iterable[KeptRoot], hide: tuple[int, int] | None = None) -> list[dict[str, Any]]:
+def roots(t: Tables, bits: KernelBits, kept: Iterable[KeptRoot], hide: tuple[int, int] | None = None) -> list[dict[str, Any]]:
     """Return where each root is kept, its role and what it maps, in the shape of the nested recordings; leaves as `leafs` has them.
 
     Leaves of a `guest_mmu` have the gfn that they map as a fifth value. A root that is kept twice is listed once.
@@ -167,11 +159,12 @@ def roots(t: Tables, lay: Layout, kept: Iterable[KeptRoot], hide: tuple[int, int
         seen[root.row] = f"{root.vcpu} {root.mmu} {root.which}"
         walked = walk(t, root.row, hide)
         entry |= {
-            "root_role": f"{role:x}", "direct": int(role & ROLE_IS_DIRECT != 0), "guest_mode": int(role & ROLE_GUEST_MODE != 0),
+            "root_role": f"{root.role_of(root.row):x}", "direct": int(role & ROLE_IS_DIRECT != 0),
+            "guest_mode": int(role & ROLE_GUEST_MODE != 0),
             "root_invalid": int(role & ROLE_INVALID != 0),
-            "leafs": leafs(walked, mapped=root.mmu == "guest_mmu"), "tables": tables(t, walked),
+            "leafs": leafs(walked, bits, mapped=root.mmu == "guest_mmu"), "tables": tables(t, walked, root.role_of),
         }  # fmt: skip
-        entries = other(walked, lay)
+        entries = other(walked, bits)
         found.append({**entry, "other": entries} if entries else entry)
     return found
 

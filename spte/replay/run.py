@@ -19,14 +19,7 @@ from spte.replay.nested import NestedGuest
 from spte.replay.ops import HANDLERS
 from spte.replay.payload import CODE_SLOT, HIDDEN, TABLE_SLOT
 
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
-=======
-STATS = {
-    "vm": ("pages_4k", "pages_2m", "pages_1g", "remote_tlb_flush_requests", "nx_lpage_splits"),
-    "vcpu": ("pf_taken", "pf_fixed", "pf_fast", "pf_emulate", "pf_spurious", "pf_mmio_spte_created"),
-}
 COUNTS = {"flush_all": "flushes", "fault": "ept_violations", "mmio_fault": "ept_misconfigs", "fast_fixed": "faults_fast"}
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 EXIT_REASONS = {"EPT_VIOLATION": "ept_violations", "EPT_MISCONFIG": "ept_misconfigs", "PML_FULL": "pml_full"}
 
 class Replay:
@@ -151,13 +144,8 @@ class Replay:
             return state
         return state | {
             "logging_slots": vm.nr_memslots_dirty_logging, "pml01": [int(v.pml01) for v in vm.vcpus],
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
-            "pml02": [int(v.pml01 and vm.policy.pml_in_l2) for v in vm.vcpus],
+            "pml02": [int(v.nested.ran and v.pml01 and vm.policy.pml_in_l2) for v in vm.vcpus],
             "deferred": [int(v.nested.update_deferred) for v in vm.vcpus],
-=======
-            "pml02": [int(v.ran_l2 and v.pml01 and vm.policy.pml_in_l2) for v in vm.vcpus],
-            "deferred": [int(v.update_deferred) for v in vm.vcpus],
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
         }  # fmt: skip
 
     def _mmu_entry(self, vcpu: int) -> dict[str, Any]:
@@ -165,13 +153,14 @@ class Replay:
         roots = [int(each.arrays.vcpu[0].root) for each in vm.vcpus]
         root = roots[vcpu]
         role, level = int(vm.mmu.tables.pages[root].role), int(vm.mmu.tables.pages[root].level)
-        entry: dict[str, Any] = {"vcpu": vcpu, "root_level": level, "role": f"{vm.role_of(vcpu)(root) & ~vm.bits.role_invalid:x}"}
+        bits, role_of = vm.kvm.bits, vm.kvm.role_of(vcpu, root)
+        entry: dict[str, Any] = {"vcpu": vcpu, "root_level": level, "role": f"{role_of(root) & ~bits.role_invalid:x}"}
         if root in roots[:vcpu]:
             return {**entry, "root": f"same as vcpu {roots.index(root)}"}
         entry["root_invalid"] = -1 if vm.mmu.tables.pages[root].shadow == PAE_ROOT else int(role & ROLE_INVALID != 0)
         walked = listing.walk(vm.mmu.tables, root, HIDDEN)
-        entry["leafs"], entry["tables"] = listing.leafs(walked, vm.bits), listing.tables(vm.mmu.tables, walked, vm.role_of(vcpu))
-        other = listing.other(walked, vm.bits)
+        entry["leafs"], entry["tables"] = listing.leafs(walked, bits), listing.tables(vm.mmu.tables, walked, role_of)
+        other = listing.other(walked, bits)
         if other:
             entry["other"] = other
         return entry

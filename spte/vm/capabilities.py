@@ -5,26 +5,16 @@ from __future__ import annotations
 import dataclasses
 
 from spte.errors import CapabilityError, RingTooLargeError
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
 from spte.platform import PAGE_SIZE, SHADOW
-from spte.vm.kvm import Kvm
-from spte.vm.memslots import ADDRESS_SPACES, USER_MEM_SLOTS
-=======
 from spte.policy import Policy
+from spte.vm.kvm import Kvm
 from spte.vm.memslots import ADDRESS_SPACES
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 
 NR_MEMSLOTS, ADDRESS_SPACE_COUNT = 10, 118
 MANUAL_PROTECT, DIRTY_RING, DIRTY_RING_ACQ_REL, PREFAULT = 168, 192, 223, 236
 RING_ENTRY_BYTES, RING_MAX_BYTES = 16, 65536 * 16
 RING_RESERVED = 64
 _NAMES = {"manual_dirty_log_protect2": MANUAL_PROTECT, "dirty_log_ring": DIRTY_RING, "dirty_log_ring_acq_rel": DIRTY_RING_ACQ_REL}
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
-_EXTENSIONS = {
-    10: USER_MEM_SLOTS, 118: ADDRESS_SPACES, MANUAL_PROTECT: 3, DIRTY_RING: RING_MAX_BYTES, DIRTY_RING_ACQ_REL: RING_MAX_BYTES, PREFAULT: 1,
-}  # fmt: skip
-=======
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 
 
 def _number_of(name: str | int) -> int | None:
@@ -41,21 +31,15 @@ def _enabled_number(name: str | int) -> int:
     return found
 
 
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
 def check_extension(kvm: Kvm, cap: str | int) -> int:
     """Return what KVM_CHECK_EXTENSION says of a capability given by name or number: 0 = unknown."""
-    prefault = kvm.policy.prefault and kvm.platform.paging != SHADOW
-    return _EXTENSIONS.get(_number_of(cap) or 0, 0) if prefault or cap != PREFAULT else 0
-=======
-def check_extension(cap: str | int, policy: Policy, *, shadow: bool) -> int:
-    """Return what KVM_CHECK_EXTENSION says of a capability given by name or number: 0 = unknown; `shadow`: neither EPT nor NPT."""
+    policy = kvm.policy
     ring = RING_MAX_BYTES if policy.dirty_ring else 0
     known = {
         NR_MEMSLOTS: policy.user_mem_slots, ADDRESS_SPACE_COUNT: ADDRESS_SPACES, MANUAL_PROTECT: 3, DIRTY_RING: ring,
-        DIRTY_RING_ACQ_REL: ring, PREFAULT: int(policy.prefault and not shadow),
+        DIRTY_RING_ACQ_REL: ring, PREFAULT: int(policy.prefault and kvm.platform.paging != SHADOW),
     }  # fmt: skip
     return known.get(_number_of(cap) or 0, 0)
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 
 
 def check_manual_protect(arg0: int) -> None:
@@ -85,7 +69,7 @@ def enable_cap(kvm: Kvm, name: str | int, arg0: int) -> None:
         if arg0 != 3:
             kvm.memslots.leave_initially_set()
         return
-    check_dirty_ring(arg0, kvm.platform.cpu_dirty_log_size)
+    check_dirty_ring(arg0, kvm.platform.cpu_dirty_log_size, kvm.policy)
     raise CapabilityError(f"ring of {arg0} bytes comes too late: vCPUs exist; pass ring_bytes={arg0} when making the VM")
 
 

@@ -11,7 +11,6 @@ from spte.arrays.slots import READONLY
 from spte.bits import ROLE_GUEST_MODE
 from spte.errors import BufferFaultError, ClearRangeError, DirtyRingInUseError, NoDirtyLogError, NoRingIoctlError, RingDisabledError
 from spte.host.pages import the_host
-from spte.kernels._write_protect import count_protected
 from spte.mmu.dirty_log.harvest import clear_dirty_log, get_dirty_log
 from spte.mmu.dirty_log.ring_reset import reset_ring
 from spte.mmu.slot.clear_dirty import clear_dirty_slot
@@ -19,23 +18,17 @@ from spte.mmu.slot.collapse import collapse_slot, zap_collapsible
 from spte.mmu.slot.rmap import split_slot_rmaps, zap_collapsible_rmaps
 from spte.mmu.slot.set_dirty import set_dirty_slot
 from spte.mmu.slot.split import split_slot
-from spte.mmu.slot.write_protect import write_protect_slot
+from spte.mmu.slot.write_protect import count_protected, write_protect_slot
 from spte.vm.kvm import Kvm
 from spte.vm.memslots import Memslot, check_slot_number
 
 
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
-def _write_protect(kvm: Kvm, slot: Memslot, level: int) -> int:
-    with kvm.mmu.traced():
-        return int(write_protect_slot(kvm.mmu.tables, slot.as_id, slot.base_gfn, slot.end_gfn, level))
-=======
-def _write_protect(vm: VM, slot: Memslot, level: int, tdp_level: int) -> int:
+def _write_protect(kvm: Kvm, slot: Memslot, level: int, tdp_level: int) -> int:
     """Write-protect the leaves of `slot` of `level` and above, those of the TDP MMU from `tdp_level` on; returns SPTEs written."""
-    t, place = vm.mmu.tables, (slot.as_id, slot.base_gfn, slot.end_gfn)
-    rewritten = int(count_protected(t, *place, tdp_level)) if vm.policy.tdp_rewrites else 0
-    with vm.mmu.traced():
-        return rewritten + int(write_protect_slot(t, *place, level, tdp_level))
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
+    t, where = kvm.mmu.tables, (slot.as_id, slot.base_gfn, slot.end_gfn)
+    rewritten = int(count_protected(t, *where, tdp_level)) if kvm.policy.tdp_rewrites else 0
+    with kvm.mmu.traced():
+        return rewritten + int(write_protect_slot(t, *where, level, tdp_level))
 
 
 def arm_slot(kvm: Kvm, slot: Memslot) -> None:
@@ -51,24 +44,15 @@ def arm_slot(kvm: Kvm, slot: Memslot) -> None:
         if kvm.memslots.has_rmaps(slot):
             s, k = kvm.memslots.row_of(slot)
             split_slot_rmaps(t, s, m, k)
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
         with kvm.mmu.traced():
-            split_slot(t, m, kvm.mmu.roots(slot.as_id), slot.base_gfn, slot.end_gfn)
-=======
-        with vm.mmu.traced():
-            split_slot(t, m, vm.mmu.roots_of(slot), slot.base_gfn, slot.end_gfn)
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
+            split_slot(t, m, kvm.mmu.roots_of(slot), slot.base_gfn, slot.end_gfn)
     cleared = 0
     if pml and not all_set:
         with kvm.mmu.traced():
             cleared = int(clear_dirty_slot(t, m, slot.as_id, slot.base_gfn, slot.end_gfn))
     level = 2 if pml or all_set else 1
     own_routine = pml and not policy.one_write_protect
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
-    protected = _write_protect(kvm, slot, level if policy.tdp_start_level or own_routine or m[0].shadow else 1)
-=======
-    protected = _write_protect(vm, slot, level, level if policy.tdp_start_level or own_routine else 1)
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
+    protected = _write_protect(kvm, slot, level, level if policy.tdp_start_level or own_routine else 1)
     t.kvm[0].sptes_written += cleared + protected
     if policy.enable_flush == "always":
         kvm.mmu.flush()
@@ -91,39 +75,22 @@ def collapse(kvm: Kvm, slot: Memslot) -> None:
         # The walk took in the rmaps of level 2 later.
         levels = np.int64(1 if kvm.policy.collapse == "zap-leaf" else 2)
         if zap_collapsible_rmaps(t, s, the_host(), m, k, levels):
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
             kvm.mmu.flush()
+    roots = kvm.mmu.roots_of(slot)
     with kvm.mmu.traced():
         if kvm.policy.collapse == "zap-leaf":
-            done = zap_collapsible(t, s, the_host(), m, k)
-        else:
-            done = collapse_slot(t, s, the_host(), m, kvm.mmu.roots(slot.as_id), k)
-    if done and not m[0].flush_each:
-        kvm.mmu.flush()
-    if kvm.policy.disable_sets_dirty and m[0].dirty_log_size:
-        with kvm.mmu.traced():
-            changed = set_dirty_slot(t, m, slot.as_id, slot.base_gfn, slot.end_gfn)
-        t.kvm[0].sptes_written += changed
-        if changed:
-            kvm.mmu.flush()
-=======
-            vm.mmu.flush()
-    roots = vm.mmu.roots_of(slot)
-    with vm.mmu.traced():
-        if vm.policy.collapse == "zap-leaf":
             done = [zap_collapsible(t, s, the_host(), m, k, int(t.pages[root].role) & ROLE_GUEST_MODE) for root in roots]
         else:
             done = [collapse_slot(t, s, the_host(), m, roots, k)]
     for dropped in done:
         if dropped and not m[0].flush_each:
-            vm.mmu.flush()
-    if vm.policy.disable_sets_dirty and m[0].dirty_log_size:
-        with vm.mmu.traced():
-            written, flush = set_dirty_slot(t, m, slot.as_id, slot.base_gfn, slot.end_gfn, vm.policy.tdp_rewrites)
+            kvm.mmu.flush()
+    if kvm.policy.disable_sets_dirty and m[0].dirty_log_size:
+        with kvm.mmu.traced():
+            written, flush = set_dirty_slot(t, m, slot.as_id, slot.base_gfn, slot.end_gfn, kvm.policy.tdp_rewrites)
         t.kvm[0].sptes_written += written
         if flush:
-            vm.mmu.flush()
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
+            kvm.mmu.flush()
 
 
 def _logging_slot(kvm: Kvm, slot: int) -> Memslot:
@@ -154,9 +121,8 @@ def _sync(kvm: Kvm) -> None:
 
 def get(kvm: Kvm, slot: int, out: U64s | None) -> U64s:
     """KVM_GET_DIRTY_LOG; what is dirty is exchanged, re-armed and flushed before `out` is looked at."""
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
     _refuse_ring(kvm)
-    check_slot_number(slot)
+    check_slot_number(slot, kvm.memslots.user_mem_slots)
     memslot = _logging_slot(kvm, slot)
     _sync(kvm)
     if kvm.manual:
@@ -165,22 +131,8 @@ def get(kvm: Kvm, slot: int, out: U64s | None) -> U64s:
         snapshot = np.zeros(memslot.words, np.uint64)
         s, k = kvm.memslots.row_of(memslot)
         with kvm.mmu.traced():
-            found, changed = get_dirty_log(kvm.mmu.tables, s, kvm.mmu.mode, kvm.mmu.roots(memslot.as_id), k, snapshot)
+            found, changed = get_dirty_log(kvm.mmu.tables, s, kvm.mmu.mode, kvm.mmu.roots_of(memslot), k, snapshot)
         kvm.mmu.tables.kvm[0].sptes_written += changed
-=======
-    _refuse_ring(vm)
-    check_slot_number(slot, vm.memslots.user_mem_slots)
-    memslot = _logging_slot(vm, slot)
-    _sync(vm)
-    if vm.manual:
-        snapshot = vm.memslots.bitmap(memslot).copy()
-    else:
-        snapshot = np.zeros(memslot.words, np.uint64)
-        s, k = vm.memslots.place(memslot)
-        with vm.mmu.traced():
-            found, changed = get_dirty_log(vm.mmu.tables, s, vm.mmu.mode, vm.mmu.roots_of(memslot), k, snapshot)
-        vm.mmu.tables.kvm[0].sptes_written += changed
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
         if found:
             kvm.mmu.flush()
     if out is None:
@@ -192,13 +144,8 @@ def get(kvm: Kvm, slot: int, out: U64s | None) -> U64s:
 
 def clear(kvm: Kvm, slot: int, first_page: int, num_pages: int, bitmap: U64s) -> None:
     """KVM_CLEAR_DIRTY_LOG; all is checked before anything changes."""
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
     _refuse_ring(kvm)
-    check_slot_number(slot)
-=======
-    _refuse_ring(vm)
-    check_slot_number(slot, vm.memslots.user_mem_slots)
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
+    check_slot_number(slot, kvm.memslots.user_mem_slots)
     if first_page % 64 or first_page < 0:
         raise ClearRangeError(f"first_page={first_page} is not a multiple of 64; round down to {max(first_page & ~63, 0)}")
     memslot = _logging_slot(kvm, slot)
@@ -212,31 +159,20 @@ def clear(kvm: Kvm, slot: int, first_page: int, num_pages: int, bitmap: U64s) ->
     _sync(kvm)
     wanted = kvm.memslots.scratch(memslot)[:words]
     wanted[:] = bitmap[:words]
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
     s, k = kvm.memslots.row_of(memslot)
-    first, roots = np.int64(first_page >> 6), kvm.mmu.roots(memslot.as_id)
+    first, roots = np.int64(first_page >> 6), kvm.mmu.roots_of(memslot)
     with kvm.mmu.traced():
         found, changed = clear_dirty_log(kvm.mmu.tables, s, kvm.mmu.mode, roots, k, first, wanted)
     kvm.mmu.tables.kvm[0].sptes_written += changed
-=======
-    s, k = vm.memslots.place(memslot)
-    with vm.mmu.traced():
-        found, changed = clear_dirty_log(vm.mmu.tables, s, vm.mmu.mode, vm.mmu.roots_of(memslot), k, np.int64(first_page >> 6), wanted)
-    vm.mmu.tables.kvm[0].sptes_written += changed
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
     if found:
         kvm.mmu.flush()
 
 
 def reset_rings(kvm: Kvm) -> int:
     """KVM_RESET_DIRTY_RINGS: free the harvested entries of every ring and re-arm their pages; returns entries freed."""
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
+    if not kvm.policy.dirty_ring:
+        raise NoRingIoctlError(f"policy {kvm.policy.name} has no dirty rings; harvest by get_dirty_log()")
     if not kvm.ring_entries:
-=======
-    if not vm.policy.dirty_ring:
-        raise NoRingIoctlError(f"policy {vm.policy.name} has no dirty rings; harvest by get_dirty_log()")
-    if not vm.has_ring:
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
         raise RingDisabledError("the VM has no dirty rings; pass ring_bytes when making it")
     freed = 0
     for vcpu in kvm.vcpus:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from spte.arrays.mode import mode_of
 from spte.arrays.slots import READONLY
+from spte.arrays.tables import PAE_ROOT
 from spte.arrays.vcpu import KVM_VCPU, LOG_COLUMNS, WALKS_AHEAD, Vcpu
 from spte.errors import ClosedError
 from spte.host import pages as hostmm
 from spte.host.mmu_notifier import Ranges, invalidate_range
+from spte.kernel_bits import KernelBits, kernel_bits
 from spte.mmu.mark_dirty import mark_dirty
 from spte.observe.listing import KeptRoot
 from spte.platform import Platform
@@ -22,7 +24,6 @@ from spte.vm.mmu import Mmu
 from spte.vm.root_cache import VcpuMmu
 
 LOG_EVENTS = 1 << 14
-MMIO_GENERATIONS = 1 << 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class NestedState:
     """What a vCPU keeps for its L2: KVM's struct nested_vmx or nested_svm."""
 
     l2: L2 | None = None  # None: the vCPU runs L1
+    ran: bool = False  # L2 ran once, so that vmcs02 has its controls
     update_deferred: bool = False  # the PML control of L1 changed while L2 ran: update_vmcs01_cpu_dirty_logging
 
 
@@ -69,6 +71,7 @@ class KvmVcpu:
         self.nested = NestedState()
         self.cr3: int | None = None  # bytes; None: the guest's paging is off, or its tables do not matter
         self.pml01 = kvm.pml_wanted  # the PML control while L1 runs
+        self.long_mode = False  # the guest has its paging on
         self.in_guest = False  # a run has ended without an exit: vcpu->mode is IN_GUEST_MODE
         self.update_requested = False  # KVM_REQ_UPDATE_CPU_DIRTY_LOGGING
         self.sync_requested = False  # KVM_REQ_MMU_SYNC
@@ -104,8 +107,8 @@ class Kvm:
         self.policy = policy
         self.manual = manual
         self.ring_entries = ring_entries
-        self.memslots = Memslots(rmaps=not platform.tdp_mmu)
-        self.mmu = Mmu(platform, mode_of(platform, policy, manual), self.memslots)
+        self.memslots = Memslots(policy.user_mem_slots, gpa_limit=policy.slot_gpa_limit, rmaps=not platform.tdp_mmu)
+        self.mmu = Mmu(platform, policy, mode_of(platform, policy, manual), self.memslots)
         self.nr_memslots_dirty_logging = 0
         self.vcpus: tuple[KvmVcpu, ...] = ()
         self.vcpus_in_guest = 0
@@ -115,6 +118,21 @@ class Kvm:
     def pml_wanted(self) -> bool:
         """VCPUs that run L1 are to log by PML."""
         return self.platform.pml and (self.policy.pml_control == "always" or self.nr_memslots_dirty_logging > 0)
+
+    @property
+    def bits(self) -> KernelBits:
+        """How the kernel of the VM's policy has its SPTEs and roles; the arena itself has one layout."""
+        return kernel_bits(self.platform, self.policy)
+
+    def role_of(self, vcpu: int, root: int) -> Callable[[int], int]:
+        """Return a function that gives the role of a row at or below a root of `vcpu` as the kernel has it."""
+        t, bits, nx = self.mmu.tables, self.bits, self.vcpus[vcpu].long_mode
+
+        def role(row: int) -> int:
+            shadow = int(t.pages[row].shadow)
+            return bits.role(int(t.pages[row].role), tdp=not shadow and row != root, pae=shadow == PAE_ROOT, nx=nx)
+
+        return role
 
     @property
     def vcpu_arrays(self) -> list[Vcpu]:
@@ -128,12 +146,13 @@ class Kvm:
             for name, cache in (("root_mmu", mmu.root_mmu), ("guest_mmu", mmu.guest_mmu)):
                 for which, root in cache:
                     active = cache is mmu.active and which == "cur"
-                    yield KeptRoot(vcpu.index, name, which, active, root.row, root.role, root.pgd)
+                    role, role_of = self.bits.role(root.role, nx=vcpu.long_mode), self.role_of(vcpu.index, root.row)
+                    yield KeptRoot(vcpu.index, name, which, active, root.row, role, root.pgd, role_of)
 
     def trace(self, *, events: bool | None = None, hardware: bool | None = None) -> None:
         """Record tracepoints, or what the hardware logs, from now on, or stop to; None: as before."""
         log = self.mmu.log
-        log.tracing = log.tracing if events is None else events
+        log.tracing, log.bits = log.tracing if events is None else events, self.bits
         log.hardware = log.hardware if hardware is None else hardware
         for vcpu in self.vcpus:
             vcpu.keep_log(log.on)
@@ -147,7 +166,7 @@ class Kvm:
         """Replace manual protect or the policy; vCPUs take it over at their next entry."""
         self.manual = self.manual if manual is None else manual
         self.policy = policy or self.policy
-        self.mmu.set_mode(mode_of(self.platform, self.policy, self.manual))
+        self.mmu.set_mode(self.policy, mode_of(self.platform, self.policy, self.manual))
 
     def count_logging(self, change: int) -> None:
         """Count a slot in or out of the logging ones: kvm_mmu_update_cpu_dirty_logging.
@@ -163,21 +182,20 @@ class Kvm:
 
     def advance_generation(self, as_id: int, step: int) -> None:
         """Move the generation of memslots on: kvm_mmu_invalidate_mmio_sptes. Every SPTE is dropped when that of MMIO SPTEs wraps."""
-        if self.memslots.advance_generation(as_id, step) % MMIO_GENERATIONS == 0:
+        if self.memslots.advance_generation(as_id, step) % self.bits.mmio_generations == 0:
             self.mmu.zap_all()
 
     # -- MMU notifiers ----------------------------------------------------------------------------------------------------
 
-    def invalidate_range(self, ranges: Ranges) -> bool:
-        """Drop every SPTE of `ranges` of host pages; returns whether there was one: kvm_mmu_notifier_invalidate_range_start.
+    def invalidate_range(self, ranges: Ranges) -> None:
+        """Drop every SPTE of `ranges` of host pages, one notifier range together: kvm_mmu_notifier_invalidate_range_start.
 
-        One flush for all of them.
+        One flush if there was one.
         """
         mapped = (part for hpage, count in ranges for part in self.memslots.mapping(hpage, count))
         dropped = sum(self.mmu.zap_gfns(*part) for part in mapped)
         if dropped:
             self.mmu.flush()
-        return dropped > 0
 
     def clear_young(self, hpage: int, count: int) -> None:
         """Take the accessed state of host pages, page by page: kvm_mmu_notifier_clear_flush_young.

@@ -23,11 +23,11 @@ VALID_FLAGS = LOG_DIRTY_PAGES | READONLY
 _ALL_ONES = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 
 
-def check_slot_number(slot: int) -> None:
+def check_slot_number(slot: int, user_mem_slots: int) -> None:
     """Refuse ids and address spaces that a VM does not have."""
     as_id, number = slot >> 16, slot & 0xFFFF
-    if number >= USER_MEM_SLOTS:
-        raise SlotIdError(f"slot={slot:#x}: id {number} is not below {USER_MEM_SLOTS}")
+    if number >= user_mem_slots:
+        raise SlotIdError(f"slot={slot:#x}: id {number} is not below {user_mem_slots}")
     if not 0 <= as_id < ADDRESS_SPACES:
         raise SlotIdError(f"slot={slot:#x}: address space {as_id} (bits 31:16) is not 0 or 1")
 

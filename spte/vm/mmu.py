@@ -20,12 +20,8 @@ from spte.mmu.slot.age import age_range
 from spte.mmu.slot.rmap import age_rmaps, zap_all_shadow, zap_rmaps
 from spte.mmu.slot.zap import zap_range, zap_range_tables, zap_root
 from spte.observe.tracepoints import EventLog
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
 from spte.platform import SHADOW, Platform
-=======
-from spte.platform import Platform
 from spte.policy import Policy
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 from spte.vm.memslots import Memslot, Memslots
 from spte.vm.root_cache import Root, VcpuMmu
 
@@ -50,14 +46,9 @@ class Mmu:
         Whose rmaps the shadow MMU keeps.
     """
 
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
-    def __init__(self, platform: Platform, mode: Modes, memslots: Memslots) -> None:
-        self.tables: Tables = new_tables()
-=======
     def __init__(self, platform: Platform, policy: Policy, mode: Modes, memslots: Memslots) -> None:
         self.policy = policy
-        self.tables = new_tables()
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
+        self.tables: Tables = new_tables()
         self.mode = mode
         self.memslots = memslots
         self.log = EventLog()
@@ -66,28 +57,24 @@ class Mmu:
         self.shadow_root_allocated = False
         self.has_shadow_pages = bool(mode[0].shadow)  # the shadow MMU may map something
         self.generation = 0  # counts what a vCPU must take over before it enters the guest: a new mode, roots that are gone
+        self.reloads = 0  # how often every vCPU was asked to let go of its roots: KVM_REQ_MMU_RELOAD
         self._tdp: dict[int, int] = {}  # role -> row of a valid root
         self._valid_roots = NO_ROOTS
 
-    def set_mode(self, mode: Modes) -> None:
-        """Replace what kernels need to know; vCPUs take it over at their next entry."""
-        self.mode = mode
+    def set_mode(self, policy: Policy, mode: Modes) -> None:
+        """Replace the policy and what kernels need to know; vCPUs take it over at their next entry."""
+        self.policy, self.mode = policy, mode
         self.generation += 1
 
     # -- roots ------------------------------------------------------------------------------------------------------------
 
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
     def load(self, vcpu: VcpuMmu, v: Vcpu) -> None:
         """Before a guest entry let go of roots that were zapped, give the vCPU the root that it is to run on: kvm_mmu_reload."""
         if vcpu.role & ~0xF == ROLE_PAGING_OFF:
             self._load_pae_root(vcpu, v)
             return
-=======
-    def load(self, vcpu: NestedVcpu) -> None:
-        """Before a guest entry: let go of roots that were zapped, give `vcpu` the root that it is to run on."""
-        if vcpu.reload_requested:
+        if vcpu.reloads != self.reloads:
             self._drop_roots(vcpu)
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
         for cache in (vcpu.root_mmu, vcpu.guest_mmu):
             self.release(cache.drop({root.row for _, root in cache if self.is_invalid(root.row)}))
         cache = vcpu.active
@@ -101,13 +88,9 @@ class Mmu:
         v.vcpu[0].root = cache.current.row
         v.vcpu[0].pgd = -1 if vcpu.is_direct else vcpu.pgd >> 12
 
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
-    def _new_root(self, vcpu: VcpuMmu, v: Vcpu) -> int:
-        """Return the row, -1 if there is none: mmu_alloc_direct_roots, mmu_alloc_shadow_roots, kvm_tdp_mmu_alloc_root."""
-=======
-    def _drop_roots(self, vcpu: NestedVcpu) -> None:
-        """Let `vcpu` let go of all its roots, also of those that are valid, and free those of the TDP MMU that nobody holds."""
-        vcpu.reload_requested = False
+    def _drop_roots(self, vcpu: VcpuMmu) -> None:
+        """Let the vCPU let go of all its roots, valid ones too, and free those of the TDP MMU that nobody holds: kvm_mmu_unload."""
+        vcpu.reloads = self.reloads
         for cache in (vcpu.root_mmu, vcpu.guest_mmu):
             self.release(cache.drop({root.row for _, root in cache}))
         unheld = [role for role, row in self._tdp.items() if not self.tables.pages[row].root_count]
@@ -115,8 +98,8 @@ class Mmu:
             zap_root(self.tables, self.mode, np.int64(self._tdp[role]), True)
         self._forget_roots(unheld)
 
-    def _new_root(self, vcpu: NestedVcpu) -> int:
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
+    def _new_root(self, vcpu: VcpuMmu, v: Vcpu) -> int:
+        """Return the row, -1 if there is none: mmu_alloc_direct_roots, mmu_alloc_shadow_roots, kvm_tdp_mmu_alloc_root."""
         role = vcpu.role
         if not vcpu.is_direct:
             self.check_root(vcpu.pgd)
@@ -232,25 +215,14 @@ class Mmu:
         """
         new_roots = self.policy.zap_all == "new-roots"
         with self.traced():
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
-            for row in self._tdp.values():
-                zap_root(self.tables, self.mode, np.int64(row))
-        for row in self._tdp.values():
-            if not self.tables.pages[row].root_count:
-                free_row(self.tables, np.int64(row))
-        self._tdp.clear()
-        self._list_roots()
-        self.generation += 1
-=======
             freed = sum(int(zap_root(self.tables, self.mode, np.int64(row), new_roots)) for row in self._tdp.values())
         if freed and self.policy.freed_table_flush:
             self.tables.kvm[0].remote_tlb_flush_requests += freed + 1
         if new_roots:
             self._forget_roots(self._tdp)
         else:
-            for vcpu in self.vcpus:
-                vcpu.reload_requested = True
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
+            self.reloads += 1
+        self.generation += 1
         if self.has_shadow_pages:
             valid = zap_all_shadow(self.tables, self.memslots.spaces[0], self.mode)
             self.memslots.clear_rmaps()

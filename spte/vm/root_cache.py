@@ -91,6 +91,7 @@ class VcpuMmu:
         self.active, self.role, self.pgd = self.root_mmu, role, 0
         self.pae_root = -1  # row of the root of a guest whose paging is off, under shadow paging
         self.mode = mode
+        self.reloads = 0  # `Mmu.reloads` that it has followed
         self.loaded = -1  # `Mmu.generation` at which registers and mode were last brought in step; -1: they are not
 
     @property

@@ -5,38 +5,19 @@ from __future__ import annotations
 from spte.arrays.slots import READONLY
 from spte.errors import NoSuchSlotError, SlotAlignmentError, SlotChangeError, SlotFlagsError, SlotOverlapError, SlotRangeError
 from spte.host.backing import Backing
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
 from spte.platform import PAGE_SIZE
 from spte.vm import dirty_log
 from spte.vm.kvm import Kvm
-from spte.vm.memslots import ADDRESS_SPACES, MAX_PAGES, USER_MEM_SLOTS, VALID_FLAGS, Memslot, Memslots, check_slot_number
-=======
-from spte.vm.memslots import ADDRESS_SPACES, MAX_PAGES, VALID_FLAGS, Memslot, Memslots
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
+from spte.vm.memslots import ADDRESS_SPACES, MAX_PAGES, VALID_FLAGS, Memslot, Memslots, check_slot_number
 
 USER_END = (1 << 47) - PAGE_SIZE
-TSS_SLOT, TSS_PAGES = 32764, 3  # the first of KVM's internal slots
+TSS_PAGES = 3
 CREATE, DELETE, MOVE, FLAGS_ONLY, NOTHING = "create", "delete", "move", "flags-only", "nothing"
-
-
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
-def _check_numbers(slot: int, gpa: int, size: int, hva: int, flags: int) -> None:
-    if slot & 0xFFFF >= USER_MEM_SLOTS:
-        check_slot_number(slot)
-=======
-def check_slot_number(slot: int, user_mem_slots: int) -> None:
-    """Refuse ids and address spaces that a VM does not have."""
-    as_id, number = slot >> 16, slot & 0xFFFF
-    if number >= user_mem_slots:
-        raise SlotIdError(f"slot={slot:#x}: id {number} is not below {user_mem_slots}")
-    if not 0 <= as_id < ADDRESS_SPACES:
-        raise SlotIdError(f"slot={slot:#x}: address space {as_id} (bits 31:16) is not 0 or 1")
 
 
 def _check_numbers(slot: int, gpa: int, size: int, hva: int, flags: int, user_mem_slots: int) -> None:
     if slot & 0xFFFF >= user_mem_slots:
         check_slot_number(slot, user_mem_slots)
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
     if flags & ~VALID_FLAGS:
         raise SlotFlagsError(f"flags={flags:#x} has bits beyond LOG_DIRTY_PAGES (1) and READONLY (2)")
     if size % PAGE_SIZE or not 0 <= size < 1 << 64:
@@ -99,7 +80,6 @@ def _check_place(slots: Memslots, gpa_bits: int, new: Memslot) -> None:
             f"slot={new.slot:#x} gfns {new.base_gfn:#x}..{new.end_gfn - 1:#x} overlap slot {other.slot:#x} "
             f"({other.base_gfn:#x}..{other.end_gfn - 1:#x}); move or delete that first"
         )
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
     if new.end_gfn > 1 << (gpa_bits - 12):
         raise SlotRangeError(f"slot={new.slot:#x} ends at gpa {new.end_gfn * PAGE_SIZE:#x}, beyond {gpa_bits} bits of guest-physical width")
 
@@ -143,7 +123,8 @@ def set_tss_addr(kvm: Kvm, gpa: int) -> None:
     if gpa % PAGE_SIZE:
         raise SlotAlignmentError(f"gpa={gpa:#x} is not a multiple of {PAGE_SIZE}; round down")
     backing = Backing("4k", TSS_PAGES * PAGE_SIZE)
-    new = [Memslot(as_id << 16 | TSS_SLOT, gpa // PAGE_SIZE, TSS_PAGES, 0, backing.hva, backing) for as_id in range(ADDRESS_SPACES)]
+    tss_slot = kvm.memslots.user_mem_slots  # the first of KVM's internal slots
+    new = [Memslot(as_id << 16 | tss_slot, gpa // PAGE_SIZE, TSS_PAGES, 0, backing.hva, backing) for as_id in range(ADDRESS_SPACES)]
     for slot in new:
         if kvm.memslots.find(slot.slot) is not None:
             raise SlotChangeError(f"slot={slot.slot:#x} exists already; an internal slot is made once")
@@ -151,22 +132,3 @@ def set_tss_addr(kvm: Kvm, gpa: int) -> None:
     for slot in new:
         kvm.memslots.insert(slot)
         kvm.advance_generation(slot.as_id, 2)
-=======
-    beyond = new.end_gfn > 1 << (gpa_bits - 12)
-    if beyond and (slots.gpa_limit or new.base_gfn < 1 << (gpa_bits - 12)):
-        raise SlotRangeError(f"slot={new.slot:#x} ends at gpa {new.end_gfn * PAGE:#x}, beyond {gpa_bits} bits of guest-physical width")
-
-
-def plan_internal(slots: Memslots, gpa_bits: int, gpa: int, backing: Backing) -> list[Memslot]:
-    """Check and return the first internal memslot, over all of `backing`, in every address space; nothing is changed."""
-    if gpa % PAGE:
-        raise SlotAlignmentError(f"gpa={gpa:#x} is not a multiple of {PAGE}; round down")
-    plans = []
-    for as_id in range(ADDRESS_SPACES):
-        new = Memslot(as_id << 16 | slots.user_mem_slots, gpa // PAGE, backing.size // PAGE, 0, backing.hva, backing)
-        if slots.find(new.slot) is not None:
-            raise SlotChangeError(f"slot={new.slot:#x} exists already; an internal slot is made once")
-        _check_place(slots, gpa_bits, new)
-        plans.append(new)
-    return plans
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e

@@ -165,57 +165,18 @@ class VirtualCpu(KvmVcpu):
         """
         return self.arrays.ring.reshape(-1).view(DIRTY_GFN)
 
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
     # -- guest tables and L2 ----------------------------------------------------------------------------------------------
-=======
-    def _batch(self, gfns: npt.ArrayLike, kinds: Kinds, *, stays: bool = False) -> Exit | None:
-        at, batch = 0, self._check(gfns)
-        vm, v = self._vm, self.arrays
-        stayed = v.vcpu[0].stay & STAYS
-        v.vcpu[0].stay = (STAYS if stays else 0) | (STAYED if stayed else 0)
-        if not stayed or vm.mmu.is_invalid(int(v.vcpu[0].root)):
-            self.enter_guest()
-        run = run_shadow if vm.mmu.has_shadow_pages else run_guest
-        while True:
-            at = run(vm.mmu.tables, vm.memslots.spaces[0], the_host(), v, self.mode, batch, kinds, at)
-            if vm.mmu.log.on:
-                vm.mmu.log.collect(self.index, v)
-            reason = int(v.vcpu[0].exit_reason)
-            if reason == DONE:
-                return None
-            if reason == EXIT_HOST:
-                self._copy_page(int(v.vcpu[0].exit_gfn))
-            elif reason == EXIT_NOMEM:
-                raise OutOfTablesError(f"no page-table page left for gfn {v.vcpu[0].exit_gfn:#x}; delete slots or close the VM")
-            elif reason == EXIT_ROOT:
-                vm.mmu.load(self)
-            elif reason != EXIT_LOG:
-                v.vcpu[0].stay = 0
-                kind = int(kinds[at] if len(kinds) > 1 and at < len(kinds) else kinds[0]) if len(kinds) else READ
-                return self.reflect(Exit(_REASONS[reason], int(at), int(v.vcpu[0].exit_gfn), kind))
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 
     @property
     def l1_pml_index(self) -> int:
         """Index of L1's own PML buffer: 511 when empty, counting down, 65535 when full. L1 may set it."""
         return int(self.arrays.vcpu[0].l1_pml_index)
 
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
     @l1_pml_index.setter
     def l1_pml_index(self, value: int) -> None:
         if not 0 <= value <= 0xFFFF:
             raise NestedError(f"l1_pml_index={value} is not a 16-bit index; an empty buffer has 511")
         self.arrays.vcpu[0].l1_pml_index = value
-=======
-    def _copy_page(self, gfn: int) -> None:
-        """Let the host copy the zero page under `gfn`; its notifier makes KVM let the guest fault again, SPTE or not."""
-        if self.arrays.vcpu[0].pgd >= 0:
-            gfn = int(self.arrays.vcpu[0].walker.gfn)
-        slot = self._vm.memslots.at(gfn)
-        assert slot is not None
-        assert slot.backing is not None
-        host_write((slot.hva >> 12) + gfn - slot.base_gfn, slot.backing.users)
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 
     def load_cr3(self, gpa: int | None) -> None:
         """Turn the guest's 64-bit paging on with the root table at `gpa`, or off.

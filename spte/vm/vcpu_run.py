@@ -143,7 +143,7 @@ def vcpu_run(kvm: Kvm, vcpu: KvmVcpu, gfns: I64s, kinds: Kinds, *, stays: bool =
                 _set_in_guest(kvm, vcpu, True)
             return None
         if reason == EXIT_HOST:
-            v.vcpu[0].counted = not _copy_page(kvm, v, int(v.vcpu[0].exit_gfn))
+            _copy_page(kvm, v, int(v.vcpu[0].exit_gfn))
         elif reason == EXIT_NOMEM:
             raise OutOfTablesError(f"no page-table page left for gfn {v.vcpu[0].exit_gfn:#x}; delete slots or close the VM")
         elif reason == EXIT_ROOT:
@@ -153,20 +153,21 @@ def vcpu_run(kvm: Kvm, vcpu: KvmVcpu, gfns: I64s, kinds: Kinds, *, stays: bool =
             return Exit(_REASONS[reason], int(at), int(v.vcpu[0].exit_gfn), Access(kind))
 
 
-def _copy_page(kvm: Kvm, v: Vcpu, gfn: int) -> bool:
-    """Let the host copy the zero page under `gfn`; returns whether an SPTE was dropped, so that the guest faults again."""
+def _copy_page(kvm: Kvm, v: Vcpu, gfn: int) -> None:
+    """Let the host copy the zero page under `gfn`; its notifier makes KVM let the guest fault again, SPTE or not."""
     if v.vcpu[0].pgd >= 0:
         gfn = int(v.vcpu[0].walker.gfn)
-    return _host_write(kvm, gfn)[1]
+    _host_write(kvm, gfn)
 
 
-def _host_write(kvm: Kvm, gfn: int) -> tuple[int, bool]:
-    """Make the host map page `gfn` writable; returns the host page and whether an SPTE was dropped."""
+def _host_write(kvm: Kvm, gfn: int) -> int:
+    """Make the host map page `gfn` writable; returns the host page."""
     slot = kvm.memslots.at(gfn)
     assert slot is not None
     assert slot.backing is not None
     hpage = slot.hpage_of(gfn)
-    return hpage, host_write(slot.backing.users, hpage)
+    host_write(slot.backing.users, hpage)
+    return hpage
 
 
 def written_page(kvm: Kvm, vcpu: KvmVcpu, gfn: int) -> int:
@@ -176,7 +177,7 @@ def written_page(kvm: Kvm, vcpu: KvmVcpu, gfn: int) -> int:
     spte = t.sptes[row, i]
     if is_leaf(spte, level) and spte & WRITABLE:
         return (int(spte & PFN_MASK) >> 12) + (gfn & ((1 << (9 * (int(level) - 1))) - 1))
-    return _host_write(kvm, gfn if v.vcpu[0].pgd < 0 else int(v.vcpu[0].walker.gfn))[0]  # KVM did the write itself
+    return _host_write(kvm, gfn if v.vcpu[0].pgd < 0 else int(v.vcpu[0].walker.gfn))  # KVM did the write itself
 
 
 def pre_fault_memory(kvm: Kvm, vcpu: KvmVcpu, gpa: int, size: int, flags: int) -> tuple[int, int]:

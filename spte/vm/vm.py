@@ -14,23 +14,11 @@ from spte.platform import Platform, named
 from spte.policy import Policy
 from spte.vm import capabilities, dirty_log
 from spte.vm import set_memory_region as region
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
 from spte.vm.kvm import Kvm
-=======
-from spte.vm.capabilities import MANUAL_PROTECT, check_dirty_ring, check_extension, check_manual_protect, number
-from spte.vm.memslots import Memslots
-from spte.vm.mmu import Mmu
-from spte.vm.observable import Observable
-from spte.vm.shadow_paging import ShadowPaging
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 from spte.vm.vcpu import VirtualCpu
 from spte.vm.vcpu_run import kick
 
 MAX_VCPUS = 1024  # KVM_MAX_VCPUS of x86
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
-=======
-TSS_PAGES = 3
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 MIN_MMU_PAGES = 64  # KVM_MIN_ALLOC_MMU_PAGES
 
 
@@ -66,8 +54,7 @@ class VM:
             raise CapabilityError(f"vcpus={vcpus} is not in 1..{MAX_VCPUS}")
         capabilities.check_manual_protect(manual)
         if ring_bytes:
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
-            capabilities.check_dirty_ring(ring_bytes, platform.cpu_dirty_log_size)
+            capabilities.check_dirty_ring(ring_bytes, platform.cpu_dirty_log_size, policy)
         self.kvm = Kvm(platform, policy, manual, ring_bytes // capabilities.RING_ENTRY_BYTES)
         self.vcpus = tuple(VirtualCpu(self.kvm, i) for i in range(vcpus))
         self.kvm.vcpus = self.vcpus
@@ -87,18 +74,6 @@ class VM:
     def nr_memslots_dirty_logging(self) -> int:
         """How many slots log."""
         return self.kvm.nr_memslots_dirty_logging
-=======
-            check_dirty_ring(ring_bytes, self.platform.cpu_dirty_log_size, self.policy)
-        self.manual = manual
-        self.memslots = Memslots(self.policy.user_mem_slots, gpa_limit=self.policy.slot_gpa_limit, rmaps=not self.platform.tdp_mmu)
-        mmu = ShadowPaging if self.platform.paging == SHADOW else Mmu
-        self.mmu = mmu(self.platform, self.policy, mode_of(self.platform, self.policy, manual), self.memslots)
-        self.first_role = ROLE_PAGING_OFF | 3 if self.platform.paging == SHADOW else self.mmu.direct_role
-        self.nr_memslots_dirty_logging = 0
-        self._closed = False
-        self.vcpus = tuple(VirtualCpu(self, i, ring_bytes // 16) for i in range(vcpus))
-        self.mmu.vcpus = self.vcpus
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 
     # -- memslots ---------------------------------------------------------------------------------------------------------
 
@@ -127,54 +102,8 @@ class VM:
         KvmError
             The first broken rule in KVM's order: EINVAL, EEXIST (overlap), ENOMEM. Nothing is changed.
         """
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
         kick(self.kvm)
         region.set_memory_region(self.kvm, slot, gpa, size, backing, hva, offset, flags)
-=======
-        self._kick()
-        change, old, new = region.plan(self.memslots, self.platform.gpa_bits, slot, gpa, size, backing, hva, offset, flags)
-        if change == region.NOTHING:
-            return
-        was, now = bool(old and old.logs), bool(new and new.logs)
-        if old is not None and change in (region.DELETE, region.MOVE):
-            self.mmu.zap_all()
-            self.memslots.remove(old)
-        if change == region.FLAGS_ONLY:
-            assert old is not None
-            old.flags = flags
-            new = old
-        if old is not None and was and not now:
-            self.memslots.free_bitmap(old)
-        if new is not None and new is not old:
-            new.bitmap = old.bitmap if old is not None else -1
-            self.memslots.insert(new)
-            if new.backing is not None:
-                new.backing.users.add(self)
-        if new is not None:
-            if now and not was and not self.has_ring:
-                self.memslots.allocate_bitmap(new, all_set=self.manual == 3)
-            self.memslots.update(new)
-        self._count_logging(now - was)
-        self._advance_generation(slot >> 16, 4 if change in (region.DELETE, region.MOVE) else 2)
-        if change == region.FLAGS_ONLY and new is not None:
-            if now:
-                dirty_log.arm_slot(self, new)
-            else:
-                dirty_log.collapse(self, new)
-
-    def _count_logging(self, change: int) -> None:
-        """Count a slot in or out of the logging ones; between 0 and 1 every vCPU is asked to update its PML control."""
-        self.nr_memslots_dirty_logging += change
-        first_or_last = change != 0 and self.nr_memslots_dirty_logging == max(change, 0)
-        if first_or_last and self.platform.pml and self.policy.pml_control == "logging-slots":
-            self.mmu.tables.kvm[0].cpu_dirty_logging_requests += len(self.vcpus)
-            for vcpu in self.vcpus:
-                vcpu.update_requested = True
-
-    def _advance_generation(self, as_id: int, step: int) -> None:
-        if self.memslots.advance_generation(as_id, step) % self.bits.mmio_generations == 0:
-            self.mmu.zap_all()
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 
     # -- dirty log --------------------------------------------------------------------------------------------------------
 
@@ -261,53 +190,19 @@ class VM:
         CapabilityError
             EINVAL (E2BIG for a ring that is too large); nothing is changed. A ring is always too late here: vCPUs exist.
         """
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
         kick(self.kvm)
         capabilities.enable_cap(self.kvm, name, arg0)
 
     def check_extension(self, cap: str | int) -> int:
         """Return what KVM_CHECK_EXTENSION says of capability `cap`, a name or a number: 0 = unknown."""
         return capabilities.check_extension(self.kvm, cap)
-=======
-        self._kick()
-        if number(name) == MANUAL_PROTECT:
-            check_manual_protect(arg0)
-            self.manual = arg0
-            self._set_mode()
-            if arg0 != 3:
-                self.memslots.leave_initially_set()
-            return
-        check_dirty_ring(arg0, self.platform.cpu_dirty_log_size, self.policy)
-        raise CapabilityError(f"ring of {arg0} bytes comes too late: vCPUs exist; pass ring_bytes={arg0} when making the VM")
-
-    def check_extension(self, cap: str | int) -> int:
-        """Return what KVM_CHECK_EXTENSION says of capability `cap`, a name or a number: 0 = unknown."""
-        return check_extension(cap, self.policy, shadow=self.platform.paging == SHADOW)
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 
     def set_param(self, name: str, value: bool) -> None:
         """Set module parameter `name` (``eager_page_split`` or ``nx_huge_pages``) to `value`; nx_huge_pages zaps everything."""
         if name not in ("eager_page_split", "nx_huge_pages"):
             raise CapabilityError(f"parameter {name!r} can not be set; take eager_page_split or nx_huge_pages")
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
         kick(self.kvm)
         capabilities.set_param(self.kvm, name, value)
-=======
-        self._kick()
-        if getattr(self.policy, name) != value:
-            self.policy = dataclasses.replace(self.policy, **{name: value})  # type: ignore[arg-type]
-            self._set_mode()
-            if name == "nx_huge_pages":
-                self.mmu.zap_all()
-
-    def _set_mode(self) -> None:
-        self.mmu.policy, self.mmu.mode = self.policy, mode_of(self.platform, self.policy, self.manual)
-
-    @property
-    def pml_wanted(self) -> bool:
-        """VCPUs that run L1 are to log by PML."""
-        return self.platform.pml and (self.policy.pml_control == "always" or self.nr_memslots_dirty_logging > 0)
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 
     def kernel_write(self, gfn: int, vcpu: int = 0) -> None:
         """Write page `gfn` as KVM itself does (string I/O, clocks) while `vcpu` runs: dirty in the log of its slot, no SPTE, no fault."""
@@ -316,15 +211,8 @@ class VM:
 
     def set_tss_addr(self, gpa: int) -> None:
         """Give KVM three pages at `gpa` (bytes) for a TSS, as internal memslots: KVM_SET_TSS_ADDR; KvmError if they are not free."""
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
         kick(self.kvm)
         region.set_tss_addr(self.kvm, gpa)
-=======
-        self._kick()
-        for slot in region.plan_internal(self.memslots, self.platform.gpa_bits, gpa, Backing("4k", TSS_PAGES * 4096)):
-            self.memslots.insert(slot)
-            self._advance_generation(slot.as_id, 2)
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 
     def set_nr_mmu_pages(self, n: int) -> None:
         """Limit the shadow pages to `n`: KVM_SET_NR_MMU_PAGES; MmuPagesError (EINVAL) below 64. Tables of the TDP MMU do not count."""
@@ -343,25 +231,28 @@ class VM:
 
     def leafs(self, vcpu: int = 0, *, hide: tuple[int, int] | None = None) -> list[list[Any]]:
         """Return leaves of the root of `vcpu` as ``[level, first_gfn, count, flags]`` runs; `hide` leaves gfns ``[a, b)`` out."""
-        return listing.leafs(self._walk(vcpu, hide))
+        return listing.leafs(self._walk(vcpu, hide), self.kvm.bits)
 
     def tables(self, vcpu: int = 0, *, hide: tuple[int, int] | None = None) -> list[list[Any]]:
         """Return page-table pages as ``[level, gfn, count, role, tdp, nx_disallowed, unsync]`` runs; `vcpu`, `hide` as `leafs`."""
-        return listing.tables(self.mmu.tables, self._walk(vcpu, hide))
+        return listing.tables(self.mmu.tables, self._walk(vcpu, hide), self.kvm.role_of(vcpu, self._root(vcpu)))
 
     def other(self, vcpu: int = 0, *, hide: tuple[int, int] | None = None) -> list[list[Any]]:
         """Return MMIO and frozen entries as ``[level, gfn, hex]``; `vcpu`, `hide` as `leafs`."""
-        return listing.other(self._walk(vcpu, hide), self.mmu.mode[0].lay)
+        return listing.other(self._walk(vcpu, hide), self.kvm.bits)
 
     def _walk(self, vcpu: int, hide: tuple[int, int] | None) -> list[listing.Run]:
-        return listing.walk(self.mmu.tables, int(self.vcpus[vcpu].arrays.vcpu[0].root), hide)
+        return listing.walk(self.mmu.tables, self._root(vcpu), hide)
+
+    def _root(self, vcpu: int) -> int:
+        return int(self.vcpus[vcpu].arrays.vcpu[0].root)
 
     def roots(self, *, hide: tuple[int, int] | None = None) -> list[dict[str, Any]]:
         """Return every root that a vCPU keeps, in the shape of the nested recordings: where it is kept, its role, what it maps.
 
         Leaves of `guest_mmu` have L1's gfn as a fifth value. `hide` leaves gfns ``[a, b)`` out.
         """
-        return listing.roots(self.mmu.tables, self.mmu.mode[0].lay, self.kvm.kept_roots(), hide)
+        return listing.roots(self.mmu.tables, self.kvm.bits, self.kvm.kept_roots(), hide)
 
     def slots(self) -> list[dict[str, Any]]:
         """Return every memslot: numbers, lpage_info counters and dirty bitmap as runs."""

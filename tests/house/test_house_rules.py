@@ -17,15 +17,9 @@ MAX_LINES, MAX_FILES = 320, 13
 
 # Floor of each module or subpackage below `spte`; imports point down or stay on the floor.
 FLOORS = {
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
     "_version": 0, "errors": 0, "access": 0, "exits": 0, "_numba": 0,
-    "platform": 1, "policy": 1, "trace": 1, "bits": 2,
+    "platform": 1, "policy": 1, "trace": 1, "bits": 2, "kernel_bits": 2,
     "arrays": 3, "kernels": 4, "host": 5, "mm": 5, "mmu": 6,
-=======
-    "_version": 0, "errors": 0, "exits": 0, "_numba": 0, "trace": 0,
-    "platform": 1, "policy": 1, "bits": 2, "kernel_bits": 2,
-    "arrays": 3, "kernels": 4, "host": 5, "mmu": 6,
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
     "cpu": 7, "guest_tables": 7, "observe": 7,
     "vm": 8, "warm": 8,
     "recording": 9, "replay": 10, "check": 10, "patches": 10, "profile": 10, "limits": 10,

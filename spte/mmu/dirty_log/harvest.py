@@ -16,19 +16,7 @@ from spte.kernels._harvest import DENSE, IN_FLIGHT, rearm_places, rearm_window
 from spte.mmu.dirty_log.pt_masked import rearm
 from spte.mmu.dirty_log.pt_masked_rmap import rearm_rmap_words
 from spte.mmu.tdp_mmu import log_shift
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
 from spte.mmu.walk import leaf_table
-=======
-from spte.mmu.walk import INDEX_MASK, leaf_table
-
-WORD_SHIFT = U64(6)
-
-
-ASKED = U64(16)  # entries on their way from memory at once; of a whole block's some get lost
-
-
-DENSE = U64(5)  # set bits a word from which sweeping its 64 entries is quicker than a list
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 
 
 @kernel_apart

@@ -7,15 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
-from spte._numba.jit import ctz, helper
+from spte._numba.jit import ctz, helper, kernel_apart
 from spte.bits import ONE, U64, WRITABLE, ZERO, is_leaf
 from spte.kernels._entries import clear_entry
 from spte.kernels._harvest import rearm_window
-=======
-from spte._numba.jit import ctz, helper, kernel_apart, popcount
-from spte.bits import ONE, PRESENT_SHIFT, U64, WRITABLE, ZERO, is_leaf
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 from spte.mmu.page_track import protect_rmaps
 from spte.mmu.rmap import head_of, next_of, ref_of
 from spte.mmu.shadow.split import split_rmaps

@@ -8,12 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import helper, kernel, prefetch
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
-from spte.bits import ZERO, child_of, is_leaf, is_link
+from spte.bits import ROLE_GUEST_MODE, ZERO, child_of, is_leaf, is_link
 from spte.kernels._collapse import first_leaf, make_huge_spte
-=======
-from spte.bits import LARGE, MMU_PRESENT, ROLE_GUEST_MODE, SHIFT_PAGE, U64, ZERO, child_of, is_leaf, is_link
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
 from spte.mmu.arena import count_leaf
 from spte.mmu.make_spte import set_executable
 from spte.mmu.memslot import max_mapping_level, may_collapse
@@ -77,15 +73,10 @@ def collapse_slot(t, s, h, mode, roots, k):
 
 
 @kernel
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
-def zap_collapsible(t, s, h, mode, k):
-    """Drop the leaves of slot `k` that larger ones may replace, rows in arena order: KVM's kvm_mmu_zap_collapsible_sptes.
-=======
 def zap_collapsible(t, s, h, mode, k, guest_mode):
-    """Drop the leaves of slot `k` that larger ones may replace below one root, rows in arena order; returns leaves dropped.
+    """Drop the leaves of slot `k` that larger ones may replace below one root: KVM's kvm_mmu_zap_collapsible_sptes.
 
-    The root is the one for L2 (`guest_mode` is that bit of a role) or for L1 (0).
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
+    The root is the one for L2 (`guest_mode` is that bit of a role) or for L1 (0). Rows in arena order; returns leaves dropped.
 
     Returns leaves dropped. With one flush a leaf they are counted here, else the caller flushes if the result is not 0.
     """

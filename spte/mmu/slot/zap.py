@@ -11,13 +11,11 @@ from spte.mmu.walk import index_of, walk
 
 
 @kernel
-<<<<<<< f72c9dbc1784c216e756c4aa38cac6e8a1ec11cc
-def zap_root(t, mode, root):
-    """Mark `root` invalid and drop all below it: KVM's tdp_mmu_zap_root. The row stays until no vCPU holds it. Returns leaves dropped."""
-=======
 def zap_root(t, mode, root, invalid):
-    """Drop all below `root`, which turns `invalid` if asked to and stays until no vCPU holds it; returns tables freed."""
->>>>>>> 9da19d85d5939b403bf8a236c475c63f4abda36e
+    """Drop all below `root`, which turns `invalid` if asked to and stays until no vCPU holds it: KVM's tdp_mmu_zap_root.
+
+    Returns tables freed.
+    """
     m = mode[0]
     kvm = t.kvm[0]
     if invalid:
