@@ -29,7 +29,7 @@ KVM_MMU_PAGE = record("kvm_mmu_page", [
 ])  # fmt: skip
 
 KVM = record("kvm", [
-    *columns("i8", "rows", "free_row"),  # rows in use, ever; first of the freed ones + 1
+    *columns("i8", "rows", "free_row", "freed"),  # rows in use, ever; first of the freed ones + 1; rows freed, ever
     ("pages", "i8", (3,)),  # leaves by level: pages_4k, pages_2m, pages_1g
     ("splits", "i8", (3,)),  # huge leaves split, by level
     *columns("i8", "remote_tlb_flush_requests", "nx_lpage_splits", "sptes_written", "zapped", "collapsed", "dirty_marks"),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from spte.access import Access
 from spte.arrays.records import Records, U64s, columns, record
 
-READ, WRITE, EXEC = 0, 1, 2  # kinds of guest access
+READ, WRITE, EXEC = (int(kind) for kind in Access)  # kinds of guest access
 WALKS_AHEAD = 16
 # Exit reasons of a stay in the guest.
 DONE, EXIT_RING_FULL, EXIT_MMIO, EXIT_HOST, EXIT_EFAULT, EXIT_NOMEM, EXIT_LOG = 0, 1, 2, 3, 4, 5, 6

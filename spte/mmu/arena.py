@@ -75,6 +75,7 @@ def free_row(t, row):
     t.pages[row].level = 0
     t.pages[row].parent_ptes = kvm.free_row
     kvm.free_row = row + 1
+    kvm.freed += 1
 
 
 @helper

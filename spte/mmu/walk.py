@@ -1,8 +1,4 @@
-"""The arena: page-table pages as rows of one uint64 array, made on demand, freed, reused; walks over them.
-
-A present entry of level > 1 without LARGE links to the row that its address names. Free rows have level 0, so a sweep in
-arena order passes over them.
-"""
+"""Walks over page tables: KVM's tdp_iter. A present entry of level > 1 without LARGE links to the row that its address names."""
 
 from __future__ import annotations
 
