@@ -20,9 +20,8 @@ compiled = pytest.mark.skipif(_jit.PLAIN, reason="kernels are plain Python in th
 REPORT = """
 import json, sys
 import numba
-from conftest import PLATFORMS, typical_run
+from conftest import PLATFORMS, VERSIONS, typical_run
 from spte._numba import jit as _jit, link as _link
-from spte import policy
 from spte.warm import warmup
 
 
@@ -52,7 +51,7 @@ def report():
 warmup()
 after_warm_up = list(report())
 for platform in PLATFORMS:
-    for name in policy.NAMES:
+    for name in VERSIONS:
         typical_run(platform, name)
 json.dump([after_warm_up, list(report())], sys.stdout)
 """
