@@ -20,10 +20,15 @@ compiled = pytest.mark.skipif(_jit.PLAIN, reason="kernels are plain Python in th
 REPORT = """
 import json, operator, sys
 import numba
+<<<<<<< c6a935b8bfbb23ea0d364955c0c9621bd1036438
 from numba.core import ir
 from conftest import PLATFORMS, typical_run
 from spte import policy
 from spte._numba import jit as _jit
+=======
+from conftest import PLATFORMS, VERSIONS, typical_run
+from spte._numba import jit as _jit, link as _link
+>>>>>>> 9724faf95265646d56754451149d9d607f119b46
 from spte.warm import warmup
 
 if _jit.LINK:
@@ -70,7 +75,7 @@ def report():
 warmup()
 after_warm_up = list(report())
 for platform in PLATFORMS:
-    for name in policy.NAMES:
+    for name in VERSIONS:
         typical_run(platform, name)
 json.dump([after_warm_up, list(report())], sys.stdout)
 """

@@ -224,7 +224,7 @@ def test_options_of_a_trace_reach_the_workload(capsys, trace):
         ([__file__], "not a whole .npz file"),
         (["--platform", "vmx"], f"'vmx' is not known; take one of {', '.join(NAMES)}"),
         (["--platform", "shadow-rmap"], "'shadow-rmap' is not known"),
-        (["--policy", "7"], "'7' is not known; take one of"),
+        (["--policy", "7"], "'7' is not known; known are series"),
         (["--policy", "6.12,eager=N"], "'eager=N'"),
         (["--policy", "6.12,eager_page_split=maybe"], "eager_page_split='maybe'; take one of"),
         (["--vcpus", "0"], "vcpus=0"),
