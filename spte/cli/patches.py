@@ -12,14 +12,9 @@ from typing import Any
 import click
 
 from spte._version import __version__
-<<<<<<< c6a935b8bfbb23ea0d364955c0c9621bd1036438
 from spte.cli.exit_codes import EXIT_DIFFERENCE, EXIT_OK
 from spte.cli.params import announce_compilation
-=======
-from spte.cli import EXIT_DIFFERENCE, EXIT_OK
-from spte.cli.compiling import announce_compilation
 from spte.cli.series import ARROW, change, markdown, places_text, recorded_text, value_of
->>>>>>> 9724faf95265646d56754451149d9d607f119b46
 from spte.cli.table import FALLBACK_WIDTH
 from spte.patches.groups import Group, of_patches, of_versions
 from spte.patches.recorded import recorded

@@ -20,15 +20,9 @@ compiled = pytest.mark.skipif(_jit.PLAIN, reason="kernels are plain Python in th
 REPORT = """
 import json, operator, sys
 import numba
-<<<<<<< c6a935b8bfbb23ea0d364955c0c9621bd1036438
 from numba.core import ir
-from conftest import PLATFORMS, typical_run
-from spte import policy
-from spte._numba import jit as _jit
-=======
 from conftest import PLATFORMS, VERSIONS, typical_run
-from spte._numba import jit as _jit, link as _link
->>>>>>> 9724faf95265646d56754451149d9d607f119b46
+from spte._numba import jit as _jit
 from spte.warm import warmup
 
 if _jit.LINK:

@@ -15,11 +15,7 @@ from spte.guest_tables import GuestTables
 def state(nest):
     vcpu = nest.vm.vcpus[0]
     tables = np.stack([nest.table_memory.table(page) for page in range(TABLES_PAGES)])
-<<<<<<< c6a935b8bfbb23ea0d364955c0c9621bd1036438
     return vcpu.nested.l2, vcpu.cr3, vcpu.arrays.vcpu[0].tobytes(), nest.vm.roots(), nest.vm.stats(), tables.tobytes(), nest.tables.roots
-=======
-    return vcpu.l2, vcpu.cr3, vcpu.arrays.vcpu.tobytes(), nest.vm.roots(), nest.vm.stats(), tables.tobytes(), nest.tables.roots
->>>>>>> 9724faf95265646d56754451149d9d607f119b46
 
 
 def outside(vcpu, nest):

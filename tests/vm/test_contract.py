@@ -5,11 +5,7 @@ import random
 
 import numpy as np
 import pytest
-<<<<<<< c6a935b8bfbb23ea0d364955c0c9621bd1036438
-from conftest import LOG, PAGE, PLATFORMS, PML_PLATFORMS, TDP_PLATFORMS, WP_PLATFORMS, Guest, bitmap_of, pages_of
-=======
-from conftest import LOG, PAGE, PLATFORMS, PML_PLATFORMS, VERSIONS, WP_PLATFORMS, Guest, bitmap_of, has_rings, pages_of
->>>>>>> 9724faf95265646d56754451149d9d607f119b46
+from conftest import LOG, PAGE, PLATFORMS, PML_PLATFORMS, TDP_PLATFORMS, VERSIONS, WP_PLATFORMS, Guest, bitmap_of, has_rings, pages_of
 
 import spte
 from spte._numba import jit as _jit
