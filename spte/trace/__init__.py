@@ -11,6 +11,7 @@ array      dtype, shape             meaning
 ========== ======================== ====================================================================
 """
 
+from spte.trace.build import from_bitmaps, from_gfns
 from spte.trace.model import FORMAT, MAX_BYTES, MAX_NPAGES, PAGE_SIZE, PAGES_PER_2M, Trace, TraceError
 from spte.trace.npz import default_trace, load, save
 
@@ -23,6 +24,8 @@ __all__ = [
     "Trace",
     "TraceError",
     "default_trace",
+    "from_bitmaps",
+    "from_gfns",
     "load",
     "save",
 ]
