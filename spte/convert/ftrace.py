@@ -106,7 +106,7 @@ def read(sources: Iterable[Source], writes: Writes) -> None:
 def _events(block: Block, name: str, event: Event) -> tuple[Positions, Positions, Fields]:
     """Return the line, the time in ns and the fields of each event `name` in a block."""
     data = block.data
-    at = scan.find(data, name.encode() + b":")
+    at = scan.find(block.data, name.encode() + b":")
     at = at[(at > 0) & ((data[at - 1] == _COLON) | (data[at - 1] == _BLANK))]
     line = block.line_of(at)
     end = block.ends[line]
@@ -121,7 +121,7 @@ def _events(block: Block, name: str, event: Event) -> tuple[Positions, Positions
     fields: Fields = {}
     for field, parse in event.fields.items():
         literal = f" {field} ".encode()
-        place, there = scan.next_in_line(scan.find(data, literal), at, end)
+        place, there = scan.next_in_line(scan.find(block.data, literal), at, end)
         fields[field] = parse(block, np.where(there, place + len(literal), 0), end)
         _refuse(block, line, ~(there & fields[field].ok), f"has no {field!r} as {name} prints it")
     return line, times.value.astype(np.int64), fields

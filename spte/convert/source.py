@@ -22,7 +22,7 @@ Progress = Callable[[int, int | None], None]
 
 HEAD = 1 << 16
 """Bytes at the beginning by which the format is chosen."""
-BLOCK = 1 << 22
+BLOCK = 1 << 20
 """Bytes of text that are parsed together: all arrays on the way fit into a cache or two."""
 MAX_LINE = 1 << 16
 """Bytes of the longest line; what has longer ones is no text."""
@@ -36,7 +36,7 @@ NEWLINE = 10
 class Block:
     """Whole lines of a text.
 
-    `data` uint8 [n + PAD] holds them, and PAD zeros so that eight bytes may be read from any place; `ends` int64 [lines]
+    `data` uint8 [n + PAD] holds them, and PAD zeros so that a few bytes may be read from any place; `ends` int64 [lines]
     are the places of their newlines, and `first_line` the number of the first, from 1.
     """
 
