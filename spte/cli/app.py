@@ -18,10 +18,13 @@ from spte.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MISSING, EXIT_OK
 # --help costs no more than this file.
 VERBS = {
     "check": "Compare recordings of real KVM with the model.",
+    "convert": "A write trace from what other tools record.",
+    "generate": "A write trace by a known pattern: zipf, hot-cold, append-log, ...",
     "patches": "Each of the 14 patches of the series, before and after.",
     "policies": "List every decision of every kernel version, with its source.",
     "profile": "What dirty logging costs for a program's recorded writes.",
     "replay": "Perform a recording of real KVM on the model.",
+    "show": "What a write trace holds, and its picture.",
 }
 
 

@@ -78,9 +78,9 @@ def convert(
         raise TraceError(f"format {format!r}; take one of {', '.join(FORMATS)}")
     sources = _Sources(inputs, progress)
     kind = format or choose(sources.heads())
-    for name, given in {"slots": slots, "addresses": addresses, "time_unit": time_unit}.items():
-        if given and name not in FORMATS[kind].options:
-            raise TraceError(f"{sources.title}: {name} says nothing about {FORMATS[kind].about}; leave it away")
+    for name, given in {"slots (--slot)": slots, "addresses (--bytes)": addresses, "time_unit (--time-unit)": time_unit}.items():
+        if given and name.split()[0] not in FORMATS[kind].options:
+            raise TraceError(f"{sources.title}: {name} says nothing about {FORMATS[kind].about}; leave it out")
     writes = Writes(options)
     try:
         FORMATS[kind].read(iter(sources), writes)
