@@ -50,6 +50,8 @@ _EVENT = re.compile(rb"(?:kvm_page_fault|fast_page_fault|kvm_mmu_set_spte|kvm_td
 _TRACE = re.compile(rb"^(?:# tracer:|cpus=\d+\s*$|version = \d+\s*$|.*\[\d{3,}\].* \d+\.\d{6,9}: )", re.MULTILINE)
 _LOST = (b"LOST ", b"EVENTS DROPPED")
 _COLON, _BLANK = 58, 32
+_BEFORE_EVENT = np.zeros(256, np.bool_)
+_BEFORE_EVENT[list(b": \n\0")] = True
 Fields = dict[str, Numbers]
 
 
@@ -107,12 +109,12 @@ def _events(block: Block, name: str, event: Event) -> tuple[Positions, Positions
     """Return the line, the time in ns and the fields of each event `name` in a block."""
     data = block.data
     at = scan.find(block.data, name.encode() + b":")
-    at = at[(at > 0) & ((data[at - 1] == _COLON) | (data[at - 1] == _BLANK))]
+    at = at[_BEFORE_EVENT[data[at - 1]]]  # at 0 that is the padding behind the block
     line = block.line_of(at)
     end = block.ends[line]
     # Before it, from right to left: `kvm:` of perf, blanks, a colon, and the time.
     prefix = np.where(data[at - 1] == _COLON, at - len(event.system) - 1, at)
-    stop = scan.skip_back(data, prefix, b" ", TIME_WIDTH) - 1
+    stop = np.maximum(scan.skip_back(data, prefix, b" ", TIME_WIDTH) - 1, 0)
     start = scan.skip_back(data, stop, b"0123456789.", TIME_WIDTH)
     times, has_point = scan.fixed_point(data, start, stop)
     found = times.ok & (data[stop] == _COLON)

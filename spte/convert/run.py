@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import PurePath
 from typing import IO, NamedTuple, cast
 
@@ -14,6 +15,8 @@ from spte.convert.writes import Options, Writes
 from spte.trace import Trace, TraceError
 from spte.trace.build import INTERVAL_NS
 
+_FORMAT_OPTIONS = {"slots": "--slot", "addresses": "--bytes", "time_unit": "--time-unit"}
+"""Options that only some formats have, and their names on the command line."""
 Input = str | os.PathLike[str] | IO[bytes]
 
 
@@ -76,11 +79,15 @@ def convert(
         raise TraceError("no input; name a file, or - for stdin")
     if format is not None and format not in FORMATS:
         raise TraceError(f"format {format!r}; take one of {', '.join(FORMATS)}")
-    sources = _Sources(inputs, progress)
-    kind = format or choose(sources.heads())
-    for name, given in {"slots (--slot)": slots, "addresses (--bytes)": addresses, "time_unit (--time-unit)": time_unit}.items():
-        if given and name.split()[0] not in FORMATS[kind].options:
-            raise TraceError(f"{sources.title}: {name} says nothing about {FORMATS[kind].about}; leave it out")
+    with closing(_Sources(inputs, progress)) as sources:
+        return _convert(sources, format, options)
+
+
+def _convert(sources: _Sources, given_format: str | None, options: Options) -> Converted:
+    kind = given_format or choose(sources.heads())
+    for name, spelled in _FORMAT_OPTIONS.items():
+        if getattr(options, name) and name not in FORMATS[kind].options:
+            raise TraceError(f"{sources.title}: {name} ({spelled}) says nothing about {FORMATS[kind].about}; leave it out")
     writes = Writes(options)
     try:
         FORMATS[kind].read(iter(sources), writes)
@@ -113,6 +120,14 @@ class _Sources:
                 source.close()  # there may be more files than a process may have open
             yield source.name, source.head
 
+    def close(self) -> None:
+        """Close what was opened here; streams that were given stay open."""
+        for at, source in self._streams.items():
+            if isinstance(self._inputs[at], str | os.PathLike):
+                source.close()
+        if self._now and self._now not in self._streams.values():
+            self._now.close()
+
     def __iter__(self) -> Iterator[Source]:
         sizes = [source.size for source in self._streams.values()]
         for at, given in enumerate(self._inputs):
@@ -123,9 +138,9 @@ class _Sources:
             self._now = self._open(at)
             self._now.progress = self._tell
             yield self._now
+            self._before += self._now.done
             if at not in self._streams:
                 self._now.close()
-            self._before += self._now.done
 
     def located(self, error: TraceError) -> TraceError:
         """Return `error` with the input and the place where reading has come to, if it does not name the input itself."""

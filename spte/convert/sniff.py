@@ -82,6 +82,8 @@ def _kinds(name: str, head: bytes) -> set[str]:
             raise TraceError(f"{name}: {why}")
     if npy.looks_like(head):
         return {"npy"}
+    if head.isascii() and TEXT.fullmatch(head) and b"\n" not in head:
+        raise TraceError(f"{name}: {shown(head)!r} is text without a newline: it was cut off; if it is a bitmap, say --format bitmap")
     if _is_text(head):
         for kind, looks_like in TEXTS.items():
             if looks_like(head):
@@ -91,7 +93,8 @@ def _kinds(name: str, head: bytes) -> set[str]:
             f"{name}: {shown(lines[0]) if lines else 'no line'!r} is no line of a text that this reads: {', '.join(TEXTS)}; "
             "see spte convert --help"
         )
-    return _raw_kinds(np.frombuffer(head[: len(head) // 16 * 16], "<u8"))
+    kinds = _raw_kinds(np.frombuffer(head[: len(head) // ring.ENTRY.itemsize * ring.ENTRY.itemsize], "<u8"))
+    return kinds if len(head) % ring.ENTRY.itemsize == 0 else kinds - {"ring"} or {"bitmap"}
 
 
 def _is_text(head: bytes) -> bool:
@@ -113,7 +116,7 @@ def _raw_kinds(words: npt.NDArray[np.uint64]) -> set[str]:
         active = np.unique(entries[entries["flags"] != 0])
         return {"ring"} if len(np.unique(active["offset"])) >= ENOUGH else {"bitmap", "ring"}
     held = words & pagemap.PRESENT_OR_SWAPPED != 0
-    if not (words & pagemap.ALWAYS_ZERO).any() and not (words[~held] & pagemap.NEEDS_A_PAGE).any():
-        dirty = np.unique(words[held & (words & pagemap.SOFT_DIRTY != 0)])
-        return {"pagemap"} if len(dirty) and np.count_nonzero(held) >= ENOUGH else {"bitmap", "pagemap"} if len(dirty) else {"bitmap"}
+    if held.any() and not (words & pagemap.ALWAYS_ZERO).any() and not (words[~held] & pagemap.NEEDS_A_PAGE).any():
+        dirty = held & (words & pagemap.SOFT_DIRTY != 0)
+        return {"pagemap"} if dirty.any() and np.count_nonzero(held) >= ENOUGH else {"bitmap", "pagemap"}
     return {"bitmap"}

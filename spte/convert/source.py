@@ -166,8 +166,11 @@ def open_source(given: str | os.PathLike[str] | IO[bytes]) -> Source:
     if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):
         stream.close()
         raise TraceError(f"{name}: not a file or a pipe")
-    size = os.fstat(stream.fileno()).st_size if stat.S_ISREG(mode) else None
-    return Source(name, stream, size)
+    try:
+        return Source(name, stream, os.fstat(stream.fileno()).st_size if stat.S_ISREG(mode) else None)
+    except TraceError:
+        stream.close()
+        raise
 
 
 def shown(line: bytes) -> str:

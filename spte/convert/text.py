@@ -110,9 +110,9 @@ def _whole(spelled: str, digits: int, *, exact: bool) -> int | None:
         number = Decimal(int(spelled, 16)) if spelled[:2].lower() == "0x" else Decimal(spelled)
         if number and number.adjusted() + digits > MAX_DECIMALS:  # 1e999999999 would be written out otherwise
             return None
-        scaled = number.scaleb(digits)
+        if exact and number != number.to_integral_value():
+            return None
+        scaled = int(number.scaleb(digits))
     except (ArithmeticError, ValueError):
         return None
-    if exact and scaled != scaled.to_integral_value():
-        return None
-    return int(scaled) if exact or abs(scaled) <= MAX_TIME_NS else None
+    return scaled if exact or abs(scaled) <= MAX_TIME_NS else None

@@ -55,7 +55,7 @@ class Collector:
         if self._bounds is not None:
             low, high = min(low, self._bounds[0]), max(high, self._bounds[1])
         if high - low >= MAX_EPOCHS or low < -MAX_EPOCHS or high >= MAX_EPOCHS:
-            raise TraceError(f"the writes lie in {high - low + 1} epochs, more than {MAX_EPOCHS}; take a longer interval")
+            raise TraceError(f"the writes lie in more than {MAX_EPOCHS} epochs; take a longer interval")
         self._bounds = low, high
         if gfns.size:
             self._waiting.append(_distinct((epochs + MAX_EPOCHS).astype(np.uint64) << _SHIFT | gfns))
