@@ -63,6 +63,15 @@ class Event(NamedTuple):
     write: Callable[[Fields], tuple[Mask, Uint64Array]]
 
 
+class _Part(NamedTuple):
+    """A kind of event in a block: how many, how many map a large page, and time and guest page of each write."""
+
+    events: int
+    huge: int
+    t_ns: Positions
+    gfn: Uint64Array
+
+
 def looks_like(head: bytes) -> bool:
     """Return whether a line names one of the events, or has the form of an event."""
     return bool(_EVENT.search(head) or _TRACE.search(head))
@@ -76,28 +85,14 @@ def read(sources: Iterable[Source], writes: Writes) -> None:
         lost = 0
         for block in source.blocks():
             lost += sum(len(scan.find(block.data, text)) for text in _LOST)
-            times, pages = [np.empty(0, np.int64)], [np.empty(0, np.uint64)]
-            for name, event in EVENTS.items():
-                line, time, fields = _events(block, name, event)
-                if not len(line):
-                    continue
-                seen.add(name)
-                is_write, gfn = event.write(fields)
-                if "level" in fields:
-                    huge += int(np.count_nonzero(is_write & (fields["level"].value != LEVEL_4K)))
-                    is_write &= fields["level"].value == LEVEL_4K
-                if "slot" in fields:
-                    gfn = writes.of_slot(fields["slot"].value, gfn, functools.partial(_error, block, line))
-                far = np.flatnonzero(is_write & (gfn >> np.uint64(GFN_BITS) != 0))
-                if len(far):
-                    raise block.error(int(line[far[0]]), f"is of page {int(gfn[far[0]]):#x}, beyond 52 bits of address")
-                times.append(time[is_write])
-                pages.append(gfn[is_write])
+            parts = {name: _writes(block, name, event, writes) for name, event in EVENTS.items()}
+            seen |= {name for name, part in parts.items() if part.events}
+            huge += sum(part.huge for part in parts.values())
             if len(seen) > 1 and RING in seen and writes.slots is None:
                 raise source.error(f"{RING} names pages by slot, {min(seen - {RING})} by address; say where slots lie with {WAY_OUT}")
-            t_ns = np.concatenate(times)
+            t_ns = np.concatenate([part.t_ns for part in parts.values()])
             order = np.argsort(t_ns, kind="stable")
-            writes.at(t_ns[order], np.concatenate(pages)[order])
+            writes.at(t_ns[order], np.concatenate([part.gfn for part in parts.values()])[order])
         if lost:
             writes.note(f"{source.name}: {lost} lines tell of lost events; the trace has fewer writes than there were")
     if huge:
@@ -105,10 +100,26 @@ def read(sources: Iterable[Source], writes: Writes) -> None:
     writes.meta["events"] = sorted(seen)
 
 
+def _writes(block: Block, name: str, event: Event, writes: Writes) -> _Part:
+    """Return the writes of the events `name` in a block."""
+    line, t_ns, fields = _events(block, name, event)
+    if not len(line):
+        return _Part(0, 0, t_ns, np.empty(0, np.uint64))
+    is_write, gfn = event.write(fields)
+    small = fields["level"].value == LEVEL_4K if "level" in fields else np.ones(len(line), np.bool_)
+    huge = int(np.count_nonzero(is_write & ~small))
+    is_write &= small
+    if "slot" in fields:
+        gfn = writes.of_slot(fields["slot"].value, gfn, functools.partial(_error, block, line))
+    far = is_write & (gfn >> np.uint64(GFN_BITS) != 0)
+    _refuse(block, line, far, "is of a page beyond 52 bits of address")
+    return _Part(len(line), huge, t_ns[is_write], gfn[is_write])
+
+
 def _events(block: Block, name: str, event: Event) -> tuple[Positions, Positions, Fields]:
     """Return the line, the time in ns and the fields of each event `name` in a block."""
     data = block.data
-    at = scan.find(block.data, name.encode() + b":")
+    at = scan.find(data, name.encode() + b":")
     at = at[_BEFORE_EVENT[data[at - 1]]]  # at 0 that is the padding behind the block
     line = block.line_of(at)
     end = block.ends[line]

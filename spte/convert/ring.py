@@ -39,8 +39,6 @@ def read(sources: Iterable[Source], writes: Writes) -> None:
                     f"offset {offset + at * ENTRY.itemsize}: flags {entry['flags']:#x}, slot {entry['slot']:#x}, offset "
                     f"{entry['offset']:#x} is no entry of a dirty ring"
                 )
-            if not offset and not len(entries):
-                raise source.error("is empty")
             mine = entries[entries["flags"] == DIRTY]
             dirty += len(mine)
             collected += int(np.count_nonzero(entries["flags"] & RESET))

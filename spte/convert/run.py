@@ -91,10 +91,13 @@ def _convert(sources: _Sources, given_format: str | None, options: Options) -> C
     writes = Writes(options)
     try:
         FORMATS[kind].read(iter(sources), writes)
-        writes.meta = {"command": sources.title, "how": f"converted from {FORMATS[kind].about}", **writes.meta}
-        return Converted(writes.trace(), kind, writes.notes)
     except TraceError as error:
         raise sources.located(error) from None
+    writes.meta = {"command": sources.title, "how": f"converted from {FORMATS[kind].about}", **writes.meta}
+    try:
+        return Converted(writes.trace(), kind, writes.notes)
+    except TraceError as error:
+        raise TraceError(f"{sources.title}: {error}") from None
 
 
 class _Sources:

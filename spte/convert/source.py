@@ -85,7 +85,8 @@ class Source:
         taken, self._unread = self._unread[:count], self._unread[count:]
         if len(taken) < count:
             taken += self._read(count - len(taken))
-        self.where = f"offset {self.done}"
+        if taken:
+            self.where = f"offset {self.done}"
         self.done += len(taken)
         self.progress()
         return taken
