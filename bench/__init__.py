@@ -3,7 +3,8 @@
     pytest bench                                    sizes that take seconds
     pytest bench --guest 1T                         the size of the bars; needs 12 GiB
     pytest bench --benchmark-json=now.json          keep the figures
-    python -m bench.report now.json [chart.png]     make a table, and a chart, of them; README.md as well puts the table there
+    python -m bench.report now.json [chart.png]     make a table, and a chart, of them
+    python -m bench.report now.json docs/bench.png docs/benchmarks.md README.md     and put them where readers find them
     pytest bench --benchmark-save=base              keep them under a name; `--benchmark-compare=base` sets a later run beside them
     pytest bench --benchmark-disable                run each once, as a test
 """

@@ -30,7 +30,7 @@ def test_write_protect_in_c(compare, guest, loops):
 
 @pytest.mark.parametrize("fraction", [0.5, 0.01])
 def test_trailing_zeros_loop_in_c(compare, guest, loops, fraction):
-    shift = int(guest.vm.mmu.mode.lay.dirty_shift)
+    shift = int(guest.vm.mmu.mode[0].lay.dirty_shift)
     args = pointer(guest.flat), pointer(guest.words), pointer(guest.out), len(guest.words), shift
     compare(in_c(ratios.harvest(guest, fraction), f"trailing zeros, {100 * fraction:g} %", lambda: loops.rearm(*args)))
 

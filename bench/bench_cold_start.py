@@ -10,7 +10,7 @@ from spte._numba import jit as _jit
 
 IMPORT = "import time, numba; t = time.perf_counter(); import spte; print(time.perf_counter() - t)"
 WARM = "import time, spte.warm; t = time.perf_counter(); spte.warm.warmup(); print(time.perf_counter() - t)"
-# numba's own start, paid by the first kernel of any package, counts apart: spte's smallest kernel pays it.
+# numba's own start, paid by the first kernel of any package, is counted by itself: spte's smallest kernel pays it.
 START = """
 import time
 import numpy as np

@@ -73,7 +73,7 @@ def test_zap_of_a_slot(compare, both):
 
     def zap(g):
         s, k, _, roots = g.slot()
-        if g.vm.mmu.mode.shadow:
+        if g.vm.mmu.mode[0].shadow:
             return zap_rmaps(g.tables, s, g.vm.mmu.mode, k, np.int64(0), end)
         return zap_range(g.tables, g.vm.mmu.mode, roots, np.int64(0), end)
 

@@ -2,7 +2,8 @@
 
 from spte import kernels, policy
 from spte._version import __version__
-from spte.arrays.context import EXEC, READ, WRITE
+from spte.access import EXEC, READ, WRITE, Access
+from spte.arrays.slots import LOG_DIRTY_PAGES, READONLY
 from spte.errors import DirtyLoggingLeak, InvariantError, KvmError
 from spte.exits import Exit
 from spte.guest_tables import GuestTables
@@ -13,9 +14,12 @@ from spte.vm.vm import VM
 
 __all__ = [
     "EXEC",
+    "LOG_DIRTY_PAGES",
     "READ",
+    "READONLY",
     "VM",
     "WRITE",
+    "Access",
     "Backing",
     "DirtyLoggingLeak",
     "Exit",

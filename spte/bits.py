@@ -16,7 +16,7 @@ from spte.platform import EPT, Platform
 U64 = np.uint64
 ZERO, ONE = U64(0), U64(1)
 SHIFT_PAGE = U64(12)
-INDEX_BITS = U64(9)
+INDEX_BITS, INDEX_MASK = U64(9), U64(511)  # of an entry in its table
 
 # Bits with one place in every layout.
 W_SHIFT, LARGE_SHIFT, PRESENT_SHIFT, TYPE_SHIFT = U64(1), U64(7), U64(11), U64(52)

@@ -1,8 +1,10 @@
-"""What stops a stay in the guest."""
+"""What stops a run of guest accesses."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from spte.access import NO_ACCESS, Access
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,14 +22,14 @@ class Exit:
         with ``index + 1``; else run ``gfns[index:]`` again.
     gfn : int
         Its gfn; -1 if the ring was full before the last access returned to the guest.
-    kind : int
-        `spte.READ`, `spte.WRITE` or `spte.EXEC`.
-    allows : int
-        What the guest's table entry allows where that is the reason: 1 EXEC, 2 WRITE, 4 READ; 0 if it is absent.
+    kind : Access
+        READ, WRITE or EXEC.
+    allows : Access
+        What the guest's table entry allows where that is the reason; 0 if it is absent.
     """
 
     reason: str
     index: int
     gfn: int
-    kind: int
-    allows: int = 0
+    kind: Access
+    allows: Access = NO_ACCESS

@@ -7,13 +7,14 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from spte.arrays.context import U64s
+from spte.access import EXEC, READ, RWX, WRITE, Access
+from spte.arrays.records import U64s
 from spte.bits import PFN_MASK, SHIFT_PAGE
 from spte.errors import GuestTablesError
 from spte.host.backing import Backing
+from spte.platform import PAGE_SIZE
 
-READ, WRITE, EXEC = 1, 2, 4  # permissions of an entry
-RWX = READ | WRITE | EXEC
+_RWX = int(RWX)  # in masks: the complement of a flag has no other bits
 LARGE, NX = 1 << 7, 1 << 63
 LEVELS = 4
 GFN_BITS, FRAME_BITS = 9 * LEVELS, 40
@@ -27,13 +28,13 @@ class _Format(NamedTuple):
     leaf: int  # of every leaf, with its permissions
     accessed: int
     dirty: int
-    nx: int  # set where EXEC is missing; 0: permissions are R, W, X themselves
+    nx: int  # set where EXEC is missing; 0: permissions are the bits of Access themselves
 
 
 _FORMATS = {
-    "ept": _Format(link=RWX, leaf=6 << 3, accessed=1 << 8, dirty=1 << 9, nx=0),  # write-back memory
-    "npt": _Format(link=RWX | 1 << 5, leaf=5, accessed=1 << 5, dirty=1 << 6, nx=NX),
-    "long": _Format(link=RWX | 1 << 5, leaf=5, accessed=1 << 5, dirty=1 << 6, nx=NX),
+    "ept": _Format(link=_RWX, leaf=6 << 3, accessed=1 << 8, dirty=1 << 9, nx=0),  # write-back memory
+    "npt": _Format(link=_RWX | 1 << 5, leaf=5, accessed=1 << 5, dirty=1 << 6, nx=NX),
+    "long": _Format(link=_RWX | 1 << 5, leaf=5, accessed=1 << 5, dirty=1 << 6, nx=NX),
 }
 KINDS = tuple(_FORMATS)
 
@@ -61,10 +62,10 @@ class GuestTables:
     def __init__(self, backing: Backing, gpa: int, kind: str = "ept", *, page: int = 0) -> None:
         if kind not in _FORMATS:
             raise GuestTablesError(f"kind={kind!r} of guest tables is not known; take one of {', '.join(KINDS)}")
-        if gpa % 4096 or gpa < 0:
+        if gpa % PAGE_SIZE or gpa < 0:
             raise GuestTablesError(f"gpa={gpa:#x} is not the address of a page; round down")
         self._format = _FORMATS[kind]
-        self._first, self._next, self._end = gpa >> 12, (gpa >> 12) + page, (gpa >> 12) + backing.size // 4096
+        self._first, self._next, self._end = gpa >> 12, (gpa >> 12) + page, (gpa >> 12) + backing.size // PAGE_SIZE
         self._words: Callable[[int], U64s] = lambda gfn: backing.table(gfn - self._first)
         self.roots: list[int] = []
         self.add_root()
@@ -86,7 +87,7 @@ class GuestTables:
         return page
 
     def map(
-        self, gfn: int, to: int, count: int = 1, *, level: int = 1, perm: int = RWX, accessed: bool = True, dirty: bool = True,
+        self, gfn: int, to: int, count: int = 1, *, level: int = 1, perm: Access | int = RWX, accessed: bool = True, dirty: bool = True,
         root: int = 0,
     ) -> None:  # fmt: skip
         """Translate `count` pages of `level` from page number `gfn` on to the gfns from `to` on. Mutates guest memory, before it runs.
@@ -99,8 +100,8 @@ class GuestTables:
             Pages of `level`.
         level : int
             1 (4 KiB), 2 (2 MiB) or 3 (1 GiB).
-        perm : int
-            1 READ, 2 WRITE, 4 EXEC, added up; READ can not be taken away in NPT and 64-bit tables; EPT has no WRITE without it.
+        perm : Access or int
+            1 READ, 2 WRITE, 4 EXEC, together; READ can not be taken away in NPT and 64-bit tables; EPT has no WRITE without it.
         accessed, dirty : bool
             A and D are set already.
         root : int
@@ -159,11 +160,11 @@ class GuestTables:
     def _refuse(self) -> NoReturn:
         raise GuestTablesError(f"no page left for guest tables behind gfn {self._end - 1:#x}; give them more memory")
 
-    def permissions(self, entry: int, perm: int) -> int:
+    def permissions(self, entry: int, perm: Access | int) -> int:
         """Return `entry` with the permissions `perm`, as for `map`: a value to store."""
         if not self._format.nx:
-            return entry & ~RWX | perm
-        return entry & ~(WRITE | NX) | perm & WRITE | (0 if perm & EXEC else NX)
+            return entry & ~_RWX | int(perm)
+        return entry & ~(int(WRITE) | NX) | int(perm & WRITE) | (0 if perm & EXEC else NX)
 
     def unused(self, entry: int, *, accessed: bool) -> int:
         """Return `entry` with D clear, and A too if `accessed`."""

@@ -1,4 +1,4 @@
-"""What host userspace does to its memory: madvise, mprotect, fork, soft-dirty. Each calls KVM's notifiers, then changes the pages.
+"""What host userspace does to its memory: madvise, mprotect, fork, soft-dirty. Each calls the MMU notifiers, then changes the pages.
 
 A notifier range drops every SPTE that maps a page of it, in every VM, and never touches a dirty log.
 """
@@ -14,8 +14,8 @@ import numpy.typing as npt
 from spte.errors import HostRangeError
 from spte.host import pages as hostmm
 from spte.host.backing import Backing
+from spte.host.mmu_notifier import Ranges, clear_young, invalidate_range
 from spte.host.pages import the_host
-from spte.vm.notifier import Ranges, age, unmap
 
 DONTNEED, FREE, COLD, PAGEOUT = 4, 8, 20, 21
 PROT_READ, PROT_READ_WRITE = 1, 3
@@ -43,7 +43,7 @@ def _check_huge(backing: Backing, first: int, count: int) -> None:
 
 
 def _is_huge(block: int) -> bool:
-    return int(the_host().block[block]) >= hostmm.HUGE
+    return int(the_host().blocks["state"][block]) >= hostmm.HUGE
 
 
 def _split_partial(hpage: int, count: int) -> Ranges:
@@ -64,9 +64,9 @@ def _pages(block: int) -> npt.NDArray[np.uint8]:
 def _settle(block: int) -> None:
     """Bring the count of a MIXED block in step with its pages; all own: the block is OWN."""
     h = the_host()
-    row = int(h.mixed[block])
-    h.own_pages[row] = int((h.page[row] == hostmm.PAGE_OWN).sum())
-    if h.own_pages[row] == _BLOCK_PAGES:
+    row = int(h.blocks["row"][block])
+    h.mixed_blocks["own_pages"][row] = int((h.page[row] == hostmm.PAGE_OWN).sum())
+    if h.mixed_blocks["own_pages"][row] == _BLOCK_PAGES:
         hostmm.drop_mixed(h, np.int64(block), np.uint8(hostmm.OWN))
 
 
@@ -98,22 +98,22 @@ def madvise(backing: Backing, first: int, count: int, advice: int = DONTNEED, *,
     hpage = backing.hpage + first
     split = _split_partial(hpage, count)
     if advice in (DONTNEED, FREE):
-        unmap(backing.users, [(hpage, count), *split])
+        invalidate_range(backing.users, [(hpage, count), *split])
     else:
         for part in split:
-            unmap(backing.users, [part])
+            invalidate_range(backing.users, [part])
     for block, _ in split:
         _pages(block >> 9)
         _settle(block >> 9)
     if advice == PAGEOUT and ages:
-        age(backing.users, hpage, count)
+        clear_young(backing.users, hpage, count)
     if advice != DONTNEED:
         return
     h = the_host()
     for block, a, b in _blocks(hpage, count):
-        state, kind = int(h.block[block]), int(h.kind[block])
+        state, kind = int(h.blocks["state"][block]), int(h.blocks["kind"][block])
         if b - a == _BLOCK_PAGES and (_is_huge(block) or (state == hostmm.OWN and kind != hostmm.THP)):
-            h.block[block] = hostmm.EMPTY if state in (hostmm.HUGE, hostmm.HUGE_WP, hostmm.OWN) else hostmm.EMPTY_RO
+            h.blocks["state"][block] = hostmm.EMPTY if state in (hostmm.HUGE, hostmm.HUGE_WP, hostmm.OWN) else hostmm.EMPTY_RO
         elif state not in (hostmm.EMPTY, hostmm.EMPTY_RO):
             pages = _pages(block)
             pages[a:b] = (pages[a:b] & hostmm.PROTECTED) | hostmm.PAGE_NONE
@@ -124,9 +124,9 @@ def _protection(hpage: int, count: int) -> npt.NDArray[np.bool_]:
     """Tell of each page whether mprotect has taken writing from it."""
     h = the_host()
     blocks = np.arange(hpage >> 9, ((hpage + count - 1) >> 9) + 1)
-    protected = np.isin(h.block[blocks], tuple(_UNPROTECT))[:, None].repeat(_BLOCK_PAGES, axis=1)
-    for i in np.flatnonzero(h.block[blocks] == hostmm.MIXED):
-        protected[i] = h.page[h.mixed[blocks[i]]] & hostmm.PROTECTED != 0
+    protected = np.isin(h.blocks["state"][blocks], tuple(_UNPROTECT))[:, None].repeat(_BLOCK_PAGES, axis=1)
+    for i in np.flatnonzero(h.blocks["state"][blocks] == hostmm.MIXED):
+        protected[i] = h.page[h.blocks["row"][blocks[i]]] & hostmm.PROTECTED != 0
     return protected.reshape(-1)[hpage & 511 :][:count]
 
 
@@ -142,7 +142,7 @@ def _cut(backing: Backing, edge: int) -> None:
     block, end = edge & ~511, backing.hpage + backing.size // 4096
     inside = backing.hpage <= block < edge and block + _BLOCK_PAGES <= end
     if inside and len(_mappings(block, _BLOCK_PAGES)) == 1:
-        unmap(backing.users, [(block, _BLOCK_PAGES)])
+        invalidate_range(backing.users, [(block, _BLOCK_PAGES)])
         if _is_huge(block >> 9):
             _pages(block >> 9)
             _settle(block >> 9)
@@ -165,18 +165,18 @@ def mprotect(backing: Backing, first: int, count: int, prot: int = PROT_READ_WRI
         if protected != protect:
             _cut(backing, start)
             _cut(backing, start + pages)
-            unmap(backing.users, [(start, pages)])
+            invalidate_range(backing.users, [(start, pages)])
             _set_protection(start, pages, protect)
 
 
 def _set_protection(hpage: int, count: int, protect: bool) -> None:
     h = the_host()
     for block, a, b in _blocks(hpage, count):
-        state = int(h.block[block])
-        empty = state == hostmm.EMPTY and h.kind[block] in (hostmm.SMALL, hostmm.SHM)
+        state = int(h.blocks["state"][block])
+        empty = state == hostmm.EMPTY and h.blocks["kind"][block] in (hostmm.SMALL, hostmm.SHM)
         known = _PROTECT if protect else _UNPROTECT
         if b - a == _BLOCK_PAGES and state in known and not empty:
-            h.block[block] = known[state]
+            h.blocks["state"][block] = known[state]
             continue
         pages = _pages(block)
         pages[a:b] = pages[a:b] | hostmm.PROTECTED if protect else pages[a:b] & ~np.uint8(hostmm.PROTECTED)
@@ -187,9 +187,9 @@ def _write_protect(backing: Backing) -> None:
     """Write-protect every own page, as fork and soft-dirty do: the next write finds it shared with nobody."""
     h = the_host()
     for block, a, b in _blocks(backing.hpage, backing.size // 4096):
-        state = int(h.block[block])
+        state = int(h.blocks["state"][block])
         if state in (hostmm.HUGE, hostmm.HUGE_RO):
-            h.block[block] = hostmm.HUGE_WP if state == hostmm.HUGE else hostmm.HUGE_WP_RO
+            h.blocks["state"][block] = hostmm.HUGE_WP if state == hostmm.HUGE else hostmm.HUGE_WP_RO
         elif state in (hostmm.OWN, hostmm.MIXED):
             pages = _pages(block)
             part = pages[a:b]
@@ -202,15 +202,15 @@ def fork(backings: Iterable[Backing]) -> None:
     for backing in backings:
         if backing.kind != "shm" and not backing.kind.startswith("devdax"):
             for start, pages, _ in _mappings(backing.hpage, backing.size // 4096):
-                unmap(backing.users, [(start, pages)])
+                invalidate_range(backing.users, [(start, pages)])
             _write_protect(backing)
 
 
 def clear_refs(backings: Iterable[Backing]) -> None:
     """Write 4 to clear_refs (soft-dirty) of a process that has `backings`: every page is write-protected under one notifier."""
     known = list(backings)
-    vms = {vm for backing in known for vm in backing.users}
-    unmap(vms, [(backing.hpage, backing.size // 4096) for backing in known])
+    users = {user for backing in known for user in backing.users}
+    invalidate_range(users, [(backing.hpage, backing.size // 4096) for backing in known])
     for backing in known:
         if not backing.kind.startswith(("hugetlb", "devdax")):
             _write_protect(backing)

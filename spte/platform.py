@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from spte.errors import PlatformError
 
 EPT, NPT, SHADOW = "ept", "npt", "shadow"
+PAGE_SIZE = 4096  # bytes of the smallest page
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""All that knows numba, with `spte._numba.link`: options, cache directory and its key, intrinsics with their plain-Python twins."""
+"""All that knows numba, beside `spte._numba.link`: options, cache directory and its key, intrinsics with their plain-Python twins."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numba
 import numpy as np
@@ -18,13 +18,41 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from spte._numba import link as _link
-
 CONFIG: Any = numba.config
 PLAIN = bool(CONFIG.DISABLE_JIT)  # NUMBA_DISABLE_JIT=1: every kernel is its plain-Python twin
-KERNELS: list[Any] = []  # all, in order of definition
 HERE = Path(__file__).parent.parent
 WITHOUT_KERNELS = ("bits.py", "_numba/", "arrays/")  # what kernels are made of beside the files with kernels
+
+
+class Kernel(NamedTuple):
+    """One kernel, as the tests look at it; both are numba's dispatchers, or the function itself with NUMBA_DISABLE_JIT=1."""
+
+    entry: Any
+    """What Python calls; None if only kernels call it."""
+    part: Any
+    """What other kernels call."""
+
+
+KERNELS: list[Kernel] = []  # all, in order of definition
+
+
+def _linker() -> Any:
+    """Return `spte._numba.link`, or None: SPTE_LINK=0 asks for that, or this numba is not as it needs it (one warning)."""
+    choice = os.environ.get("SPTE_LINK") or "1"
+    if choice not in ("0", "1"):
+        raise ValueError(f"SPTE_LINK={choice}; take 1, or 0 to have numba compile each kernel by itself")
+    if PLAIN or choice == "0":
+        return None
+    try:
+        from spte._numba import link
+    except (ImportError, AttributeError) as e:
+        told = f"numba {numba.__version__} is not as spte._numba.link needs it ({e}): kernels take longer to compile and to load"
+        warnings.warn(f"{told}; SPTE_LINK=0 says that this is fine", RuntimeWarning, stacklevel=2)
+        return None
+    return link
+
+
+LINK = _linker()
 
 
 def _digest() -> str:
@@ -34,7 +62,7 @@ def _digest() -> str:
         name = path.relative_to(HERE).as_posix()
         if "spte._numba.jit import" in (text := path.read_text()) or name.startswith(WITHOUT_KERNELS):
             h.update(f"{name}\0{text}\0".encode())
-    for part in (numba.__version__, np.__version__, sys.version, str(bool(CONFIG.BOUNDSCHECK))):
+    for part in (numba.__version__, np.__version__, sys.version, str(bool(CONFIG.BOUNDSCHECK)), str(LINK is not None)):
         h.update(part.encode())
     return h.hexdigest()[:20]
 
@@ -66,33 +94,38 @@ def _enable_cache(dispatcher: Any) -> None:
         CONFIG.CACHE_DIR = old
 
 
-def kernel(func: Callable[..., Any], *, apart: bool = False, inner: bool = False) -> Callable[..., Any]:
+def kernel(func: Callable[..., Any], *, noinline: bool = False, inner: bool = False) -> Callable[..., Any]:
     """Compile `func` lazily, without the GIL, cached under the key of all sources; plain Python with NUMBA_DISABLE_JIT=1.
 
-    It becomes part of its callers, unless `apart`; Python can not call it if it is `inner`.
+    It becomes part of its callers, unless `noinline`; Python can not call it if it is `inner`.
     """
     if PLAIN:
-        KERNELS.append(func)
+        KERNELS.append(Kernel(None if inner else func, func))
         return func
     # No reference counts: kernels allocate nothing, and counting each array of a NamedTuple at each call made a faulting write
     # take 950 ns instead of 21 ns.
     options: dict[str, Any] = {"nopython": True, "nogil": True, "error_model": "numpy", "_nrt": False, "no_cfunc_wrapper": True}
-    made: Any = _link.Part(func, options | {"forceinline": not apart, "no_cpython_wrapper": True})
+    inlined = options | {"forceinline": not noinline}
+    if LINK is None:
+        jit: Any = numba.jit
+        made = part = jit(**inlined, no_cpython_wrapper=inner)(func)
+    else:
+        part = LINK.Part(func, inlined | {"no_cpython_wrapper": True})
+        made = part if inner else LINK.Entry(func, options, part)
     if not inner:
-        made = _link.Kernel(func, options, made)
         _enable_cache(made)
-    KERNELS.append(made)
+    KERNELS.append(Kernel(None if inner else made, part))
     return cast(Callable[..., Any], made)
 
 
 def kernel_apart(func: Callable[..., Any]) -> Callable[..., Any]:
     """As `kernel`, for work on a block: a call stays a call, because loops inlined beside large code ran 1.5 times as long."""
-    return kernel(func, apart=True, inner=True)
+    return kernel(func, noinline=True, inner=True)
 
 
 def kernel_called(func: Callable[..., Any]) -> Callable[..., Any]:
     """As `kernel_apart`, for work that Python asks for too."""
-    return kernel(func, apart=True)
+    return kernel(func, noinline=True)
 
 
 def helper(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,7 +150,7 @@ if PLAIN:
         return int(x).bit_count()
 
     def prefetch(array: Any, index: Any) -> None:
-        """Ask for the cache line of ``array.flat[index]``; no effect in plain Python."""
+        """Prefetch the cache line of ``array.flat[index]``; no effect in plain Python."""
 
 else:
 
@@ -140,7 +173,7 @@ else:
 
     @intrinsic
     def prefetch(typingctx: Any, array: Any, index: Any) -> Any:
-        """Ask for the cache line of ``array.flat[index]`` of a C-contiguous array."""
+        """Prefetch the cache line of ``array.flat[index]`` of a C-contiguous array."""
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             view = context.make_array(signature.args[0])(context, builder, args[0])

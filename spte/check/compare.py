@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from spte.check.compare_mmu import Root, Roots, root_differences, unknown_mmu_keys
 from spte.check.difference import Difference, Json, first_in_runs
+from spte.observe.stats import RECORDED_STATS
 from spte.recording.ops import VCPU_LIMIT
 
 INPUT = frozenset({"i", "op", "args", "hva_mod_1g", "hva_mod_2m", "thp_kb", "now"})
@@ -24,8 +25,6 @@ EACH_OP = frozenset({"exits", "exit_reasons", "hw"})
 NOT_COMPARED = frozenset({"events", "vals", "mem"})
 KNOWN = INPUT | DIRECT | IN_FORCE | EACH_OP | NOT_COMPARED | {"l1_exits"}
 
-VM_STATS = frozenset({"pages_4k", "pages_2m", "pages_1g", "remote_tlb_flush_requests", "nx_lpage_splits"})
-VCPU_STATS = frozenset({"pf_taken", "pf_fixed", "pf_fast", "pf_emulate", "pf_spurious", "pf_mmio_spte_created"})
 OTHER_STATS = frozenset({
     "tlb_flush", "mmu_cache_miss", "mmu_shadow_zapped", "mmu_pte_write", "max_mmu_rmap_size", "remote_tlb_flush", "mmu_unsync",
 })  # fmt: skip
@@ -97,7 +96,7 @@ class InForce:
     def _apply_stats(self, stats: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
         for who, values in stats.items():
             is_vcpu = who[:4] == "vcpu" and who[4:].isdecimal()
-            known = VM_STATS if who == "vm" else VCPU_STATS if is_vcpu else frozenset()
+            known = RECORDED_STATS["vm"] if who == "vm" else RECORDED_STATS["vcpu"] if is_vcpu else ()
             for name, value in values.items():
                 if name in known:
                     self.stats[who, name] = value
@@ -112,7 +111,7 @@ def fields_of(expected: Mapping[str, Json], force: InForce) -> int:
     mmu = sum(len(entry) for entry in force.mmu.values())
     vcpus = len({root.vcpu for root in force.mmu})
     nested = len(force.nested) + 1 if force.nested else 0
-    return direct + slots + mmu + nested + len(VM_STATS) + vcpus * len(VCPU_STATS) + len(EACH_OP)
+    return direct + slots + mmu + nested + len(RECORDED_STATS["vm"]) + vcpus * len(RECORDED_STATS["vcpu"]) + len(EACH_OP)
 
 
 def differences(

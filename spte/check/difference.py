@@ -1,4 +1,4 @@
-"""One value in which two records differ, and the first place at which two listings of runs do."""
+"""How two records differ: in one value, or from one place on in a listing of runs."""
 
 from __future__ import annotations
 

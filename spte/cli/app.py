@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import click
 
 from spte._version import __version__
-from spte.cli import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MISSING, EXIT_OK
+from spte.cli.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MISSING, EXIT_OK
 
 # A verb is the command of that name in the module of that name; modules are imported when their verb is called, so that
 # --help costs no more than this file.

@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from spte.cli import EXIT_BAD_INPUT, EXIT_DIFFERENCE, EXIT_OK
+from spte.cli.exit_codes import EXIT_BAD_INPUT, EXIT_DIFFERENCE, EXIT_OK
 
 SCHEMA = 1
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import click
 
-from spte.cli import EXIT_OK
+from spte.cli.exit_codes import EXIT_OK
 from spte.cli.params import address, duration, size, spell_size, spell_time, target
 from spte.cli.progress import bytes_bar
 from spte.convert import FORMATS, Slot
 from spte.convert import convert as run_convert
-from spte.trace import PAGE_SIZE, Trace, TraceError, save
+from spte.platform import PAGE_SIZE
+from spte.trace import Trace, TraceError, save
 
 HELP = """A write trace (spte-trace/1, a .npz) from what other tools record.
 

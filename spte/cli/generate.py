@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from spte.cli import EXIT_OK
 from spte.cli.convert import describe
+from spte.cli.exit_codes import EXIT_OK
 from spte.cli.params import duration, rate, size, target
 from spte.generate import PATTERNS, Pattern, perf_test
 from spte.generate import generate as run_generate

@@ -12,12 +12,11 @@ from typing import Any
 import click
 
 from spte._version import __version__
-from spte.cli import EXIT_OK
-from spte.cli.compiling import announce_compilation
-from spte.cli.params import spell_size
+from spte.cli.exit_codes import EXIT_OK
+from spte.cli.params import announce_compilation, spell_size
 from spte.limits.cases import measure_all
 from spte.limits.measure import Ratio
-from spte.trace import PAGE_SIZE
+from spte.platform import PAGE_SIZE
 
 SCHEMA = "spte-limits/1"
 DEFAULT_MEMORY, LEAST_MEMORY = 64 << 30, 64 << 20

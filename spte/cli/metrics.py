@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from spte._version import __version__
+from spte.platform import PAGE_SIZE
 from spte.profile.report import Row
 from spte.profile.workload import Workload
-from spte.trace import PAGE_SIZE
 
 SCHEMA = "spte-profile/1"
 HARVEST = ("get", "clear")

@@ -1,4 +1,4 @@
-"""Option values and checks that verbs share; each refuses with one line that holds the value and the way out."""
+"""What verbs share: option values, each refused with one line that holds the value and the way out; the line about the first run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
+
+from spte._numba import jit as _jit
 
 _SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50}
 _NS = {"s": 1e9, "ms": 1e6, "us": 1e3, "ns": 1.0}
@@ -82,3 +84,9 @@ def spell_time(seconds: float) -> str:
         if seconds * scale >= 1:
             return f"{seconds * scale:.4g} {unit}"
     return f"{seconds * 1e9:.4g} ns"
+
+
+def announce_compilation() -> None:
+    """Say on stderr that kernels will be compiled, unless the cache has them."""
+    if not _jit.is_warm():
+        click.echo("spte: first run: compiling the kernels for this machine, about half a minute, once", err=True)

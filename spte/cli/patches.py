@@ -12,8 +12,8 @@ from typing import Any
 import click
 
 from spte._version import __version__
-from spte.cli import EXIT_DIFFERENCE, EXIT_OK
-from spte.cli.compiling import announce_compilation
+from spte.cli.exit_codes import EXIT_DIFFERENCE, EXIT_OK
+from spte.cli.params import announce_compilation
 from spte.cli.table import FALLBACK_WIDTH
 from spte.patches.groups import Group, of_patches, of_versions
 from spte.patches.states import PATCHES, around

@@ -13,7 +13,8 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
 
 from spte.cli.params import spell_size, spell_time
 from spte.cli.plot import BLUE, GREEN, GREY, ORANGE
-from spte.trace import PAGE_SIZE, Trace
+from spte.platform import PAGE_SIZE
+from spte.trace import Trace
 from spte.trace.summary import WORKING_SET_S, Summary, epoch_of_write, previous_epoch, window_epochs, working_set
 
 COLUMNS, ROWS = 480, 240

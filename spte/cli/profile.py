@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -12,18 +13,17 @@ from typing import Any
 
 import click
 
-from spte.cli import EXIT_DIFFERENCE, EXIT_OK
-from spte.cli.compiling import announce_compilation
+from spte.cli.exit_codes import EXIT_DIFFERENCE, EXIT_OK
 from spte.cli.metrics import as_json
-from spte.cli.params import size, spell_size, target
-from spte.platform import named
+from spte.cli.params import announce_compilation, size, spell_size, target
+from spte.platform import PAGE_SIZE, named
 from spte.policy import parse
 from spte.profile.perf_test import SOURCES, PerfTest
 from spte.profile.report import Row
 from spte.profile.run import DIRECT, Progress
 from spte.profile.run import profile as run_profile
 from spte.profile.workload import BACKINGS, MANUALS, ORDERS, TraceWorkload, Workload, WorkloadError
-from spte.trace import PAGE_SIZE, TraceError, default_trace, load
+from spte.trace import TraceError, default_trace, load
 
 BYTES_PER_PAGE = 8 * 513 / 512 + 2 / 8 + 1
 """Memory of a guest mapped at 4 KiB: the SPTE and its share of upper tables, two bitmaps, one flag of the check."""
@@ -135,6 +135,8 @@ def profile(
     except (TraceError, WorkloadError) as error:
         raise click.UsageError(str(error)) from None
     _refuse_too_large(work)
+    if style != "json":
+        importlib.import_module("spte.cli.table")  # what the host lacks is said before the work
     if plot:
         from spte.cli.plot import draw
     announce_compilation()

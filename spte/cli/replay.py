@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from spte.cli import EXIT_DIFFERENCE, EXIT_OK
+from spte.cli.exit_codes import EXIT_DIFFERENCE, EXIT_OK
 
 
 @click.command(short_help="Perform a recording of real KVM on the model.")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import click
 
-from spte.cli import EXIT_OK
+from spte.cli.exit_codes import EXIT_OK
 from spte.cli.params import spell_size, spell_time, target
-from spte.trace import PAGE_SIZE, PAGES_PER_2M, Trace, TraceError, default_trace, load
+from spte.platform import PAGE_SIZE
+from spte.trace import PAGES_PER_2M, Trace, TraceError, default_trace, load
 from spte.trace.summary import WORKING_SET_S, Summary, summarize
 
 HELP = """What a write trace (spte-trace/1, a .npz) holds: how much it dirties, how often the same pages, and where.

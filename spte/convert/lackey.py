@@ -10,7 +10,7 @@ import numpy as np
 from spte.convert import scan
 from spte.convert.source import PAD, Block, Source
 from spte.convert.writes import Writes
-from spte.trace import PAGE_SIZE
+from spte.platform import PAGE_SIZE
 
 ABOUT = "valgrind --tool=lackey --trace-mem=yes"
 NS_PER_INSTRUCTION = 1

@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from spte.convert.source import Source
 from spte.convert.writes import Writes
-from spte.trace import MAX_NPAGES, PAGE_SIZE
+from spte.platform import PAGE_SIZE
+from spte.trace import MAX_NPAGES
 from spte.trace.build import pages_of
 
 ABOUT = ".npy stack of dirty bitmaps, a row an epoch"

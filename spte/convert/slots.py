@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from spte.convert.scan import Mask, Uint64Array
-from spte.trace import MAX_NPAGES, PAGE_SIZE, PAGES_PER_2M, TraceError
+from spte.platform import PAGE_SIZE
+from spte.trace import MAX_NPAGES, PAGES_PER_2M, TraceError
 
 MAX_ID = (1 << 32) - 1
 AS_SHIFT = 16

@@ -11,7 +11,8 @@ import numpy as np
 from spte.convert.scan import Uint64Array
 from spte.convert.slots import Slot, Slots
 from spte.convert.source import Positions
-from spte.trace import PAGE_SIZE, Trace, TraceError
+from spte.platform import PAGE_SIZE
+from spte.trace import Trace, TraceError
 from spte.trace.build import INTERVAL_NS, check_interval, epochs_of
 from spte.trace.collect import Collector
 from spte.trace.model import MAX_NPAGES

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import kernel
-from spte.arrays.context import DONE, READ, ROOT
+from spte.arrays.vcpu import DONE, READ
 from spte.mmu.memslot import find_slot
 from spte.mmu.page_fault import fast_fault
 from spte.mmu.shadow.page_fault import direct_map_gfn, shadow_map_gfn
@@ -13,17 +13,19 @@ from spte.mmu.walk import walk
 
 
 @kernel
-def prefault(t, s, h, v, m, gfn):
+def prefault(t, s, h, v, mode, gfn):
     """Map `gfn` as a read would; returns ``(exit reason, level of the entry)``. Counts no fault, but a fast one."""
+    m = mode[0]
+    vcpu = v.vcpu[0]
     k = find_slot(s, gfn)
     # Without A/D bits a fault on an absent entry may be fast, and a prefault counts as one: what may be read stays as it is.
     may_be_fast = k >= 0 and (m.fast_fault or m.shadow) and not m.ad
-    row, i, level = walk(t, v.reg[ROOT], gfn)
+    row, i, level = walk(t, vcpu.root, gfn)
     if may_be_fast and fast_fault(t, s, v, m, k, gfn, np.int64(READ), True, row, i, level):
         reason = DONE
     elif m.shadow:
         reason = shadow_map_gfn(t, s, h, v, m, k, gfn, np.int64(READ), True)
     else:
         reason = direct_map_gfn(t, s, h, v, m, k, gfn, np.int64(READ), True, row, i, level)
-    _, _, level = walk(t, v.reg[ROOT], gfn)
+    _, _, level = walk(t, vcpu.root, gfn)
     return reason, level

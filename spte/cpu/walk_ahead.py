@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import helper, kernel_apart, prefetch
-from spte.arrays import context as cx
-from spte.bits import INDEX_BITS, MMU_PRESENT, SHIFT_PAGE, TYPE_DISABLED, TYPE_MASK, U64, WRITABLE, ZERO
-from spte.mmu.walk import INDEX_MASK, place_above, place_of
+from spte.arrays.slots import LOG_DIRTY_PAGES
+from spte.arrays.vcpu import EXEC, WALKS_AHEAD, WRITE
+from spte.bits import INDEX_BITS, INDEX_MASK, MMU_PRESENT, SHIFT_PAGE, TYPE_DISABLED, TYPE_MASK, U64, WRITABLE, ZERO
+from spte.mmu.walk import place_above, place_of
 
-AHEAD = np.int64(cx.WALKS_AHEAD)  # by 32, of which some get lost on their way, a logged write in 1 TiB took 36 ns, not 29
+AHEAD = np.int64(WALKS_AHEAD)  # by 32, of which some get lost on their way, a logged write in 1 TiB took 36 ns, not 29
 APART = 64  # accesses done one by one after a block that got nowhere, as faults come in flocks
 # Faults of a flock are asked for by 16, 32 accesses before their turn: 86 ns each in 1 TiB, 108 without the entries of level 2 of
 # the next 16, unasked 200. By 8 it took 1.7 times as long, by 32 1.2.
@@ -23,9 +24,9 @@ def _asks(m, kind):
     """Return for accesses of `kind`: the bits hardware looks at, what they are where it lets them through, the bits that it sets."""
     lay = m.lay
     accessed, dirty = (lay.accessed, lay.dirty) if m.hw_ad else (ZERO, ZERO)
-    if kind == cx.WRITE:
+    if kind == WRITE:
         return MMU_PRESENT | WRITABLE, MMU_PRESENT | WRITABLE, accessed | dirty
-    if kind == cx.EXEC:
+    if kind == EXEC:
         return MMU_PRESENT | lay.x | lay.nx, MMU_PRESENT | lay.x, accessed
     return MMU_PRESENT | lay.readable, MMU_PRESENT | lay.readable, accessed
 
@@ -89,9 +90,10 @@ def run_ahead(t, s, v, m, gfns, kinds, at, end, listed):
 
     A block's entries are asked for while those of the block before arrive.
     """
-    root, index = v.reg[cx.ROOT], v.reg[cx.PML_INDEX]
-    logs = m.lay.dirty if v.reg[cx.PML_ON] else ZERO
-    first_bit = s.table[s.meta[cx.LAST_HIT], cx.BITMAP] * 64 - s.table[s.meta[cx.LAST_HIT], cx.BASE]
+    vcpu = v.vcpu[0]
+    root, index = vcpu.root, vcpu.pml_index
+    logs = m.lay.dirty if vcpu.pml_enabled else ZERO
+    first_bit = s.slots[s.memslots[0].last_used_slot].dirty_bitmap * 64 - s.slots[s.memslots[0].last_used_slot].base_gfn
     half, stop, after = np.int64(0), at, min(at + AHEAD, end)
     exits = False
     while at < end and not exits:
@@ -106,8 +108,8 @@ def run_ahead(t, s, v, m, gfns, kinds, at, end, listed):
             at, index = _let_through(t.flat, gfns, at, same, places, looks, permission, sets, logs, v.pml, index, s.words, first_bit)
             exits = at != same
         half, stop, after = AHEAD - half, after, min(after + AHEAD, end)
-    v.stat[cx.PML_ENTRIES] += (v.reg[cx.PML_INDEX] - index) & 0xFFFF
-    v.reg[cx.PML_INDEX] = index
+    vcpu.pml_entries += (vcpu.pml_index - index) & 0xFFFF
+    vcpu.pml_index = index
     return at
 
 
@@ -117,23 +119,22 @@ def ask_for_faults(t, s, h, root, gfns, first, end):
 
     Of as many after them, for the entries of level 2.
     """
-    k = s.meta[cx.LAST_HIT]
-    base, npages, logs = s.table[k, cx.BASE], U64(s.table[k, cx.NPAGES]), s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES
-    word, hpage, lpage, rmap = s.table[k, cx.BITMAP], s.table[k, cx.HPAGE], s.table[k, cx.LPAGE2], s.table[k, cx.RMAP1]
+    k = s.memslots[0].last_used_slot
+    base, npages, logs = s.slots[k].base_gfn, U64(s.slots[k].npages), s.slots[k].flags & LOG_DIRTY_PAGES
+    word, hpage, lpage, rmap = s.slots[k].dirty_bitmap, s.slots[k].hpage, s.slots[k].lpage_info[0], s.slots[k].rmap[0]
     for j in range(U64(end), U64(min(end + end - first, gfns.shape[0]))):
         place, _ = place_above(t, root, gfns[j])
         prefetch(t.flat, np.int64(place))
     for j in range(U64(first), U64(end)):
         place, _ = place_of(t, root, gfns[j])
         prefetch(t.flat, np.int64(place))
-        prefetch(t.role, np.int64(place >> INDEX_BITS))
+        prefetch(t.pages, np.int64(place >> INDEX_BITS))
         offset = gfns[j] - base
         if U64(offset) < npages:
-            prefetch(h.block, (hpage + offset) >> 9)
-            prefetch(h.kind, (hpage + offset) >> 9)
+            prefetch(h.blocks, (hpage + offset) >> 9)
             if logs:
                 prefetch(s.words, word + (offset >> 6))
             else:
-                prefetch(s.disallow, lpage + (offset >> 9))
+                prefetch(s.disallow_lpage, lpage + (offset >> 9))
             if rmap >= 0:
                 prefetch(s.rmaps, rmap + offset)

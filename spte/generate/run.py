@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from spte.arrays.context import WRITE
+from spte.access import WRITE
 from spte.generate.patterns import Pattern
+from spte.platform import PAGE_SIZE
 from spte.profile.perf_test import PerfTest
-from spte.trace import MAX_NPAGES, PAGE_SIZE, PAGES_PER_2M, Trace, TraceError
+from spte.trace import MAX_NPAGES, PAGES_PER_2M, Trace, TraceError
 from spte.trace.build import INTERVAL_NS, check_interval
 from spte.trace.collect import MAX_EPOCHS, MAX_WRITES, Collector
 

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spte.arrays.context import U64s
+from spte.arrays.records import U64s
 from spte.arrays.reserve import Pool
 from spte.errors import SlotAlignmentError, SlotRangeError
 from spte.host import guest_memory
 from spte.host import pages as hostmm
-from spte.vm import notifier
+from spte.host.mmu_notifier import MmuNotifier, host_write
+from spte.platform import PAGE_SIZE
 
-if TYPE_CHECKING:
-    from spte.vm.vm import VM
-
-PAGE = 4096
 _BLOCK = 2 << 20
 _GIB = 1 << 30
 _KINDS = {
@@ -49,10 +45,10 @@ def _release_gone() -> None:
 def _release(first_block: int, blocks: int, unit: int, units: int) -> None:
     h = hostmm.the_host()
     guest_memory.forget(first_block, blocks)
-    for block in first_block + np.flatnonzero(h.block[first_block : first_block + blocks] == hostmm.MIXED):
+    for block in first_block + np.flatnonzero(h.blocks["state"][first_block : first_block + blocks] == hostmm.MIXED):
         hostmm.drop_mixed(h, block, np.uint8(hostmm.EMPTY))
-    h.block[first_block : first_block + blocks] = hostmm.EMPTY
-    h.kind[first_block : first_block + blocks] = hostmm.UNMAPPED
+    h.blocks["state"][first_block : first_block + blocks] = hostmm.EMPTY
+    h.blocks["kind"][first_block : first_block + blocks] = hostmm.UNMAPPED
     _units().give(unit, units)
 
 
@@ -82,13 +78,13 @@ class Backing:
     def __init__(self, kind: str, size: int, *, align: int | None = None, populate: bool = False, hva_offset: int | None = None) -> None:
         if kind not in _KINDS:
             raise SlotAlignmentError(f"backing kind {kind!r} is not known; take one of {', '.join(KINDS)}")
-        unit = _GIB if kind.endswith("1g") else _BLOCK if kind.endswith("2m") else PAGE
+        unit = _GIB if kind.endswith("1g") else _BLOCK if kind.endswith("2m") else PAGE_SIZE
         if size <= 0 or size % unit:
             raise SlotAlignmentError(f"size={size} of a {kind} backing is not a positive multiple of {unit}; round up")
-        if align is not None and (align < PAGE or align & (align - 1)):
-            raise SlotAlignmentError(f"align={align} is not a power of two of at least {PAGE}")
+        if align is not None and (align < PAGE_SIZE or align & (align - 1)):
+            raise SlotAlignmentError(f"align={align} is not a power of two of at least {PAGE_SIZE}")
         offset = hva_offset if hva_offset is not None else align if align is not None and align < _BLOCK else 0
-        if offset % (unit if unit > PAGE else PAGE) or not 0 <= offset < _GIB:
+        if offset % (unit if unit > PAGE_SIZE else PAGE_SIZE) or not 0 <= offset < _GIB:
             raise SlotAlignmentError(f"host address offset {offset} does not suit {kind} memory; take a multiple of {unit} below 1 GiB")
         self.kind, self.size = kind, size
         h = hostmm.the_host()
@@ -101,23 +97,23 @@ class Backing:
         self._first_block, self._end_block = self.hva // _BLOCK, -(-(self.hva + size) // _BLOCK)
         end = self._end_block
         blocks = slice(self._first_block, end)
-        h.kind[blocks] = _KINDS[kind]
-        h.device[blocks] = kind.startswith("devdax")
+        h.blocks["kind"][blocks] = _KINDS[kind]
+        h.blocks["device"][blocks] = kind.startswith("devdax")
         if kind == "thp":  # a block that sticks out of the mapping can not be huge
             if self.hva % _BLOCK:
-                h.kind[self._first_block] = hostmm.SMALL
+                h.blocks["kind"][self._first_block] = hostmm.SMALL
             if (self.hva + size) % _BLOCK:
-                h.kind[end - 1] = hostmm.SMALL
-        self.users: weakref.WeakSet[VM] = weakref.WeakSet()
+                h.blocks["kind"][end - 1] = hostmm.SMALL
+        self.users: weakref.WeakSet[MmuNotifier] = weakref.WeakSet()
         weakref.finalize(self, _gone.append, (self._first_block, end - self._first_block, unit0, units)).atexit = False
         if populate or kind.startswith("devdax"):
-            huge = (h.kind[blocks] != hostmm.SMALL) & (h.kind[blocks] != hostmm.SHM)
-            h.block[blocks] = np.where(huge, np.uint8(hostmm.HUGE), np.uint8(hostmm.OWN))
+            huge = (h.blocks["kind"][blocks] != hostmm.SMALL) & (h.blocks["kind"][blocks] != hostmm.SHM)
+            h.blocks["state"][blocks] = np.where(huge, np.uint8(hostmm.HUGE), np.uint8(hostmm.OWN))
 
     @property
     def hpage(self) -> int:
         """Host page number of the first byte: hva >> 12."""
-        return self.hva // PAGE
+        return self.hva // PAGE_SIZE
 
     def __repr__(self) -> str:
         return f"Backing({self.kind!r}, {self.size})"
@@ -125,7 +121,7 @@ class Backing:
     @property
     def huge_bytes(self) -> int:
         """Bytes that the host maps huge."""
-        blocks = hostmm.the_host().block[self._first_block : self._end_block]
+        blocks = hostmm.the_host().blocks["state"][self._first_block : self._end_block]
         return int((blocks >= hostmm.HUGE).sum()) * _BLOCK
 
     def table(self, page: int) -> U64s:
@@ -146,11 +142,11 @@ class Backing:
         SlotRangeError
             EINVAL: the page lies outside this memory.
         """
-        if not 0 <= page < self.size // PAGE:
-            raise SlotRangeError(f"page {page} is outside {self!r} of {self.size // PAGE} pages")
+        if not 0 <= page < self.size // PAGE_SIZE:
+            raise SlotRangeError(f"page {page} is outside {self!r} of {self.size // PAGE_SIZE} pages")
         return guest_memory.contents(self.hpage + page)
 
     def write(self, first: int, count: int) -> None:
         """Store into `count` pages from page `first` on, from userspace: never in a dirty log; zero pages are copied."""
         for hpage in range(self.hpage + first, self.hpage + first + count):
-            notifier.host_write(hpage, self.users)
+            host_write(self.users, hpage)

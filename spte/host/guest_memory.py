@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import helper
-from spte.arrays.context import U64s
+from spte.arrays.records import U64s
 from spte.bits import ZERO
 from spte.errors import OutOfTablesError
 from spte.host import pages as hostmm
@@ -18,7 +18,7 @@ _used = [0, 0]  # rows of `words_page` and of `words` that were ever taken
 @helper
 def words_row(h, hpage):
     """Return the row of `words` with the contents of `hpage`, -1 if it has none."""
-    block = np.int64(h.words_of[hpage >> 9])
+    block = np.int64(h.blocks[hpage >> 9].words)
     if block == 0:
         return np.int64(-1)
     return np.int64(h.words_page[block - 1, hpage & 511]) - 1
@@ -51,9 +51,9 @@ def _take(free: list[int], which: int, rows: int) -> int:
 def contents(hpage: int) -> U64s:
     """Return the 512 words of host page `hpage`, which are kept from now on: a view to read and write."""
     h = hostmm.the_host()
-    if not h.words_of[hpage >> 9]:
-        h.words_of[hpage >> 9] = _take(_free_blocks, 0, len(h.words_page)) + 1
-    pages = h.words_page[h.words_of[hpage >> 9] - 1]
+    if not h.blocks["words"][hpage >> 9]:
+        h.blocks["words"][hpage >> 9] = _take(_free_blocks, 0, len(h.words_page)) + 1
+    pages = h.words_page[h.blocks["words"][hpage >> 9] - 1]
     if not pages[hpage & 511]:
         pages[hpage & 511] = _take(_free_pages, 1, len(h.words)) + 1
     view: U64s = h.words[pages[hpage & 511] - 1]
@@ -63,12 +63,12 @@ def contents(hpage: int) -> U64s:
 def forget(first_block: int, blocks: int) -> None:
     """Drop the contents of the pages of `blocks` 2 MiB blocks."""
     h = hostmm.the_host()
-    for block in first_block + np.flatnonzero(h.words_of[first_block : first_block + blocks]):
-        number = int(h.words_of[block]) - 1
+    for block in first_block + np.flatnonzero(h.blocks["words"][first_block : first_block + blocks]):
+        number = int(h.blocks["words"][block]) - 1
         pages = h.words_page[number]
         for row in pages[pages > 0].tolist():
             h.words[row - 1] = 0
             _free_pages.append(row - 1)
         pages[:] = 0
-        h.words_of[block] = 0
+        h.blocks["words"][block] = 0
         _free_blocks.append(number)

@@ -20,7 +20,7 @@ import numpy as np
 
 from spte._numba.jit import helper, kernel, kernel_called
 from spte.arrays import reserve as memory
-from spte.arrays.context import Host, zeros
+from spte.arrays.host import BLOCK, HOST_ROWS, MIXED_BLOCK, Host
 
 UNMAPPED, SMALL, THP, HUGETLB_2M, HUGETLB_1G, SHM = 0, 1, 2, 3, 4, 5  # kinds of memory of a block
 EMPTY, OWN, MIXED, EMPTY_RO = 0, 1, 2, 3
@@ -45,9 +45,8 @@ def the_host() -> Host:
     if _host is None:
         res = memory.reserve
         _host = Host(
-            kind=res(np.uint8, BLOCKS), device=res(np.uint8, BLOCKS), block=res(np.uint8, BLOCKS), mixed=res(np.int32, BLOCKS),
-            page=res(np.uint8, MIXED_ROWS, 512), own_pages=res(np.int32, MIXED_ROWS), meta=zeros(2), free=res(np.int32, MIXED_ROWS),
-            words_of=res(np.int32, BLOCKS), words_page=res(np.int32, WORDS_BLOCKS, 512), words=res(np.uint64, WORDS_PAGES, 512),
+            blocks=res(BLOCK, BLOCKS), rows=np.zeros(1, HOST_ROWS), mixed_blocks=res(MIXED_BLOCK, MIXED_ROWS),
+            page=res(np.uint8, MIXED_ROWS, 512), words_page=res(np.int32, WORDS_BLOCKS, 512), words=res(np.uint64, WORDS_PAGES, 512),
         )  # fmt: skip
     return _host
 
@@ -55,17 +54,17 @@ def the_host() -> Host:
 @kernel_called
 def make_mixed(h, block):
     """Give `block` a state a page, all as the block was; returns the row, -1 if there is none."""
-    if h.block[block] == MIXED:
-        return np.int64(h.mixed[block])
-    if h.meta[1] > 0:
-        h.meta[1] -= 1
-        row = np.int64(h.free[h.meta[1]])
+    if h.blocks[block].state == MIXED:
+        return np.int64(h.blocks[block].row)
+    row = h.rows[0].free - 1
+    if row >= 0:
+        h.rows[0].free = h.mixed_blocks[row].next_free
     else:
-        row = h.meta[0]
-        if row >= h.own_pages.shape[0]:
+        row = h.rows[0].used
+        if row >= h.mixed_blocks.shape[0]:
             return np.int64(-1)
-        h.meta[0] = row + 1
-    was = h.block[block]
+        h.rows[0].used = row + 1
+    was = h.blocks[block].state
     state = PAGE_OWN
     if was == EMPTY or was == EMPTY_RO:
         state = PAGE_NONE
@@ -75,44 +74,45 @@ def make_mixed(h, block):
         state |= PROTECTED
     for i in range(512):
         h.page[row, i] = state
-    h.own_pages[row] = 512 if state == PAGE_OWN else 0
-    h.mixed[block] = row
-    h.block[block] = MIXED
+    h.mixed_blocks[row].own_pages = 512 if state == PAGE_OWN else 0
+    h.blocks[block].row = row
+    h.blocks[block].state = MIXED
     return np.int64(row)
 
 
 @kernel_called
 def drop_mixed(h, block, state):
     """Put the whole block into `state`; its row of single pages, if any, is given back."""
-    if h.block[block] == MIXED:
-        h.free[h.meta[1]] = h.mixed[block]
-        h.meta[1] += 1
-    h.block[block] = state
+    if h.blocks[block].state == MIXED:
+        row = np.int64(h.blocks[block].row)
+        h.mixed_blocks[row].next_free = h.rows[0].free
+        h.rows[0].free = row + 1
+    h.blocks[block].state = state
 
 
 @kernel
 def set_page(h, block, row, i, state):
     """Put one page of a MIXED block into `state`; a block whose pages are all own becomes OWN."""
-    h.own_pages[row] += np.int32(state == PAGE_OWN) - np.int32(h.page[row, i] == PAGE_OWN)
+    h.mixed_blocks[row].own_pages += np.int32(state == PAGE_OWN) - np.int32(h.page[row, i] == PAGE_OWN)
     h.page[row, i] = state
-    if h.own_pages[row] == 512:
+    if h.mixed_blocks[row].own_pages == 512:
         drop_mixed(h, block, OWN)
 
 
 @helper
 def host_level(h, hpage):
     """Return the level at which the host maps `hpage`: 3, 2, or 1 (also when absent)."""
-    if h.block[hpage >> 9] < HUGE:
+    if h.blocks[hpage >> 9].state < HUGE:
         return np.int64(1)
-    return np.int64(3 if h.kind[hpage >> 9] == HUGETLB_1G else 2)
+    return np.int64(3 if h.blocks[hpage >> 9].kind == HUGETLB_1G else 2)
 
 
 @helper
 def writable_now(h, hpage):
     """Tell whether the host maps `hpage` writable already."""
-    state = h.block[hpage >> 9]
+    state = h.blocks[hpage >> 9].state
     if state == MIXED:
-        return h.page[h.mixed[hpage >> 9], hpage & 511] == PAGE_OWN
+        return h.page[h.blocks[hpage >> 9].row, hpage & 511] == PAGE_OWN
     return state == OWN or state == HUGE
 
 
@@ -122,9 +122,9 @@ def fault_in_huge(h, block, kind, state):
     if kind == HUGETLB_1G:
         first = block & ~np.int64(511)
         for b in range(first, first + 512):
-            h.block[b] = state
+            h.blocks[b].state = state
     else:
-        h.block[block] = state
+        h.blocks[block].state = state
 
 
 @kernel
@@ -134,15 +134,15 @@ def host_fault(h, hpage, write):
     HOST_COW: the host must copy a zero page, with a notifier; the caller lets `spte.host.backing` do it and asks again.
     """
     block = hpage >> 9
-    kind = h.kind[block]
-    state = h.block[block]
+    kind = h.blocks[block].kind
+    state = h.blocks[block].state
     if kind == UNMAPPED:
         return HOST_EFAULT, False, False
     if state == HUGE or state == OWN:
         return HOST_OK, True, False
     if state == HUGE_WP:
         if write:
-            h.block[block] = HUGE
+            h.blocks[block].state = HUGE
         return HOST_OK, write, False
     if state == EMPTY_RO and not write:
         fault_in_huge(h, block, kind, HUGE_RO)
@@ -179,5 +179,5 @@ def write_page(hpage: np.int64) -> int:
     h = the_host()
     code, _, _ = host_fault(h, hpage, True)
     if code == HOST_COW:
-        set_page(h, hpage >> 9, np.int64(h.mixed[hpage >> 9]), hpage & 511, np.uint8(PAGE_OWN))
+        set_page(h, hpage >> 9, np.int64(h.blocks["row"][hpage >> 9]), hpage & 511, np.uint8(PAGE_OWN))
     return int(code)

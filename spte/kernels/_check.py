@@ -1,38 +1,102 @@
-"""Checks for arrays that come from outside, done once before a kernel runs."""
+"""Checks of what the public kernels are given, done once before a kernel runs. A refusal names the one thing that is wrong."""
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
 
-from spte.arrays.context import U64s
-from spte.bits import Layout, layout
-from spte.platform import Platform, named
+from spte.arrays.records import U64s
+from spte.bits import PFN_MASK, SHIFT_PAGE
+
+PAGE_ENTRIES = 512
+PFN_END = int(PFN_MASK >> SHIFT_PAGE) + 1  # page frame numbers that fit an entry
+GFN_END = 1 << 64 - int(SHIFT_PAGE)  # gfns of the addresses that fit 64 bits
 
 
-def plain(array: Any, name: str) -> U64s:
-    """Return `array` if it is a writable C-contiguous uint64 array; TypeError or ValueError say what it is instead."""
-    if not isinstance(array, np.ndarray) or array.dtype != np.uint64:
-        raise TypeError(f"{name} is {getattr(array, 'dtype', type(array).__name__)}; pass an array of uint64")
-    if not array.flags.c_contiguous or not array.flags.writeable:
-        raise ValueError(f"{name} with shape {array.shape} is not C-contiguous and writable; pass a copy")
+class _Writable:
+    """A read-only array under the array protocol as a writable one: kernels that only read it need one signature."""
+
+    def __init__(self, array: U64s) -> None:
+        self.array = array  # keeps the memory
+        face = array.__array_interface__
+        self.__array_interface__ = {**face, "data": (face["data"][0], False)}
+
+
+def _uint64(array: Any, name: str) -> U64s:
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"{name} is of type {type(array).__name__}; pass an ndarray of uint64")
+    if array.dtype != np.uint64:
+        raise TypeError(f"{name} holds {array.dtype}; pass an ndarray of uint64")
+    return np.asarray(array)
+
+
+def _laid_out(array: U64s, name: str, way_out: str) -> None:
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{name} of shape {array.shape} with strides {array.strides} is not C-contiguous; {way_out}")
+    if not array.flags.aligned:
+        raise ValueError(f"{name} begins at {array.ctypes.data:#x}, which is not a multiple of 8; {way_out}")
+
+
+def changed(array: Any, name: str) -> U64s:
+    """Return an array that a kernel changes as a plain one; TypeError or ValueError say why it can not be changed in place."""
+    plain = _uint64(array, name)
+    _laid_out(plain, name, "the change is made in place, so pass aligned entries that lie side by side")
+    if not plain.flags.writeable:
+        raise ValueError(f"{name} is read-only, and this call changes it; pass a writable array")
+    return plain
+
+
+def only_read(array: Any, name: str) -> U64s:
+    """Return an array that a kernel only reads, which may be read-only, as the kernel takes it; else TypeError or ValueError."""
+    plain = _uint64(array, name)
+    _laid_out(plain, name, f"pass np.require({name}, requirements='CA')")
+    return plain if plain.flags.writeable else np.asarray(_Writable(plain))
+
+
+def tables_of(array: U64s, name: str) -> U64s:
+    """Return `array` if it is rows of page-table pages; ValueError says its shape."""
+    if array.ndim != 2 or array.shape[1] != PAGE_ENTRIES:
+        raise ValueError(f"{name} has shape {array.shape}; page-table pages are rows of {PAGE_ENTRIES} entries")
     return array
 
 
-def rows(array: Any, level: int) -> U64s:
-    """Return `array` as rows of one table each (a last row of odd length stands alone in one row)."""
-    if level not in (1, 2, 3):
-        raise ValueError(f"level={level} is not 1 (4 KiB), 2 (2 MiB) or 3 (1 GiB)")
-    flat = plain(array, "sptes").reshape(-1)
-    return flat.reshape(-1, 512) if len(flat) % 512 == 0 else flat.reshape(1, -1)
+def separate(**arrays: U64s) -> None:
+    """Refuse arrays that share memory with ValueError: what is written to one would change the other."""
+    known: list[tuple[str, U64s]] = []
+    for name, array in arrays.items():
+        for other, earlier in known:
+            if np.may_share_memory(earlier, array):  # exact, as all are contiguous
+                raise ValueError(f"{name} shares memory with {other}; pass arrays that do not overlap")
+        known.append((name, array))
 
 
-def resolve(platform: str | Platform) -> Platform:
-    """Return a platform given by name or value; PlatformError if the name is not known."""
-    return named(platform) if isinstance(platform, str) else platform
+def spell(value: Any) -> str:
+    """Return a value as messages show it: a large integer by its size."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)[:80]
 
 
-def layout_of(platform: str | Platform) -> Layout:
-    """Return the 6.12 layout of a platform given by name or value."""
-    return layout(resolve(platform), "6.12")
+def _index(value: Any, name: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}={spell(value)} is of type {type(value).__name__}; pass an integer") from None
+
+
+def integer(value: Any, name: str, end: int) -> int:
+    """Return `value` if it is an integer from 0 to below `end`; else TypeError or ValueError hold it."""
+    number = _index(value, name)
+    if not 0 <= number < end:
+        raise ValueError(f"{name}={spell(number)} is not in 0..{end - 1}")
+    return number
+
+
+def level_of(level: Any, *, least: int = 1) -> int:
+    """Return `level` if it is one of page-table entries, at least `least`; else TypeError or ValueError hold it."""
+    number = _index(level, "level")
+    if not least <= number <= 3:
+        raise ValueError(f"level={spell(number)} is not {'1 (4 KiB), ' if least == 1 else ''}2 (2 MiB) or 3 (1 GiB)")
+    return number

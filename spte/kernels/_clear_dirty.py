@@ -1,54 +1,31 @@
 """Clear-dirty: take from each leaf the bit that its next write sets again - D, or W where a write is seen by its fault.
 
-The caller must be alone on the tables and must flush: a TLB that caches D=1 logs nothing.
+The caller must be exclusive on the tables and must flush: a TLB that caches D=1 logs nothing.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from typing import SupportsIndex
 
-from spte._numba.jit import helper, kernel
-from spte.arrays.context import U64s
-from spte.bits import LARGE_SHIFT, ONE, PRESENT_SHIFT, TYPE_MASK, U64, W_SHIFT, ZERO
-from spte.kernels._check import layout_of, rows
-from spte.platform import Platform
-
-
-@helper
-def clear_entries(sptes, row, lo, hi, shift, huge):
-    """Clear bit `shift` in the present leaves ``sptes[row, lo:hi]``; `huge`: only entries with LARGE are leaves."""
-    changed = ZERO
-    if huge:
-        for j in range(U64(lo), U64(hi)):
-            s = sptes[row, j]
-            d = (s >> shift) & (s >> PRESENT_SHIFT) & (s >> LARGE_SHIFT) & ONE
-            changed += d
-            sptes[row, j] = s ^ (d << shift)
-    else:
-        for j in range(U64(lo), U64(hi)):
-            s = sptes[row, j]
-            d = (s >> shift) & (s >> PRESENT_SHIFT) & ONE
-            changed += d
-            sptes[row, j] = s ^ (d << shift)
-    return np.int64(changed)
+from spte._numba.jit import kernel
+from spte.arrays.records import U64s
+from spte.bits import W_SHIFT
+from spte.kernels._check import changed, level_of
+from spte.kernels._entries import clear_entries
+from spte.kernels._layout import AnyPlatform, resolve
 
 
 @kernel
-def _each(sptes, dirty_shift, huge):
-    changed = ZERO
-    for row in range(sptes.shape[0]):
-        for j in range(sptes.shape[1]):
-            s = sptes[row, j]
-            shift = dirty_shift if (s & TYPE_MASK) == ZERO else W_SHIFT
-            leaf = (s >> PRESENT_SHIFT) & ((s >> LARGE_SHIFT) | (ZERO if huge else ONE)) & ONE
-            d = (s >> shift) & leaf
-            changed += d
-            sptes[row, j] = s ^ (d << shift)
-    return np.int64(changed)
+def _clear_dirty(sptes, dirty_shift, huge):
+    return clear_entries(sptes, 0, sptes.shape[0], dirty_shift, W_SHIFT, huge)
 
 
-def clear_dirty(sptes: U64s, level: int = 1, *, platform: str | Platform = "ept-pml") -> int:
-    """Clear D in every present leaf of `sptes`, W where the A/D type (bits 53:52) is not 0; the caller must flush if not 0.
+def clear_dirty(sptes: U64s, level: SupportsIndex = 1, *, platform: AnyPlatform = "ept-pml") -> int:
+    """Clear D in every present leaf, W where the A/D type (bits 53:52) is not 0: KVM's kvm_mmu_slot_leaf_clear_dirty.
+
+    The caller must flush TLBs if the result is not 0. KVM does this as logging begins, and only where PML logs the setting of D. So
+    unlike `harvest` it clears D on every platform, with PML or not: bit 9 with EPT, bit 6 with NPT and shadow paging. Without PML
+    nobody sees that D is set, and writes are lost: take `write_protect` there.
 
     Parameters
     ----------
@@ -56,8 +33,8 @@ def clear_dirty(sptes: U64s, level: int = 1, *, platform: str | Platform = "ept-
         Page-table entries of one level; mutated.
     level : int
         Level of the entries: at 2 and 3 only entries with LARGE (bit 7) are leaves.
-    platform : str or Platform
-        Says where D lies: bit 9 with EPT, bit 6 with NPT.
+    platform : str, Platform or KernelLayout
+        Says where D lies; what `spte.kernels.layout` returns saves the look-up.
 
     Returns
     -------
@@ -67,8 +44,9 @@ def clear_dirty(sptes: U64s, level: int = 1, *, platform: str | Platform = "ept-
     Raises
     ------
     TypeError, ValueError
-        `sptes` is not a writable C-contiguous uint64 array, or `level` is not 1, 2 or 3.
+        `sptes` is not uint64, not C-contiguous or read-only, `level` is not 1, 2 or 3, or `platform` is no platform. Nothing is changed.
     PlatformError
         The platform is not known.
     """
-    return int(_each(rows(sptes, level), layout_of(platform).dirty_shift, level > 1))
+    huge, shift = level_of(level) > 1, resolve(platform).dirty_shift
+    return int(_clear_dirty(changed(sptes, "sptes").reshape(-1), shift, huge))

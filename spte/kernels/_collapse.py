@@ -1,42 +1,78 @@
-"""Collapse: after logging, make huge mappings possible again - by dropping tables (up to 6.12) or in place (6.13 on)."""
+"""Collapse: after logging, make huge mappings possible again, in place as KVM does from 6.13 on."""
 
 from __future__ import annotations
 
+from typing import SupportsIndex
+
 import numpy as np
 
-from spte._numba.jit import kernel
-from spte.arrays.context import U64s
-from spte.bits import LARGE, PFN_MASK, SHIFT_PAGE, U64, is_leaf, is_link
-from spte.kernels._check import plain, rows
+from spte._numba.jit import helper, kernel
+from spte.arrays.records import U64s
+from spte.bits import INDEX_BITS, LARGE, ONE, SHIFT_PAGE, U64, ZERO, child_of, is_leaf, is_link
+from spte.kernels._check import PFN_END, changed, integer, level_of, only_read, separate, tables_of
+
+
+@helper
+def _first_small_leaf(tables, row):
+    at = U64(row) << INDEX_BITS
+    for j in range(ONE << INDEX_BITS):
+        if is_leaf(tables[at + j], 1):
+            return tables[at + j]
+    return ZERO
+
+
+@helper
+def first_leaf(tables, first_pfn, row, level):
+    """Return the first present leaf of table `row`, of `level`, or of a table of `tables` that it links to; 0 if there is none.
+
+    The page frame of row 0 is `first_pfn`.
+    """
+    if level == 1:
+        return _first_small_leaf(tables, row)
+    at = U64(row) << INDEX_BITS
+    for i in range(ONE << INDEX_BITS):
+        spte = tables[at + i]
+        if is_leaf(spte, level):
+            return spte
+        below = child_of(spte) - first_pfn
+        if is_link(spte) and 0 <= below < tables.shape[0] >> 9:
+            small = _first_small_leaf(tables, below)
+            if small != ZERO:
+                return small
+    return ZERO
+
+
+@helper
+def make_huge_spte(small, level):
+    """Return `small` as a leaf of `level`: its bits, the address rounded down. KVM's make_huge_spte, without the NX mitigation."""
+    return (small | LARGE) & ~((ONE << (SHIFT_PAGE + INDEX_BITS * U64(level - 1))) - (ONE << SHIFT_PAGE))
 
 
 @kernel
-def _plain_collapse(sptes, tables, first_pfn, level):
+def _collapse(sptes, tables, first_pfn, level):
     done = 0
-    low = (U64(1) << (SHIFT_PAGE + U64(9 * (level - 1)))) - (U64(1) << SHIFT_PAGE)
     for i in range(sptes.shape[0]):
-        if not is_link(sptes[i]):
-            continue
-        r = np.int64((sptes[i] & PFN_MASK) >> SHIFT_PAGE) - first_pfn
-        if r < 0 or r >= tables.shape[0]:
-            continue
-        for j in range(512):
-            if is_leaf(tables[r, j], level - 1):
-                sptes[i] = (tables[r, j] | LARGE) & ~low
+        row = child_of(sptes[i]) - first_pfn
+        if is_link(sptes[i]) and 0 <= row < tables.shape[0] >> 9:
+            small = first_leaf(tables, first_pfn, row, level - 1)
+            if small != ZERO:
+                sptes[i] = make_huge_spte(small, level)
                 done += 1
-                break
     return done
 
 
-def collapse(sptes: U64s, tables: U64s, level: int = 2, *, first_pfn: int = 0) -> int:
-    """Put a huge leaf in place of each link to a table that has a present leaf (6.13's recovery); the caller must flush if not 0.
+def collapse(sptes: U64s, tables: U64s, level: SupportsIndex = 2, *, first_pfn: SupportsIndex = 0) -> int:
+    """Put a huge leaf in place of each link to a table with a present leaf, as KVM's kvm_mmu_recover_huge_pages does.
+
+    The caller must flush TLBs if the result is not 0. KVM does so only where memory allows the huge leaf: that is the caller's to know.
 
     Parameters
     ----------
     sptes : ndarray of uint64, any shape, C-contiguous
-        Entries of level 2 or 3; mutated. The huge leaf takes its bits from the first present leaf of the table.
+        Entries of level 2 or 3; mutated. The huge leaf takes its bits from the first present leaf below the link.
     tables : ndarray of uint64[n, 512], C-contiguous
-        The tables linked to, each mapping one huge page; not changed. Links to others stay.
+        The tables linked to, each mapping one huge page; at level 3 also, if they are to be looked into, those that these link to. Not
+        changed, may be read-only. Links to other tables stay.
     level : int
         Level of `sptes`, 2 or 3.
     first_pfn : int
@@ -50,10 +86,11 @@ def collapse(sptes: U64s, tables: U64s, level: int = 2, *, first_pfn: int = 0) -
     Raises
     ------
     TypeError, ValueError
-        An array is not writable C-contiguous uint64 or has the wrong shape, or `level` is not 2 or 3.
+        An array is not uint64, not C-contiguous, of the wrong shape, or shares memory with the other; `sptes` is read-only; `level` is not
+        2 or 3; `first_pfn` is not an integer, or a row's page frame number has more than 40 bits. Nothing is changed.
     """
-    if level not in (2, 3):
-        raise ValueError(f"level={level} can not hold a huge leaf; take 2 (2 MiB) or 3 (1 GiB)")
-    if plain(tables, "tables").ndim != 2 or tables.shape[1] != 512:
-        raise ValueError(f"tables has shape {tables.shape}; page-table pages are rows of 512 entries")
-    return int(_plain_collapse(rows(sptes, level).reshape(-1), tables, np.int64(first_pfn), np.int64(level)))
+    number = level_of(level, least=2)
+    flat, rows = changed(sptes, "sptes").reshape(-1), tables_of(only_read(tables, "tables"), "tables")
+    separate(sptes=flat, tables=rows)
+    pfn = integer(first_pfn, "first_pfn", PFN_END - len(rows) + 1)
+    return int(_collapse(flat, rows.reshape(-1), np.int64(pfn), np.int64(number)))

@@ -2,35 +2,49 @@
 
 from __future__ import annotations
 
+from typing import SupportsIndex
+
 import numpy as np
 
-from spte._numba.jit import kernel
-from spte.arrays.context import U64s
-from spte.bits import LARGE, SHIFT_PAGE, U64, is_leaf
-from spte.kernels._check import layout_of, plain, rows
-from spte.platform import Platform
+from spte._numba.jit import helper, kernel
+from spte.arrays.records import U64s
+from spte.bits import INDEX_BITS, LARGE, ONE, SHIFT_PAGE, U64, is_leaf
+from spte.kernels._check import PFN_END, changed, integer, level_of, separate, tables_of
+from spte.kernels._layout import AnyPlatform, resolve
+
+
+@helper
+def first_child(huge, level):
+    """Return the first child of a `huge` leaf of `level`: KVM's make_huge_page_split_spte, without the NX mitigation."""
+    return huge & ~LARGE if level == 2 else huge
+
+
+@helper
+def fill_table(sptes, row, first, level):
+    """Fill table `row`, of `level`, with 512 leaves side by side in memory, `first` being the first."""
+    step = SHIFT_PAGE + INDEX_BITS * U64(level - 1)
+    at = U64(row) << INDEX_BITS
+    for j in range(ONE << INDEX_BITS):
+        sptes[at + j] = first + (j << step)
 
 
 @kernel
-def _plain_split(sptes, tables, link, level, first_pfn):
-    used = 0
-    step = U64(1) << (SHIFT_PAGE + U64(9 * (level - 2)))
+def _split(sptes, tables, link, level, first_pfn):
+    used, rows = 0, tables.shape[0] >> 9
     for i in range(sptes.shape[0]):
         huge = sptes[i]
         if not is_leaf(huge, level):
             continue
-        if used == tables.shape[0]:
+        if used == rows:
             break
-        child = huge & ~LARGE if level == 2 else huge
-        for j in range(512):
-            tables[used, j] = child + U64(j) * step
+        fill_table(tables, used, first_child(huge, level), level - 1)
         sptes[i] = link | (U64(first_pfn + used) << SHIFT_PAGE)
         used += 1
     return used
 
 
-def split(sptes: U64s, tables: U64s, level: int = 2, *, first_pfn: int = 0, platform: str | Platform = "ept-pml") -> int:
-    """Replace huge leaves of `sptes` by links to filled rows of `tables`; no flush is needed.
+def split(sptes: U64s, tables: U64s, level: SupportsIndex = 2, *, first_pfn: SupportsIndex = 0, platform: AnyPlatform = "ept-pml") -> int:
+    """Replace huge leaves by links to filled rows of `tables`, as KVM's tdp_mmu_split_huge_page does; no flush is needed.
 
     Parameters
     ----------
@@ -42,8 +56,8 @@ def split(sptes: U64s, tables: U64s, level: int = 2, *, first_pfn: int = 0, plat
         Level of `sptes`, 2 or 3; the children are of the level below.
     first_pfn : int
         Page frame number of row 0 of `tables`; row r has ``first_pfn + r``.
-    platform : str or Platform
-        Says how a link looks.
+    platform : str, Platform or KernelLayout
+        Says how a link looks; what `spte.kernels.layout` returns saves the look-up.
 
     Returns
     -------
@@ -53,13 +67,13 @@ def split(sptes: U64s, tables: U64s, level: int = 2, *, first_pfn: int = 0, plat
     Raises
     ------
     TypeError, ValueError
-        An array is not writable C-contiguous uint64 or has the wrong shape, or `level` is not 2 or 3.
+        An array is not uint64, not C-contiguous, read-only, of the wrong shape, or shares memory with the other; `level` is not 2 or 3;
+        `first_pfn` is not an integer, or a row's page frame number has more than 40 bits; `platform` is no platform. Nothing is changed.
     PlatformError
         The platform is not known.
     """
-    if level not in (2, 3):
-        raise ValueError(f"level={level} holds no huge leaf to split; take 2 (2 MiB) or 3 (1 GiB)")
-    if plain(tables, "tables").ndim != 2 or tables.shape[1] != 512:
-        raise ValueError(f"tables has shape {tables.shape}; page-table pages are rows of 512 entries")
-    flat = rows(sptes, level).reshape(-1)
-    return int(_plain_split(flat, tables, layout_of(platform).link, np.int64(level), np.int64(first_pfn)))
+    number, link = level_of(level, least=2), resolve(platform).link
+    flat, rows = changed(sptes, "sptes").reshape(-1), tables_of(changed(tables, "tables"), "tables")
+    separate(sptes=flat, tables=rows)
+    pfn = integer(first_pfn, "first_pfn", PFN_END - len(rows) + 1)
+    return int(_split(flat, rows.reshape(-1), link, np.int64(number), np.int64(pfn)))

@@ -6,9 +6,10 @@ import numpy as np
 import numpy.typing as npt
 
 from spte._numba.jit import ctz, kernel, prefetch
-from spte.arrays.context import ROWS, I64s, Tables, U64s
-from spte.bits import ONE, PRESENT_SHIFT, U64, ZERO
-from spte.kernels._write_protect import protect_entries
+from spte.arrays.records import I64s, U64s
+from spte.arrays.tables import Tables
+from spte.bits import ONE, PRESENT_SHIFT, U64, W_SHIFT, ZERO
+from spte.kernels._entries import clear_entries
 from spte.mmu.walk import leaf_table
 
 
@@ -63,7 +64,7 @@ def scatter_bits(bitmap: U64s, gfns: I64s) -> None:
 
 @kernel
 def read_first(sptes: U64s, parents: U64s, ahead: np.int64) -> None:
-    """``parents[row] = sptes[512 * row]`` for each row, asked for `ahead` rows before."""
+    """``parents[row] = sptes[512 * row]`` for each row, prefetched `ahead` rows before."""
     for row in range(parents.shape[0]):
         prefetch(sptes, min(row + ahead, parents.shape[0] - 1) * 512)
         parents[row] = sptes[U64(row) << U64(9)]
@@ -76,15 +77,15 @@ def protect_by_walk(t: Tables, root: np.int64, start: np.int64, end: np.int64) -
     for gfn in range(start, end, 512):
         row = leaf_table(t, root, gfn)
         if row >= 0:
-            changed += protect_entries(t.sptes, row, 0, 512, False)
+            changed += clear_entries(t.flat, row * 512, row * 512 + 512, W_SHIFT, W_SHIFT, False)
     return changed
 
 
 @kernel
 def set_bits(t: Tables, bits: np.uint64) -> None:
     """Set `bits` in every entry of every level-1 table: makes a mutating kernel find its work again."""
-    for row in range(t.meta[ROWS]):
-        if t.level[row] == 1:
+    for row in range(t.kvm[0].rows):
+        if t.pages[row].level == 1:
             for j in range(512):
                 t.sptes[U64(row), j] |= bits
 

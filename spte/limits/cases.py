@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from spte.arrays.context import LOG_DIRTY_PAGES, I64s, U64s
+from spte.arrays.records import I64s, U64s
+from spte.arrays.slots import LOG_DIRTY_PAGES
 from spte.bits import SHIFT_PAGE, WRITABLE
 from spte.host.pages import the_host
 from spte.kernels._pml_flush import pml_flush
@@ -29,7 +30,7 @@ ALL_ONES = ~np.uint64(0)
 _PML_WHY = "two random lines a write, the SPTE and the word of the bitmap, are read and written back, where the limit has one"
 _DRAIN_WHY = "it also looks whether a page is in the slot and counts the bits that were clear"
 _RECOVER_WHY = "a leaf takes its bits from the first one of its table, which lies on a page of its own: the next row has that as its limit"
-_HARVEST_WHY = "loop and kernel wait for the same lines of memory, five of a table: asked for 8, 16 or 32 entries before they take as long"
+_HARVEST_WHY = "loop and kernel wait for the same lines of memory, five of a table: prefetched 8, 16 or 32 entries ahead, they take as long"
 _LEAVES, _FILL = "np.bitwise_and in place", "filling the rows"
 _HARVEST_BARS = {1.0: 1.5, 0.5: 1.0, 0.1: 1.0, 0.01: 0.8, 0.001: 0.8, 0.0: 1.2}
 _TOUCH_BARS = {"ascending": 6.0, "random": 12.0}
@@ -87,7 +88,7 @@ def bitmap_of(pages: int, fraction: float, pattern: str) -> U64s:
 def harvest(guest: Guest, fraction: float, pattern: str = "random") -> Case:
     """GET_DIRTY_LOG of the slot."""
     s, k, bitmap, roots = guest.slot()
-    dirty, shift = bitmap_of(guest.pages, fraction, pattern), guest.vm.mmu.mode.lay.dirty_shift
+    dirty, shift = bitmap_of(guest.pages, fraction, pattern), guest.vm.mmu.mode[0].lay.dirty_shift
 
     def refill() -> None:
         guest.set_all()
@@ -150,16 +151,16 @@ def pml_drain(guest: Guest) -> Case:
 
 def first_touch(guest: Guest, order: str) -> Case:
     """Slow faults: the first write to each page. In random order the tables are there already."""
-    scattered = order == "random"
-    gfns = random_gfns(guest, 1 << 22) if scattered else np.arange(min(guest.pages, 1 << 24))
+    at_random = order == "random"
+    gfns = random_gfns(guest, 1 << 22) if at_random else np.arange(min(guest.pages, 1 << 24))
 
     def unmap() -> None:
         guest.renew()
-        guest.write(np.arange(0, guest.pages if scattered else 512, 512))
+        guest.write(np.arange(0, guest.pages if at_random else 512, 512))
 
     fill = lambda: guest.flat[: len(gfns)].fill(1)  # noqa: E731
     store = lambda: scatter_store(guest.flat, gfns, np.uint64(1))  # noqa: E731
-    limit, name = (store, _FILL + " in that order") if scattered else (fill, _FILL)
+    limit, name = (store, _FILL + " in that order") if at_random else (fill, _FILL)
     work = lambda: guest.write(gfns)  # noqa: E731
     return Case(f"slow fault, first touch {order}", "fault", len(gfns), work, name, limit, _TOUCH_BARS[order], unmap, guest.set_flat)
 

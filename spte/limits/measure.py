@@ -1,4 +1,4 @@
-"""Guests to measure kernels on, and how: minimum of rounds, kernel and limit by turns, both with cold caches."""
+"""Guests to measure kernels on, and how: minimum of rounds, kernel and limit alternate, both with cold caches."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from typing import Any
 
 import numpy as np
 
+from spte.access import WRITE
 from spte.arrays import reserve as memory
-from spte.arrays.context import I64s, Slots, U64s
+from spte.arrays.records import I64s, U64s
+from spte.arrays.slots import Slots
 from spte.bits import WRITABLE
 from spte.cpu.run import run, run_shadow
 from spte.host.backing import Backing
 from spte.host.pages import the_host
 from spte.limits.bare_loops import set_bits
-from spte.platform import Platform
-from spte.trace import PAGE_SIZE
+from spte.platform import PAGE_SIZE, Platform
 from spte.vm.vm import VM
 
 BATCH = 1 << 23  # gfns of one batch: 64 MiB
 FRESH_ROWS = 8  # upper tables beyond one in 512
-_WRITE = np.array([1], np.uint8)
+_WRITE = np.array([WRITE], np.uint8)
 
 
 def nothing() -> None:
@@ -158,7 +159,7 @@ class Guest:
         self.vm.set_memory_region(0, 0, self.pages * PAGE_SIZE, self.memory, flags=flags)
 
     def renew(self) -> None:
-        """Make the slot anew: nothing is mapped, the rows of the arena are free."""
+        """Create the slot again: nothing is mapped, the rows of the arena are free."""
         self.vm.set_memory_region(0, 0, 0)
         self.set_flags(0)
 
@@ -168,23 +169,23 @@ class Guest:
             self.write(np.arange(start, min(start + BATCH, self.pages)))
 
     def write(self, gfns: I64s) -> None:
-        """Let the guest write: the kernel alone, as one stay."""
+        """Let the guest write: only the kernel, in one run."""
         vcpu, mmu = self.vm.vcpus[0], self.vm.mmu
         vcpu.enter_guest()
         kernel = run_shadow if mmu.has_shadow_pages else run
-        done = kernel(self.tables, self.vm.memslots.spaces[0], the_host(), vcpu.arrays, vcpu.mode, gfns, _WRITE, 0)
+        done = kernel(self.tables, self.vm.memslots.spaces[0], the_host(), vcpu.arrays, vcpu.mmu.mode, gfns, _WRITE, 0)
         assert done == len(gfns), f"access {done} of {len(gfns)} stopped"
 
     def slot(self) -> tuple[Slots, int, U64s, I64s]:
         """Return the kernels' table of slots, the slot's index in it, its bitmap, and the roots."""
         slot = self.vm.memslots.find(0)
         assert slot is not None
-        s, k = self.vm.memslots.place(slot)
+        s, k = self.vm.memslots.row_of(slot)
         return s, k, self.vm.memslots.bitmap(slot), self.vm.mmu.roots(0)
 
     def dirty_bit(self) -> np.uint64:
         """Return the bit that hardware sets at a write."""
-        return np.uint64(1) << self.vm.mmu.mode.lay.dirty_shift
+        return np.uint64(1) << self.vm.mmu.mode[0].lay.dirty_shift
 
     def set_all(self) -> None:
         """Set W and D in every leaf, so that the next pass finds its work; the caches then hold the end of the tables."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import kernel_apart
-from spte.arrays import context as cx
+from spte.arrays.slots import LOG_DIRTY_PAGES, READONLY
+from spte.arrays.vcpu import WRITE
 from spte.bits import ACC_ALL, SHIFT_PAGE, U64, ZERO
 from spte.host.pages import MIXED, OWN, PAGE_NONE, PAGE_OWN, SHM, drop_mixed
 from spte.mmu.arena import count_leaf
@@ -21,14 +22,14 @@ def first_touches(t, s, h, v, m, gfns, at, kind, row, i):
     """
     gfn = np.int64(gfns[at])
     k = find_slot(s, gfn)
-    if k < 0 or s.table[k, cx.FLAGS] & (cx.LOG_DIRTY_PAGES | cx.READONLY):
+    if k < 0 or s.slots[k].flags & (LOG_DIRTY_PAGES | READONLY):
         return 0
-    hpage = s.table[k, cx.HPAGE] + gfn - s.table[k, cx.BASE]
+    hpage = s.slots[k].hpage + gfn - s.slots[k].base_gfn
     block, page = hpage >> 9, hpage & 511
-    mixed = h.block[block] == MIXED
-    if not (h.block[block] == OWN or (mixed and kind == cx.WRITE and h.kind[block] != SHM)):
+    mixed = h.blocks[block].state == MIXED
+    if not (h.blocks[block].state == OWN or (mixed and kind == WRITE and h.blocks[block].kind != SHM)):
         return 0
-    most = min(gfns.shape[0] - at, 512 - max(i, page), s.table[k, cx.BASE] + s.table[k, cx.NPAGES] - gfn)
+    most = min(gfns.shape[0] - at, 512 - max(i, page), s.slots[k].base_gfn + s.slots[k].npages - gfn)
     other = ZERO
     for j in range(U64(most)):
         other |= U64(gfns[U64(at) + j]) ^ (U64(gfn) + j)
@@ -37,20 +38,24 @@ def first_touches(t, s, h, v, m, gfns, at, kind, row, i):
     while count < most and gfns[at + count] == gfn + count and t.sptes[row, i + count] == m.lay.nonpresent:
         count += 1
     if mixed:
-        states = h.mixed[block]
+        states = h.blocks[block].row
         some = np.int64(0)
         while some < count and h.page[states, page + some] == PAGE_NONE:
             h.page[states, page + some] = PAGE_OWN
             some += 1
         count = some
-        h.own_pages[states] += np.int32(count)
-        if h.own_pages[states] == 512:
+        h.mixed_blocks[states].own_pages += np.int32(count)
+        if h.mixed_blocks[states].own_pages == 512:
             drop_mixed(h, block, OWN)
-    leaf = make_leaf(m, np.int64(1), U64(hpage), ZERO, False, True, np.int64(t.role[row]), np.int64(ACC_ALL), True)
+    leaf = make_leaf(m, np.int64(1), U64(hpage), ZERO, False, True, np.int64(t.pages[row].role), np.int64(ACC_ALL), True)
     for j in range(U64(count)):
         t.sptes[U64(row), U64(i) + j] = leaf + (j << SHIFT_PAGE)
     count_leaf(t, np.int64(1), count)
-    t.meta[cx.SPTES_WRITTEN] += count
-    for column in (cx.EXITS, cx.VIOLATIONS, cx.PF_TAKEN, cx.PF_FIXED, cx.SLOW_FAULTS):
-        v.stat[column] += count
+    t.kvm[0].sptes_written += count
+    vcpu = v.vcpu[0]
+    vcpu.exits += count
+    vcpu.violations += count
+    vcpu.pf_taken += count
+    vcpu.pf_fixed += count
+    vcpu.slow_faults += count
     return count

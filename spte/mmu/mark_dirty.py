@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import kernel, kernel_apart
-from spte.arrays import context as cx
-from spte.arrays.context import LOG_COLUMNS
+from spte.arrays.slots import LOG_DIRTY_PAGES
+from spte.arrays.vcpu import EV_MARK, EV_PUSH, LOG_COLUMNS
 from spte.bits import ONE, U64
 
 U32_MASK = np.int64(0xFFFF_FFFF)
@@ -19,7 +19,8 @@ SLOT_SHIFT = U64(32)
 @kernel_apart
 def note(v, kind, a, b, c, d, e):
     """Append an event to the vCPU's log, if one is kept."""
-    n = v.reg[cx.LOGGED]
+    vcpu = v.vcpu[0]
+    n = vcpu.logged
     if n < v.log.shape[0]:
         v.log[n, 0] = U64(kind)
         v.log[n, 1] = U64(a)
@@ -27,35 +28,36 @@ def note(v, kind, a, b, c, d, e):
         v.log[n, 3] = U64(c)
         v.log[n, 4] = U64(d)
         v.log[n, LOG_COLUMNS - 1] = U64(e)
-        v.reg[cx.LOGGED] = n + 1
+        vcpu.logged = n + 1
 
 
 @kernel_apart
 def ring_push(v, slot, offset):
     """Push an entry on the vCPU's dirty ring; asks for an exit from the soft limit on."""
-    dirty = v.reg[cx.RING_DIRTY]
-    i = dirty & (v.reg[cx.RING_SIZE] - 1)
+    vcpu = v.vcpu[0]
+    dirty = vcpu.dirty_index
+    i = dirty & (vcpu.ring_size - 1)
     v.ring[i, 1] = U64(offset)
     v.ring[i, 0] = (U64(slot) << SLOT_SHIFT) | RING_GFN_DIRTY
     dirty = (dirty + 1) & U32_MASK
-    v.reg[cx.RING_DIRTY] = dirty
-    used = (dirty - v.reg[cx.RING_RESET]) & U32_MASK
-    if used >= v.reg[cx.RING_SOFT]:
-        v.reg[cx.RING_FULL_REQUEST] = 1
+    vcpu.dirty_index = dirty
+    used = (dirty - vcpu.reset_index) & U32_MASK
+    if used >= vcpu.soft_limit:
+        vcpu.ring_soft_full = 1
     if v.log.shape[0] > 0:
-        note(v, cx.EV_PUSH, dirty, v.reg[cx.RING_RESET], slot, offset, used)
+        note(v, EV_PUSH, dirty, vcpu.reset_index, slot, offset, used)
 
 
 @kernel
 def mark_dirty(t, s, v, k, gfn):
     """Mark `gfn` of slot `k` dirty in the running vCPU's ring or the slot's bitmap; ignored if the slot does not log."""
     if v.log.shape[0] > 0:
-        note(v, cx.EV_MARK, gfn, 0, 0, 0, 0)
-    if k < 0 or s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES == 0:
+        note(v, EV_MARK, gfn, 0, 0, 0, 0)
+    if k < 0 or s.slots[k].flags & LOG_DIRTY_PAGES == 0:
         return
-    t.meta[cx.DIRTY_MARKS] += 1
-    offset = gfn - s.table[k, cx.BASE]
-    if v.reg[cx.RING_SIZE] > 0:
-        ring_push(v, s.table[k, cx.SLOT], offset)
-    elif s.table[k, cx.BITMAP] >= 0:
-        s.words[s.table[k, cx.BITMAP] + (offset >> 6)] |= ONE << U64(offset & 63)
+    t.kvm[0].dirty_marks += 1
+    offset = gfn - s.slots[k].base_gfn
+    if v.vcpu[0].ring_size > 0:
+        ring_push(v, s.slots[k].id, offset)
+    elif s.slots[k].dirty_bitmap >= 0:
+        s.words[s.slots[k].dirty_bitmap + (offset >> 6)] |= ONE << U64(offset & 63)

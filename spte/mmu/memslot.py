@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import helper, kernel
-from spte.arrays import context as cx
 from spte.host.pages import HUGE, HUGETLB_1G, HUGETLB_2M, THP, host_level
 
 # What a struct page must be before patch 5: a THP that is mapped huge; that or device memory; any compound page or device memory.
@@ -15,22 +14,22 @@ PAGES_THP, PAGES_THP_OR_DEVICE, PAGES_COMPOUND_OR_DEVICE = 0, 1, 2
 @kernel
 def find_slot(s, gfn):
     """Return the index of the slot that holds `gfn`, -1 if none does."""
-    last = s.meta[cx.LAST_HIT]
-    n = s.meta[cx.COUNT]
+    last = s.memslots[0].last_used_slot
+    n = s.memslots[0].used_slots
     if last < n:
-        base = s.table[last, cx.BASE]
-        if base <= gfn < base + s.table[last, cx.NPAGES]:
+        base = s.slots[last].base_gfn
+        if base <= gfn < base + s.slots[last].npages:
             return last
     lo, hi = np.int64(0), n
     while lo < hi:
         mid = (lo + hi) >> 1
-        if s.table[mid, cx.BASE] <= gfn:
+        if s.slots[mid].base_gfn <= gfn:
             lo = mid + 1
         else:
             hi = mid
     k = lo - 1
-    if k >= 0 and gfn < s.table[k, cx.BASE] + s.table[k, cx.NPAGES]:
-        s.meta[cx.LAST_HIT] = k
+    if k >= 0 and gfn < s.slots[k].base_gfn + s.slots[k].npages:
+        s.memslots[0].last_used_slot = k
         return np.int64(k)
     return np.int64(-1)
 
@@ -38,10 +37,10 @@ def find_slot(s, gfn):
 @helper
 def allowed_level(s, k, gfn, max_level):
     """Return the largest level <= `max_level` whose lpage counter of slot `k` at `gfn` is 0."""
-    base = s.table[k, cx.BASE]
-    if max_level >= 3 and s.disallow[s.table[k, cx.LPAGE3] + (gfn >> 18) - (base >> 18)] == 0:
+    base = s.slots[k].base_gfn
+    if max_level >= 3 and s.disallow_lpage[s.slots[k].lpage_info[1] + (gfn >> 18) - (base >> 18)] == 0:
         return np.int64(3)
-    if max_level >= 2 and s.disallow[s.table[k, cx.LPAGE2] + (gfn >> 9) - (base >> 9)] == 0:
+    if max_level >= 2 and s.disallow_lpage[s.slots[k].lpage_info[0] + (gfn >> 9) - (base >> 9)] == 0:
         return np.int64(2)
     return np.int64(1)
 
@@ -52,17 +51,17 @@ def max_mapping_level(s, h, k, gfn, max_level):
     level = allowed_level(s, k, gfn, max_level)
     if level == 1:
         return level
-    return min(level, host_level(h, s.table[k, cx.HPAGE] + gfn - s.table[k, cx.BASE]))
+    return min(level, host_level(h, s.slots[k].hpage + gfn - s.slots[k].base_gfn))
 
 
 @helper
 def _page_may_collapse(h, hpage, pages):
     """Decide by the page alone, as before patch 5; `pages` says which count."""
-    kind = h.kind[hpage >> 9]
-    huge_thp = kind == THP and h.block[hpage >> 9] >= HUGE
+    kind = h.blocks[hpage >> 9].kind
+    huge_thp = kind == THP and h.blocks[hpage >> 9].state >= HUGE
     if pages == PAGES_THP:
         return huge_thp
-    device = (kind == HUGETLB_2M or kind == HUGETLB_1G) and h.device[hpage >> 9] != 0
+    device = (kind == HUGETLB_2M or kind == HUGETLB_1G) and h.blocks[hpage >> 9].device != 0
     if pages == PAGES_THP_OR_DEVICE:
         return huge_thp or device
     return kind == THP or kind == HUGETLB_2M or kind == HUGETLB_1G
@@ -71,7 +70,7 @@ def _page_may_collapse(h, hpage, pages):
 @helper
 def may_collapse(s, h, m, k, gfn, level, pages):
     """Tell whether disabling drops a leaf of `level` at `gfn` of slot `k`; before patch 5 only `pages` and the page matter."""
-    hpage = s.table[k, cx.HPAGE] + gfn - s.table[k, cx.BASE]
+    hpage = s.slots[k].hpage + gfn - s.slots[k].base_gfn
     if not m.collapse_precise:
         return _page_may_collapse(h, hpage, pages)
     allowed = allowed_level(s, k, gfn, m.max_level)

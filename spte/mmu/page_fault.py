@@ -8,7 +8,23 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import helper
-from spte.arrays import context as cx
+from spte.arrays.slots import LOG_DIRTY_PAGES, READONLY
+from spte.arrays.vcpu import (
+    DONE,
+    EMULATED,
+    EV_FAST,
+    EV_FAULT,
+    EV_MMIO,
+    EV_SET,
+    EV_SPTE,
+    EXEC,
+    EXIT_EFAULT,
+    EXIT_HOST,
+    EXIT_MMIO,
+    EXIT_NOMEM,
+    READ,
+    WRITE,
+)
 from spte.bits import ACC_ALL, ACC_EXEC, MMU_PRESENT, ONE, SHIFT_PAGE, U64, WRITABLE, ZERO, child_of, is_leaf, is_link
 from spte.host.pages import HOST_COW, HOST_EFAULT, HOST_OK, ZERO_PFN, host_fault
 from spte.mmu.arena import count_leaf
@@ -27,7 +43,7 @@ MMIO_GENERATION = (MMIO_GEN_LOW << U64(3)) | (MMIO_GEN_HIGH << U64(52))
 def mmio_spte(m, s, gfn):
     """Build the MMIO SPTE of `gfn` with the slots' generation."""
     gpa = U64(gfn) << SHIFT_PAGE
-    gen = U64(s.meta[cx.GENERATION])
+    gen = U64(s.memslots[0].generation)
     spte = m.lay.mmio | gpa | ((gpa & m.lay.l1tf) << U64(5))
     return spte | ((gen & MMIO_GEN_LOW) << U64(3)) | (((gen >> U64(8)) & MMIO_GEN_HIGH) << U64(52))
 
@@ -41,44 +57,47 @@ def is_fresh_mmio(m, s, spte):
 @helper
 def begin_fault(m, s, v, gfn, kind, spte, level):
     """Count a violation or misconfiguration; returns ``(still MMIO, kind, entry is present, counted before)``."""
+    vcpu = v.vcpu[0]
     present = is_leaf(spte, level) and (spte & (m.lay.readable | WRITABLE | m.lay.x)) != ZERO
-    again = v.reg[cx.COUNTED]
-    v.reg[cx.COUNTED] = 0
+    again = vcpu.counted
+    vcpu.counted = 0
     if level == 1 and (spte & m.lay.mmio_mask) == m.lay.mmio_test and (spte & MMU_PRESENT) == ZERO:
-        v.stat[cx.MISCONFIGS] += 1
+        vcpu.misconfigs += 1
         if is_fresh_mmio(m, s, spte):
             return True, kind, present, again
         if m.lay.x != ZERO:  # an EPT misconfiguration does not say what the access was: KVM takes it for a read
-            kind = np.int64(cx.READ)
+            kind = np.int64(READ)
     else:
-        v.stat[cx.VIOLATIONS] += 1 - again
+        vcpu.violations += 1 - again
     if not again:
-        v.stat[cx.PF_TAKEN] += 1
+        vcpu.pf_taken += 1
         if v.log.shape[0] > 0:
-            note(v, cx.EV_FAULT, gfn, kind, present, 0, 0)
+            note(v, EV_FAULT, gfn, kind, present, 0, 0)
     return False, kind, present, again
 
 
 @helper
 def _install(t, v, m, row, i, gfn, level, new):
     """Put leaf `new` at an entry that may hold anything; keeps the counts of leaves right."""
+    kvm = t.kvm[0]
     old = t.sptes[row, i]
     if (old & MMU_PRESENT) == ZERO:
         count_leaf(t, level, 1)
     elif level > 1 and is_link(old):
         count_leaf(t, level, 1)
         free_table(t, child_of(old))
-        t.meta[cx.FLUSHES] += 1
+        kvm.remote_tlb_flush_requests += 1
     t.sptes[row, i] = new
-    t.meta[cx.SPTES_WRITTEN] += 1
+    kvm.sptes_written += 1
     if v.log.shape[0] > 0:
-        note(v, cx.EV_SPTE, gfn, level, old, new, 0)
-        note(v, cx.EV_SET, gfn, level, new, 0, 0)
+        note(v, EV_SPTE, gfn, level, old, new, 0)
+        note(v, EV_SET, gfn, level, new, 0, 0)
 
 
 @helper
 def _next_table(t, v, m, row, i, nx_mark):
     """Return the table below entry `i` of `row`, made by split, zap or link as the entry asks; -1 if the arena is full."""
+    kvm = t.kvm[0]
     old = t.sptes[row, i]
     huge = (old & MMU_PRESENT) != ZERO
     if huge and is_link(old):
@@ -88,23 +107,23 @@ def _next_table(t, v, m, row, i, nx_mark):
     else:
         if huge:
             drop_entry(t, m, row, i)
-            t.meta[cx.FLUSHES] += 1
+            kvm.remote_tlb_flush_requests += 1
         child = new_child(t, m, row, i)
         if child >= 0:
             link(t, m, row, i, child)
-            t.meta[cx.SPTES_WRITTEN] += 1
+            kvm.sptes_written += 1
     if child >= 0:
-        t.nx_disallowed[child] = nx_mark
-        t.meta[cx.NX_SPLITS] += nx_mark == 2
+        t.pages[child].nx_huge_page_disallowed = nx_mark
+        kvm.nx_lpage_splits += nx_mark == 2
         if v.log.shape[0] > 0:
-            note(v, cx.EV_SPTE, t.gfn[child], t.level[row], old, t.sptes[row, i], 0)
+            note(v, EV_SPTE, t.pages[child].gfn, t.pages[row].level, old, t.sptes[row, i], 0)
     return child
 
 
 @helper
 def nx_holds(t, m, spte, level):
     """Tell whether an entry links to a table that the NX mitigation keeps from becoming a huge leaf."""
-    return m.nx and level > 1 and is_link(spte) and (m.nx_any_table or t.nx_disallowed[child_of(spte)] != 0)
+    return m.nx and level > 1 and is_link(spte) and (m.nx_any_table or t.pages[child_of(spte)].nx_huge_page_disallowed != 0)
 
 
 @helper
@@ -120,27 +139,27 @@ def fault_page(s, h, m, k, gfn, kind):
     """Ask the host for the page of `gfn` in slot `k` (-1: none); returns ``(exit reason, pfn, host_writable, largest level)``."""
     pfn, host_writable, fits = ZERO, False, np.int64(1)
     if k < 0:
-        return cx.DONE, pfn, host_writable, fits
-    hpage = s.table[k, cx.HPAGE] + gfn - s.table[k, cx.BASE]
-    code, host_writable, zero = host_fault(h, hpage, kind == cx.WRITE)
+        return DONE, pfn, host_writable, fits
+    hpage = s.slots[k].hpage + gfn - s.slots[k].base_gfn
+    code, host_writable, zero = host_fault(h, hpage, kind == WRITE)
     if code == HOST_COW:
-        return cx.EXIT_HOST, pfn, False, fits
+        return EXIT_HOST, pfn, False, fits
     if code != HOST_OK:
-        return cx.EXIT_EFAULT if code == HOST_EFAULT else cx.EXIT_NOMEM, pfn, False, fits
+        return EXIT_EFAULT if code == HOST_EFAULT else EXIT_NOMEM, pfn, False, fits
     pfn = ZERO_PFN if zero else U64(hpage)
-    if s.table[k, cx.FLAGS] & cx.READONLY:
+    if s.slots[k].flags & READONLY:
         host_writable = False
-    if not s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES:
+    if not s.slots[k].flags & LOG_DIRTY_PAGES:
         fits = max_mapping_level(s, h, k, gfn, m.max_level)
-    return cx.DONE, pfn, host_writable, fits
+    return DONE, pfn, host_writable, fits
 
 
 @helper
 def allowed(m, spte, kind):
     """Tell whether hardware lets an access of `kind` through a present leaf."""
-    if kind == cx.WRITE:
+    if kind == WRITE:
         return (spte & WRITABLE) != ZERO
-    if kind == cx.EXEC:
+    if kind == EXEC:
         return (spte & (m.lay.x | m.lay.nx)) == m.lay.x
     return (spte & m.lay.readable) != ZERO
 
@@ -148,30 +167,31 @@ def allowed(m, spte, kind):
 @helper
 def fast_fault(t, s, v, m, k, gfn, kind, prefetch, row, i, level):
     """Mend a write-protected or access-tracked leaf, where the walk ended, without mmu_lock; True if the access may go on."""
+    vcpu = v.vcpu[0]
     old = t.sptes[row, i]
     if not is_leaf(old, level):
         return False
     if allowed(m, old, kind):
-        v.stat[cx.PF_FAST] += 1
-        v.stat[cx.PF_SPURIOUS] += not prefetch
+        vcpu.pf_fast += 1
+        vcpu.pf_spurious += not prefetch
         return True
     new = old
     if is_access_tracked(old):
         new = restore_access_tracked(new, m.lay)
-    if kind == cx.WRITE and (old & m.lay.mmu_writable) != ZERO:
+    if kind == WRITE and (old & m.lay.mmu_writable) != ZERO:
         new |= WRITABLE
-        if level > 1 and s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES:
+        if level > 1 and s.slots[k].flags & LOG_DIRTY_PAGES:
             return False
     fixed = new != old and allowed(m, new, kind)
     if fixed:
         if (new & ~old & WRITABLE) != ZERO:
             mark_dirty(t, s, v, k, gfn)
         t.sptes[row, i] = new
-        t.meta[cx.SPTES_WRITTEN] += 1
-        v.stat[cx.PF_FAST] += 1
-        v.stat[cx.PF_FIXED] += not prefetch
+        t.kvm[0].sptes_written += 1
+        vcpu.pf_fast += 1
+        vcpu.pf_fixed += not prefetch
     if v.log.shape[0] > 0:
-        note(v, cx.EV_FAST, gfn, old, new, fixed, 0)
+        note(v, EV_FAST, gfn, old, new, fixed, 0)
     return fixed
 
 
@@ -181,14 +201,15 @@ def map_gfn(t, s, h, v, m, k, gfn, kind, prefetch, row, i, level):
 
     EMULATED asks the caller to do the write for the guest: the page holds a guest table that must not change unseen.
     """
+    vcpu = v.vcpu[0]
     reason, pfn, host_writable, fits = fault_page(s, h, m, k, gfn, kind)
-    if reason != cx.DONE:
+    if reason != DONE:
         return reason
-    no_huge = m.nx and kind == cx.EXEC
+    no_huge = m.nx and kind == EXEC
     goal = np.int64(1) if no_huge else fits
     if level < goal:  # tables below the entry to be set
-        row = v.reg[cx.ROOT]
-        level = np.int64(t.level[row])
+        row = vcpu.root
+        level = np.int64(t.pages[row].level)
         i = index_of(gfn, level)
     while True:
         if level == goal and nx_holds(t, m, t.sptes[row, i], level):
@@ -198,32 +219,32 @@ def map_gfn(t, s, h, v, m, k, gfn, kind, prefetch, row, i, level):
         nx_mark = nx_mark_of(m, level, fits) if no_huge else 0
         row = _next_table(t, v, m, row, i, nx_mark)
         if row < 0:
-            return cx.EXIT_NOMEM
+            return EXIT_NOMEM
         level -= 1
         i = index_of(gfn, level)
     old = t.sptes[row, i]
     if k < 0:
         new = mmio_spte(m, s, gfn)
         t.sptes[row, i] = new
-        t.meta[cx.SPTES_WRITTEN] += 1
-        v.stat[cx.PF_EMULATE] += not prefetch
-        v.stat[cx.PF_MMIO_SPTE_CREATED] += 1
+        t.kvm[0].sptes_written += 1
+        vcpu.pf_emulate += not prefetch
+        vcpu.pf_mmio_spte_created += 1
         if v.log.shape[0] > 0:
-            note(v, cx.EV_SPTE, gfn, level, old, new, 0)
-            note(v, cx.EV_MMIO, gfn, 0, 0, 0, 0)
-        return cx.EXIT_MMIO
+            note(v, EV_SPTE, gfn, level, old, new, 0)
+            note(v, EV_MMIO, gfn, 0, 0, 0, 0)
+        return EXIT_MMIO
     first = pfn & ~((ONE << U64(9 * (level - 1))) - ONE)
     write = host_writable and ((old & WRITABLE) != ZERO or may_write(t, gfn, True, prefetch))
     access = np.int64(ACC_ALL & ~ACC_EXEC if m.nx and level > 1 else ACC_ALL)
-    new = make_leaf(m, level, first, old, prefetch, host_writable, np.int64(t.role[row]), access, write)
-    if write and s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES:
+    new = make_leaf(m, level, first, old, prefetch, host_writable, np.int64(t.pages[row].role), access, write)
+    if write and s.slots[k].flags & LOG_DIRTY_PAGES:
         mark_dirty(t, s, v, k, gfn)
     if new != old:
         _install(t, v, m, row, i, gfn, level, new)
-    if kind == cx.WRITE and host_writable and not write:
-        return cx.EMULATED
+    if kind == WRITE and host_writable and not write:
+        return EMULATED
     if new == old:
-        v.stat[cx.PF_SPURIOUS] += not prefetch
-        return cx.DONE
-    v.stat[cx.PF_FIXED] += not prefetch
-    return cx.DONE
+        vcpu.pf_spurious += not prefetch
+        return DONE
+    vcpu.pf_fixed += not prefetch
+    return DONE

@@ -9,13 +9,11 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import helper, kernel_apart
-from spte.arrays import context as cx
+from spte.arrays.tables import PATH
 from spte.bits import ROLE_IS_DIRECT, WRITABLE, ZERO, child_of, is_leaf, is_link
 from spte.mmu.memslot import find_slot
 from spte.mmu.rmap import head_of, next_of, ref_of
 from spte.mmu.walk import walk
-
-PATH = 8  # levels of a walk over pages, two columns each
 
 
 @helper
@@ -27,7 +25,7 @@ def bucket_of(t, gfn):
 @helper
 def is_direct(t, row):
     """Tell whether `row` maps gfns one after the other, not what a guest table says."""
-    return np.int64(t.role[row]) & ROLE_IS_DIRECT != 0
+    return np.int64(t.pages[row].role) & ROLE_IS_DIRECT != 0
 
 
 @helper
@@ -50,29 +48,30 @@ def protect_rmaps(t, s, m, k, gfn, lowest):
 @kernel_apart
 def protect_gfn(t, s, m, gfn):
     """Take W and MMU_WRITABLE from every leaf of any level that maps `gfn`; returns whether the caller must flush."""
+    kvm = t.kvm[0]
     k = find_slot(s, gfn)
     changed = protect_rmaps(t, s, m, k, gfn, 1) if k >= 0 else 0
     both = WRITABLE | m.lay.mmu_writable
-    for r in range(t.meta[cx.TDP_ROOTS]):
-        row, i, level = walk(t, t.roots[r], gfn)
+    for r in range(kvm.nr_tdp_mmu_roots):
+        row, i, level = walk(t, kvm.tdp_mmu_roots[r], gfn)
         spte = t.sptes[row, i]
         if is_leaf(spte, level) and (spte & both) != ZERO:
             t.sptes[row, i] = spte & ~both
             changed += 1
-    t.meta[cx.SPTES_WRITTEN] += changed
+    kvm.sptes_written += changed
     return changed != 0
 
 
 @helper
 def count_shadowed(t, s, gfn, change):
     """Count a page that shadows the table at `gfn` in or out: no huge leaf may map a guest table."""
-    t.meta[cx.INDIRECT] += change
+    t.kvm[0].indirect_shadow_pages += change
     k = find_slot(s, gfn)
     if k >= 0:
-        base = s.table[k, cx.BASE]
-        for column in (cx.LPAGE2, cx.LPAGE3):
-            shift = 9 * (column - cx.LPAGE2 + 1)
-            s.disallow[s.table[k, column] + (gfn >> shift) - (base >> shift)] += change
+        base = s.slots[k].base_gfn
+        for level in range(2, 4):
+            shift = 9 * (level - 1)
+            s.disallow_lpage[s.slots[k].lpage_info[level - 2] + (gfn >> shift) - (base >> shift)] += change
 
 
 @helper
@@ -80,16 +79,16 @@ def is_tracked(t, gfn):
     """Tell whether `gfn` holds a guest table above level 1 that is shadowed: writes to it are emulated."""
     row = np.int64(t.hash[bucket_of(t, gfn)]) - 1
     while row >= 0:
-        if t.gfn[row] == gfn and t.level[row] > 1 and not is_direct(t, row):
+        if t.pages[row].gfn == gfn and t.pages[row].level > 1 and not is_direct(t, row):
             return True
-        row = np.int64(t.hash_next[row]) - 1
+        row = np.int64(t.pages[row].hash_link) - 1
     return False
 
 
 @helper
 def may_write(t, gfn, can_unsync, prefetch):
     """Tell whether a new leaf of `gfn` may be writable; pages that shadow it at level 1 turn unsync, if they may."""
-    return t.meta[cx.INDIRECT] == 0 or _may_write(t, gfn, can_unsync, prefetch)
+    return t.kvm[0].indirect_shadow_pages == 0 or _may_write(t, gfn, can_unsync, prefetch)
 
 
 @kernel_apart
@@ -98,23 +97,23 @@ def _may_write(t, gfn, can_unsync, prefetch):
         return False
     row = np.int64(t.hash[bucket_of(t, gfn)]) - 1
     while row >= 0:
-        if t.gfn[row] == gfn and not is_direct(t, row):
+        if t.pages[row].gfn == gfn and not is_direct(t, row):
             if not can_unsync:
                 return False
-            if t.unsync[row] == 0:
+            if t.pages[row].unsync == 0:
                 if prefetch:
                     return False
-                t.unsync[row] = 1
-                t.meta[cx.UNSYNC] += 1
-        row = np.int64(t.hash_next[row]) - 1
+                t.pages[row].unsync = 1
+                t.kvm[0].mmu_unsync += 1
+        row = np.int64(t.pages[row].hash_link) - 1
     return True
 
 
 @helper
 def set_synced(t, row):
     """Take the mark unsync from a page, if it has it."""
-    t.meta[cx.UNSYNC] -= np.int64(t.unsync[row])
-    t.unsync[row] = 0
+    t.kvm[0].mmu_unsync -= np.int64(t.pages[row].unsync)
+    t.pages[row].unsync = 0
 
 
 @kernel_apart
@@ -123,22 +122,23 @@ def unsync_below(t, root, at, room, parents):
 
     At most `room`, in which with `parents` each page on the way to them takes a place too.
     """
+    kvm = t.kvm[0]
     found = 0
     taken = 0
     depth = 0
     counted = 0  # pages of the path that have taken their place
-    t.path[0], t.path[PATH] = root, 0
+    kvm.path[0], kvm.path[PATH] = root, 0
     while depth >= 0:
-        row, i = t.path[depth], t.path[PATH + depth]
+        row, i = kvm.path[depth], kvm.path[PATH + depth]
         if i == 512:
             depth -= 1
             counted = min(counted, depth)
             continue
-        t.path[PATH + depth] = i + 1
+        kvm.path[PATH + depth] = i + 1
         if not is_link(t.sptes[row, i]):
             continue
         child = child_of(t.sptes[row, i])
-        if t.unsync[child]:
+        if t.pages[child].unsync:
             if parents:
                 taken += depth - counted
                 counted = depth
@@ -149,7 +149,7 @@ def unsync_below(t, root, at, room, parents):
             taken += 1
             if taken == room:
                 return found
-        elif t.level[child] > 1:
+        elif t.pages[child].level > 1:
             depth += 1
-            t.path[depth], t.path[PATH + depth] = child, 0
+            kvm.path[depth], kvm.path[PATH + depth] = child, 0
     return found

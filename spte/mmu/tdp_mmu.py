@@ -6,8 +6,8 @@ import numpy as np
 
 from spte import bits as bt
 from spte._numba.jit import helper
-from spte.arrays.context import NX_SPLITS, SPLITS_1G, SPLITS_2M, SPTES_WRITTEN, ZAPPED
 from spte.bits import child_of, is_leaf, is_link
+from spte.kernels._split import fill_table, first_child
 from spte.mmu.arena import alloc_row, count_leaf, free_row, take_row
 from spte.mmu.make_spte import _write_protects_l2, set_executable
 
@@ -18,50 +18,47 @@ _ROLE_LEVEL = bt.U64(0xF)
 def link(t, m, row, i, child):
     """Make entry `i` of `row` point to table `child`."""
     t.sptes[row, i] = m.lay.link | (bt.U64(child) << bt.SHIFT_PAGE)
-    t.parent[child] = row
+    t.pages[child].parent_ptes = row * 512 + i + 1
 
 
 @helper
 def child_gfn(t, row, i):
     """Return the first gfn of entry `i` of `row`."""
-    return t.gfn[row] + (np.int64(i) << (9 * (np.int64(t.level[row]) - 1)))
+    return t.pages[row].gfn + (np.int64(i) << (9 * (np.int64(t.pages[row].level) - 1)))
 
 
 @helper
 def _child_role(t, row):
-    return (bt.U64(t.role[row]) & ~_ROLE_LEVEL) | bt.U64(np.int64(t.level[row]) - 1)
+    return (bt.U64(t.pages[row].role) & ~_ROLE_LEVEL) | bt.U64(np.int64(t.pages[row].level) - 1)
 
 
 @helper
 def new_child(t, m, row, i):
     """Take an empty table for entry `i` of `row`, not linked yet; returns its row, -1 if the arena is full."""
-    level = np.int64(t.level[row]) - 1
-    return alloc_row(t, level, child_gfn(t, row, i), _child_role(t, row), row, m.lay.nonpresent)
+    level = np.int64(t.pages[row].level) - 1
+    return alloc_row(t, level, child_gfn(t, row, i), _child_role(t, row), m.lay.nonpresent)
 
 
 @helper
 def split_entry(t, m, row, i):
-    """Replace a huge leaf by a table of 512 leaves that inherit its bits; returns the table, -1 if the arena is full.
+    """Replace a huge leaf by a table of 512 leaves that inherit its bits: KVM's tdp_mmu_split_huge_page.
 
-    No flush: every translation stays as it was.
+    Returns the table, -1 if the arena is full. No flush: every translation stays as it was.
     """
-    level = np.int64(t.level[row])
-    child = take_row(t, level - 1, child_gfn(t, row, i), _child_role(t, row), row)
+    kvm = t.kvm[0]
+    level = np.int64(t.pages[row].level)
+    child = take_row(t, level - 1, child_gfn(t, row, i), _child_role(t, row))
     if child < 0:
         return child
     huge = t.sptes[row, i]
-    step = bt.SHIFT_PAGE + bt.U64(9 * (level - 2))
-    first = huge
-    if level == 2:
-        first &= ~bt.LARGE
-        if m.nx:
-            first = set_executable(first, m.lay, True)
-    for j in range(512):
-        t.sptes[bt.U64(child), j] = first + (bt.U64(j) << step)
+    first = first_child(huge, level)
+    if level == 2 and m.nx:
+        first = set_executable(first, m.lay, True)
+    fill_table(t.flat, child, first, level - 1)
     link(t, m, row, i, child)
-    t.whole[child] = level == 2
-    t.meta[SPLITS_2M if level == 2 else SPLITS_1G] += 1
-    t.meta[SPTES_WRITTEN] += 513
+    t.pages[child].full = level == 2
+    kvm.splits[level - 1] += 1
+    kvm.sptes_written += 513
     count_leaf(t, level, -1)
     count_leaf(t, level - 1, 512)
     return child
@@ -74,8 +71,8 @@ def split_below(t, m, row, i, start, end):
     if child < 0:
         return 0
     done = 1
-    if t.level[child] == 2:
-        base = t.gfn[child]
+    if t.pages[child].level == 2:
+        base = t.pages[child].gfn
         for j in range(512):
             if base + (j + 1) * 512 > start and base + j * 512 < end:
                 if split_entry(t, m, child, j) < 0:
@@ -87,17 +84,17 @@ def split_below(t, m, row, i, start, end):
 @helper
 def drop_nx_mark(t, row):
     """Forget that the NX mitigation holds table `row` down, if it does."""
-    if t.nx_disallowed[row] == 2:
-        t.meta[NX_SPLITS] -= 1
-    t.nx_disallowed[row] = 0
+    if t.pages[row].nx_huge_page_disallowed == 2:
+        t.kvm[0].nx_lpage_splits -= 1
+    t.pages[row].nx_huge_page_disallowed = 0
 
 
 @helper
 def _free_one(t, row):
     """Free one table, its leaves counted out; returns them."""
-    level = np.int64(t.level[row])
+    level = np.int64(t.pages[row].level)
     leaves = 512
-    if not t.whole[row]:  # a table that a split has filled is not read again: recovery of 2 MiB takes 20 ns, not 470
+    if not t.pages[row].full:  # a table that a split has filled is not read again: recovery of 2 MiB takes 20 ns, not 470
         leaves = 0
         for i in range(512):
             leaves += is_leaf(t.sptes[row, i], level)
@@ -112,17 +109,17 @@ def _free_one(t, row):
 def free_table(t, row):
     """Free table `row` with all below it and count its leaves out; returns the leaves dropped. The caller has unlinked it."""
     dropped = 0
-    if t.level[row] > 1:
+    if t.pages[row].level > 1:
         for i in range(512):
             if not is_link(t.sptes[row, i]):
                 continue
             upper = child_of(t.sptes[row, i])
-            if t.level[upper] > 1:
+            if t.pages[upper].level > 1:
                 for j in range(512):
                     if not is_link(t.sptes[upper, j]):
                         continue
                     lower = child_of(t.sptes[upper, j])
-                    if t.level[lower] > 1:
+                    if t.pages[lower].level > 1:
                         for k in range(512):
                             if is_link(t.sptes[lower, k]):
                                 dropped += _free_one(t, child_of(t.sptes[lower, k]))
@@ -134,10 +131,11 @@ def free_table(t, row):
 @helper
 def drop_entry(t, m, row, i):
     """Make entry `i` of `row` non-present with all below it; returns the leaves dropped."""
+    kvm = t.kvm[0]
     spte = t.sptes[row, i]
-    level = np.int64(t.level[row])
+    level = np.int64(t.pages[row].level)
     t.sptes[row, i] = m.lay.nonpresent
-    t.whole[row] = 0
+    t.pages[row].full = 0
     dropped = 0
     if (spte & bt.MMU_PRESENT) == bt.ZERO:
         return 0
@@ -146,15 +144,15 @@ def drop_entry(t, m, row, i):
     else:
         count_leaf(t, level, -1)
         dropped = 1
-    t.meta[ZAPPED] += dropped
-    t.meta[SPTES_WRITTEN] += 1
+    kvm.zapped += dropped
+    kvm.sptes_written += 1
     return dropped
 
 
 @helper
 def log_shift(t, m, row):
     """Return the place of the bit that dirty logging clears in the leaves of `row`: D, or W where D does not serve."""
-    role = np.int64(t.role[row])
+    role = np.int64(t.pages[row].role)
     if m.dirty_log_size == 0 or role & bt.ROLE_AD_DISABLED or _write_protects_l2(m, role):
         return bt.W_SHIFT
     return m.lay.dirty_shift

@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import helper, kernel, kernel_apart
-from spte.bits import INDEX_BITS, PFN_MASK, SHIFT_PAGE, U64, ZERO, child_of, is_link
+from spte.bits import INDEX_BITS, INDEX_MASK, PFN_MASK, SHIFT_PAGE, U64, ZERO, child_of, is_link
 
-INDEX_MASK, SHIFT_4, SHIFT_3, SHIFT_2 = U64(511), U64(27), U64(18), U64(9)
+SHIFT_4, SHIFT_3, SHIFT_2 = U64(27), U64(18), U64(9)
 ROW_SHIFT = SHIFT_PAGE - INDEX_BITS  # from a row's address to its place in `Tables.flat`
 
 
@@ -25,7 +25,7 @@ def index_of(gfn, level):
 def place_above(t, root, gfn):
     """Follow links for `gfn` from `root`, of level >= 2, down to level 2; returns the last entry's place in `t.flat` and its level."""
     # One step after the other: as a loop a walk took 36 ns where this takes 14 (random gfns).
-    place, at, top = U64(root) << INDEX_BITS, U64(gfn), t.level[root]
+    place, at, top = U64(root) << INDEX_BITS, U64(gfn), t.pages[root].level
     if top >= 4:
         place |= (at >> SHIFT_4) & INDEX_MASK
         if not is_link(t.flat[place]):
@@ -71,7 +71,7 @@ def list_leaf_rows(t, root, most):
     Behind the list stands a 0 for all that follows. Good until an entry of level 2 or above changes.
     """
     end = np.int64(0)
-    top = _last_link(t, root) if t.level[root] == 4 else np.int64(-1)
+    top = _last_link(t, root) if t.pages[root].level == 4 else np.int64(-1)
     if top >= 0:
         end = (top << 18) + ((_last_link(t, child_of(t.sptes[root, top])) + 1) << 9)
     if end > min(most, t.leaf_rows.shape[0] - 1):
@@ -103,7 +103,7 @@ def leaf_table(t, root, gfn):
 def table_at(t, root, gfn, level):
     """Return the row of `level` that holds the entry of `gfn`, -1 if no such table is linked."""
     row = root
-    at = np.int64(t.level[root])
+    at = np.int64(t.pages[root].level)
     while at > level:
         spte = t.sptes[row, index_of(gfn, at)]
         if not is_link(spte):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from spte.arrays.context import PAE_ROOT, Tables
-from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, Layout
-from spte.mmu.slot.sweep import GFN_SHIFT, is_scattered
+from spte.arrays.tables import PAE_ROOT, Tables
+from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, ROLE_GUEST_MODE, ROLE_INVALID, ROLE_IS_DIRECT, Layout
+from spte.mmu.slot.sweep import GFN_SHIFT, is_indirect
 
 _PRESENT, _LARGE, _FRAME, _NO_FRAME = int(MMU_PRESENT), int(LARGE), int(PFN_MASK), ~PFN_MASK
 _TOP_BIT = 1 << 63  # of an entry that is not present: suppress-#VE of EPT, or the non-present value of NPT
@@ -25,6 +25,18 @@ class Run(NamedTuple):
     entries: int
     value: int  # of a table its row, of leaves the bits apart from the frame, else the whole entry
     mapped: int = 0  # of leaves the gfn of the first page, which is not the address where a guest's tables say so
+
+
+class KeptRoot(NamedTuple):
+    """A root that a vCPU keeps in `root_mmu` or `guest_mmu`."""
+
+    vcpu: int
+    mmu: str
+    which: str  # "cur", "prev0" to "prev2"
+    active: bool  # the vCPU runs on it
+    row: int
+    role: int  # when it was loaded
+    pgd: int  # CR3 or EPTP of the guest table that it shadows, else 0
 
 
 def _visible(level: int, gfn: int, count: int, hide: tuple[int, int] | None) -> Iterator[tuple[int, int]]:
@@ -43,7 +55,7 @@ def _visible(level: int, gfn: int, count: int, hide: tuple[int, int] | None) -> 
 def _edges(t: Tables, row: int, flags: np.ndarray[Any, np.dtype[np.uint64]], shift: int) -> list[int]:
     """Return where runs of entries begin that have the same bits and map gfns one after the other."""
     changes = flags[1:] != flags[:-1]
-    if is_scattered(t, row):
+    if is_indirect(t, row):
         gfns = t.shadowed[row] >> GFN_SHIFT
         changes |= gfns[1:] != gfns[:-1] + np.uint64(1 << shift)
     return [0, *(np.flatnonzero(changes) + 1).tolist(), len(flags)]
@@ -59,9 +71,9 @@ def walk(t: Tables, root: int, hide: tuple[int, int] | None = None) -> list[Run]
 
 def _collect(t: Tables, row: int, hide: tuple[int, int] | None, address: int, found: list[Run]) -> None:
     """Add to `found` what hangs below `row`, which translates `address` on."""
-    level = int(t.level[row])
-    if t.shadow[row] != PAE_ROOT and (hide is None or not hide[0] <= address < hide[1]):
-        found.append(Run("table", level, int(t.gfn[row]), 1, row))
+    level = int(t.pages[row].level)
+    if t.pages[row].shadow != PAE_ROOT and (hide is None or not hide[0] <= address < hide[1]):
+        found.append(Run("table", level, int(t.pages[row].gfn), 1, row))
     shift = 9 * (level - 1)
     entries = t.sptes[row]
     flags = entries & _NO_FRAME
@@ -70,7 +82,7 @@ def _collect(t: Tables, row: int, hide: tuple[int, int] | None, address: int, fo
         if not bits & ~_TOP_BIT:
             continue
         if bits & _PRESENT and (level == 1 or bits & _LARGE):
-            mapped = int(t.shadowed[row, first] >> GFN_SHIFT) if is_scattered(t, row) else int(t.gfn[row]) + (first << shift)
+            mapped = int(t.shadowed[row, first] >> GFN_SHIFT) if is_indirect(t, row) else int(t.pages[row].gfn) + (first << shift)
             for gfn, count in _visible(level, address + (first << shift), end - first, hide):
                 found.append(Run("leaf", level, gfn, count, bits, mapped + gfn - address - (first << shift)))
         elif bits & _PRESENT:
@@ -109,7 +121,12 @@ def tables(t: Tables, walked: list[Run]) -> list[list[Any]]:
         if run.what != "table":
             continue
         level, gfn, row = run.level, run.gfn, run.value
-        key = [f"{int(t.role[row]):x}", 1 - int(t.shadow[row]), int(t.nx_disallowed[row] != 0), int(t.unsync[row])]
+        key = [
+            f"{int(t.pages[row].role):x}",
+            1 - int(t.pages[row].shadow),
+            int(t.pages[row].nx_huge_page_disallowed != 0),
+            int(t.pages[row].unsync),
+        ]
         last = runs[-1] if runs else None
         if last and last[0] == level and last[3:] == key and last[1] + (last[2] << (9 * level)) == gfn:
             last[2] += 1
@@ -122,6 +139,34 @@ def other(walked: list[Run], lay: Layout) -> list[list[Any]]:
     """Return ``[level, gfn, full hex]`` of the entries of a walk that are neither present nor empty: MMIO and frozen ones."""
     empty = int(lay.nonpresent)
     return [[r.level, r.gfn, f"{r.value:x}"] for r in walked if r.what == "other" and r.value != empty]
+
+
+def roots(t: Tables, lay: Layout, kept: Iterable[KeptRoot], hide: tuple[int, int] | None = None) -> list[dict[str, Any]]:
+    """Return where each root is kept, its role and what it maps, in the shape of the nested recordings; leaves as `leafs` has them.
+
+    Leaves of a `guest_mmu` have the gfn that they map as a fifth value. A root that is kept twice is listed once.
+    """
+    found = []
+    seen: dict[int, str] = {}
+    for root in kept:
+        role = int(t.pages[root.row].role)
+        entry: dict[str, Any] = {"vcpu": root.vcpu, "mmu": root.mmu, "which": root.which, "active": int(root.active)}
+        if root.which == "cur":
+            entry |= {"root_level": int(t.pages[root.row].level), "role": f"{root.role:x}"}
+        entry["pgd"] = f"{root.pgd:x}"
+        if root.row in seen:
+            found.append({**entry, "root": f"same as {seen[root.row]}"})
+            continue
+        seen[root.row] = f"{root.vcpu} {root.mmu} {root.which}"
+        walked = walk(t, root.row, hide)
+        entry |= {
+            "root_role": f"{role:x}", "direct": int(role & ROLE_IS_DIRECT != 0), "guest_mode": int(role & ROLE_GUEST_MODE != 0),
+            "root_invalid": int(role & ROLE_INVALID != 0),
+            "leafs": leafs(walked, mapped=root.mmu == "guest_mmu"), "tables": tables(t, walked),
+        }  # fmt: skip
+        entries = other(walked, lay)
+        found.append({**entry, "other": entries} if entries else entry)
+    return found
 
 
 def runs_of(values: list[int]) -> list[list[int]]:

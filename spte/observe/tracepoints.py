@@ -8,8 +8,22 @@ from typing import Any
 
 import numpy as np
 
-from spte.arrays import context as cx
-from spte.arrays.context import Tables, Vcpu
+from spte.arrays.tables import Tables
+from spte.arrays.vcpu import (
+    EV_FAST,
+    EV_FAULT,
+    EV_MARK,
+    EV_MMIO,
+    EV_PML,
+    EV_PML_FULL,
+    EV_PUSH,
+    EV_RING_EXIT,
+    EV_SET,
+    EV_SPTE,
+    EXEC,
+    WRITE,
+    Vcpu,
+)
 from spte.bits import PFN_MASK
 
 PFERR_PRESENT, PFERR_WRITE, PFERR_USER, PFERR_FETCH = 1, 2, 4, 16
@@ -22,24 +36,24 @@ def _flags(spte: int) -> str:
 def _decode(vcpu: int, e: list[int]) -> list[Any] | None:
     """Return one logged event as ``[tracepoint, fields...]``; None for what is hardware's, not KVM's."""
     kind, a, b, c, d, f = e
-    if kind == cx.EV_FAULT:
-        error = PFERR_USER | (PFERR_PRESENT if c else 0) | {cx.WRITE: PFERR_WRITE, cx.EXEC: PFERR_FETCH}.get(b, 0)
+    if kind == EV_FAULT:
+        error = PFERR_USER | (PFERR_PRESENT if c else 0) | {WRITE: PFERR_WRITE, EXEC: PFERR_FETCH}.get(b, 0)
         return ["kvm_page_fault", vcpu, a, f"{error:x}"]
-    if kind == cx.EV_FAST:
+    if kind == EV_FAST:
         return ["fast_page_fault", vcpu, a, _flags(b), _flags(c), "fixed" if d else "no"]
-    if kind == cx.EV_SET:
+    if kind == EV_SET:
         return ["kvm_mmu_set_spte", a, b, _flags(c)]
-    if kind == cx.EV_SPTE:
+    if kind == EV_SPTE:
         return ["kvm_tdp_mmu_spte_changed", 0, a, b, _flags(c), _flags(d)]
-    if kind == cx.EV_MARK:
+    if kind == EV_MARK:
         return ["mark_page_dirty_in_slot", a]
-    if kind == cx.EV_PML_FULL:
+    if kind == EV_PML_FULL:
         return ["kvm_pml_full", vcpu]
-    if kind == cx.EV_PUSH:
+    if kind == EV_PUSH:
         return ["kvm_dirty_ring_push", vcpu, a, b, c, d, f]
-    if kind == cx.EV_RING_EXIT:
+    if kind == EV_RING_EXIT:
         return ["kvm_dirty_ring_exit", vcpu]
-    if kind == cx.EV_MMIO:
+    if kind == EV_MMIO:
         return ["mark_mmio_spte", a]
     return None
 
@@ -60,19 +74,19 @@ class EventLog:
 
     def collect(self, index: int, v: Vcpu) -> None:
         """Take over what a vCPU logged during a stay in the guest."""
-        for e in v.log[: v.reg[cx.LOGGED]].tolist():
-            if self.hardware and e[0] == cx.EV_PML:
+        for e in v.log[: v.vcpu[0].logged].tolist():
+            if self.hardware and e[0] == EV_PML:
                 self.hw.append(["pml", e[1], e[2], e[3], "setA" if e[4] else ""])
-            elif self.hardware and e[0] == cx.EV_PML_FULL:
+            elif self.hardware and e[0] == EV_PML_FULL:
                 self.hw.append(["pml_full", e[1], e[2], e[3]])
             if self.tracing and (event := _decode(index, e)):
                 self.events.append(event)
-        v.reg[cx.LOGGED] = 0
+        v.vcpu[0].logged = 0
 
     def ring_reset(self, index: int, v: Vcpu) -> None:
         """Record that a vCPU's ring was reset."""
         if self.tracing:
-            dirty, reset = int(v.reg[cx.RING_DIRTY]), int(v.reg[cx.RING_RESET])
+            dirty, reset = int(v.vcpu[0].dirty_index), int(v.vcpu[0].reset_index)
             self.events.append(["kvm_dirty_ring_reset", index, dirty, reset, (dirty - reset) & 0xFFFF_FFFF])
 
     def drain_events(self) -> list[list[Any]]:
@@ -87,14 +101,11 @@ class EventLog:
 
     @contextlib.contextmanager
     def changes(self, t: Tables) -> Iterator[None]:
-        """Record every entry that an operation changes in tables that outlive it, ascending by gfn."""
-        if not self.tracing:
-            yield
-            return
-        n = int(t.meta[cx.ROWS])
-        sptes, level, gfn = t.sptes[:n].copy(), t.level[:n].copy(), t.gfn[:n].copy()
+        """Record every entry that an operation changes in tables that outlive it, ascending by gfn; only while `tracing`: it copies."""
+        n = int(t.kvm[0].rows)
+        sptes, level, gfn = t.sptes[:n].copy(), t.pages["level"][:n].copy(), t.pages["gfn"][:n].copy()
         yield
-        same = (t.level[:n] == level) & (t.gfn[:n] == gfn) & (level > 0)
+        same = (t.pages["level"][:n] == level) & (t.pages["gfn"][:n] == gfn) & (level > 0)
         rows, places = np.nonzero((t.sptes[:n] != sptes) & same[:, None])
         found = []
         for r, i in zip(rows.tolist(), places.tolist(), strict=True):

@@ -1,11 +1,11 @@
-"""Scenarios of patches 9 to 13: when PML runs, who is asked, and what toggling a memslot's flags may do."""
+"""Scenarios of patches 9 to 13: when PML is on, which vCPUs are told, and what changing a memslot's flags may do."""
 
 from __future__ import annotations
 
 import errno
 import itertools
 
-from spte.arrays.context import LOG_DIRTY_PAGES, READONLY
+from spte.arrays.slots import LOG_DIRTY_PAGES, READONLY
 from spte.errors import KvmError
 from spte.patches import nested as patch_nested
 from spte.patches.mapping import logging_begins

@@ -13,7 +13,7 @@ from spte.host.pages import the_host
 from spte.mmu.memslot import max_mapping_level
 from spte.patches.states import STATES, around
 from spte.patches.trial import Play, Scenario, Slot, Trial
-from spte.platform import named, without_tdp_mmu
+from spte.platform import PAGE_SIZE, named, without_tdp_mmu
 from spte.vm.memslots import Memslot
 
 MIB = 256  # pages
@@ -78,7 +78,7 @@ def _disallow(t: Trial, gfn: int) -> None:
     """Count one shadowed guest page table at `gfn`: no huge page may cover it."""
     memslot = t.vm.memslots.at(gfn)
     assert memslot is not None
-    disallow = t.vm.memslots.spaces[0].disallow
+    disallow = t.vm.memslots.spaces[0].disallow_lpage
     for level, first in zip((2, 3), memslot.lpage, strict=True):
         shift = 9 * (level - 1)
         disallow[first + (gfn >> shift) - (memslot.base_gfn >> shift)] += 1
@@ -116,7 +116,7 @@ def _brute_force(memslot: Memslot, gfn: int, max_level: int, host: int, held: se
         pages = _PAGES_OF[level]
         start = gfn - gfn % pages
         inside = memslot.base_gfn <= start and start + pages <= memslot.end_gfn
-        congruent = (memslot.base_gfn - memslot.hva // 4096) % pages == 0
+        congruent = (memslot.base_gfn - memslot.hva // PAGE_SIZE) % pages == 0
         if level == 1 or (level <= min(max_level, host) and inside and congruent and not any(start <= h < start + pages for h in held)):
             return level
     raise AssertionError(gfn)
@@ -129,7 +129,7 @@ def _shapes(t: Trial) -> Iterator[tuple[Slot, int]]:
     """Yield slots of every alignment, each with the host's level, every one where the one before it was."""
     for kind, host in _HOST_LEVEL.items():
         size = 3 * _PAGES_OF[3] if host == 3 else 8 * HUGE
-        backing = Backing(kind, size * 4096, populate=True)
+        backing = Backing(kind, size * PAGE_SIZE, populate=True)
         for gfn, offset, npages in ((0, 0, size), (MIB, MIB, size - MIB), (HUGE, 0, size), (0, 1, size - 1), (3, 3, size - 7)):
             slot = Slot(t.vm, 0, backing, gfn, npages, offset, 0)
             yield slot, host
@@ -146,7 +146,7 @@ def _max_mapping_level(t: Trial) -> None:
         held = {int(g) for g in rng.integers(slot.gfn, slot.gfn + slot.npages, 2)}
         for gfn in held:
             _disallow(t, gfn)
-        s, k = t.vm.memslots.place(memslot)
+        s, k = t.vm.memslots.row_of(memslot)
         for gfn in {slot.gfn, slot.gfn + slot.npages - 1, *held, *rng.integers(slot.gfn, slot.gfn + slot.npages, 20).tolist()}:
             for max_level in _LEVELS:
                 got = int(max_mapping_level(s, the_host(), k, np.int64(gfn), np.int64(max_level)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte.arrays.context import PML_INDEX, PML_ON, READ
+from spte.access import READ
 from spte.guest_tables import GuestTables
 from spte.patches.states import around
 from spte.patches.trial import Play, Scenario, Slot, Trial
@@ -53,7 +53,7 @@ def _forced_full(t: Trial) -> None:
     vcpu.enter_l2(tables.address())
     stop = vcpu.run([L2_BASE], [READ], stays=True)  # maps the neighbours too, without A
     assert stop is None, stop
-    vcpu.arrays.reg[PML_ON], vcpu.arrays.reg[PML_INDEX] = 1, PML_FULL_INDEX
+    vcpu.arrays.vcpu[0].pml_enabled, vcpu.arrays.vcpu[0].pml_index = 1, PML_FULL_INDEX
     with t.after():
         stop = vcpu.read([L2_BASE + 1])
     t.seen["exit"] = stop.reason if stop is not None else "none"
@@ -95,11 +95,11 @@ def _toggled_in_l2(*, ends: bool) -> Play:
                 slot.log(False)
                 t.write([L2_BASE])
             controls.append(int(vcpu.pml01))
-            deferred.append(int(vcpu.update_deferred))
+            deferred.append(int(vcpu.nested.update_deferred))
             vcpu.leave_l2()
             vcpu.enter_guest()
             controls.append(int(vcpu.pml01))
-            deferred.append(int(vcpu.update_deferred))
+            deferred.append(int(vcpu.nested.update_deferred))
         t.seen |= {"pml_on": tuple(controls), "deferred": tuple(deferred)}
 
     return play

@@ -1,4 +1,4 @@
-"""The series as it grows: 5.11, and what each of the 14 patches decides on top of those before it."""
+"""The series patch by patch: 5.11, and the decision that each of the 14 patches changes on top of those before it."""
 
 from __future__ import annotations
 

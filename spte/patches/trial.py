@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
-from spte.arrays.context import LOG_DIRTY_PAGES, PML_ON, I64s
+from spte.arrays.records import I64s
+from spte.arrays.slots import LOG_DIRTY_PAGES
 from spte.host.backing import Backing
-from spte.platform import Platform
+from spte.platform import PAGE_SIZE, Platform
 from spte.policy import Policy
-from spte.trace import PAGE_SIZE
 from spte.vm.vm import VM
 
 Value = int | str | tuple[int, ...]
@@ -89,7 +89,7 @@ class Trial:
     def pml_on(self, vcpu: int = 0) -> int:
         """Let `vcpu` enter the guest; returns its PML control there."""
         self.vm.vcpus[vcpu].enter_guest()
-        return int(self.vm.vcpus[vcpu].arrays.reg[PML_ON])
+        return int(self.vm.vcpus[vcpu].arrays.vcpu[0].pml_enabled)
 
     def faults(self) -> int:
         """Return the page faults since the VM was made."""

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
-from spte.arrays.context import LOG_DIRTY_PAGES, READONLY
+from spte.arrays.slots import LOG_DIRTY_PAGES, READONLY
 from spte.patches.mapping import HUGE, INITIALLY_SET, MIB, logging_begins
 from spte.patches.trial import Play, Scenario, Trial, Value
 from spte.platform import Platform, named

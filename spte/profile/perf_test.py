@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from spte.arrays.context import READ, WRITE
+from spte.access import READ, WRITE
+from spte.platform import PAGE_SIZE
 from spte.profile.workload import Access, WorkloadError, ascending, check_choice, check_seed, check_vcpus
-from spte.trace import MAX_NPAGES, PAGE_SIZE
+from spte.trace import MAX_NPAGES
 
 SOURCES = {
     "anonymous": "4k",

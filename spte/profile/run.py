@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spte.arrays.context import LOG_DIRTY_PAGES, WRITE
+from spte.access import WRITE
+from spte.arrays.slots import LOG_DIRTY_PAGES
 from spte.host.backing import Backing
 from spte.limits.bare_loops import scatter_bits
+from spte.platform import PAGE_SIZE
 from spte.policy import Policy, parse
 from spte.profile.report import Epoch, Phase, Row
 from spte.profile.workload import Access, Workload
-from spte.trace import PAGE_SIZE
 from spte.vm.vm import VM
 from spte.warm import warmup
 
@@ -56,7 +57,7 @@ def profile(
     Parameters
     ----------
     workload : Workload
-        `spte.workload.TraceWorkload`, `spte.perf_test.PerfTest`, or anything of that shape.
+        `spte.profile.workload.TraceWorkload`, `spte.profile.perf_test.PerfTest`, or anything of that shape.
     platforms : sequence of str
         Platform names.
     policies : sequence of str or Policy

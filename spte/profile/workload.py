@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from spte.trace import MAX_NPAGES, PAGE_SIZE, PAGES_PER_2M, Trace
+from spte.platform import PAGE_SIZE
+from spte.trace import MAX_NPAGES, PAGES_PER_2M, Trace
 
 Gfns = npt.NDArray[np.uint64]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from spte.platform import PAGE_SIZE
 from spte.recording.seq import parse_seq
 
 INT64 = 1 << 63
@@ -53,7 +54,7 @@ _SLOT = _int(0, 0, 1 << 32)
 _ADDRESS = _int(0, -INT64, UINT64)
 _FLAG = _int(0, 0, 2)
 _PAGES = _runs(PAGE_LIMIT, BACKING_LIMIT >> 12, required=True)
-_GUEST = {"vcpu": _VCPU, "gfns": _runs(GUEST_PAGES, ACCESS_LIMIT, required=True), "off": _int(0, 0, 4096)}
+_GUEST = {"vcpu": _VCPU, "gfns": _runs(GUEST_PAGES, ACCESS_LIMIT, required=True), "off": _int(0, 0, PAGE_SIZE)}
 _L2_PAGES = _runs(GUEST_PAGES, ACCESS_LIMIT, required=True)
 _REGION = {
     "slot": _SLOT, "gpa": _ADDRESS, "size": _int(None, -INT64, UINT64), "backing": _text(required=False),
@@ -77,7 +78,7 @@ OPS: dict[str, dict[str, Arg]] = {
     "backing": {
         "name": _text(), "kind": _word(None, "4k", "thp", "hugetlb2m", "hugetlb1g", "shm", required=True),
         "size": _int(None, 1, BACKING_LIMIT + 1, required=True), "populate": _int(1, 0, 2),
-        "align": _int(None, 4096, BACKING_LIMIT), "off": _int(0, 0, BACKING_LIMIT),
+        "align": _int(None, PAGE_SIZE, BACKING_LIMIT), "off": _int(0, 0, BACKING_LIMIT),
     },
     "create_slot": _REGION,
     "set_region": _REGION,
@@ -116,7 +117,7 @@ OPS: dict[str, dict[str, Arg]] = {
     "fork": {},
     "clear_refs": {"val": _int(1, 0, 6)},
     "param": {"name": _text(), "val": _text(), "mod": _text(required=False)},
-    "check_mem": {"backing": _text(), "pages": _PAGES, "off": _int(0, 0, 4096)},
+    "check_mem": {"backing": _text(), "pages": _PAGES, "off": _int(0, 0, PAGE_SIZE)},
     "sleep": {"ms": _int(1, 0, 1 << 31)},
     "note": {"text": Arg("any")},
     "set": {"trace": _int(1, 0, 2)},

@@ -69,7 +69,7 @@ def _check_mmu(where: str, entry: Mapping[str, Any]) -> None:
 
 
 def check_shapes(record: Mapping[str, Any], where: str) -> None:
-    """Raise RecordingError if a key of `record` that the comparison looks into has not the shape that it expects."""
+    """Raise RecordingError unless each key of `record` that is compared has the shape that the comparison expects."""
     for key, kind in _CONTAINERS.items():
         if key in record and not isinstance(record[key], kind):
             raise RecordingError(f"{where}: {key} is {short(record[key])}, not a {kind.__name__}")

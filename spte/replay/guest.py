@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from spte.access import WRITE
 from spte.replay.payload import (
     COMPARE_EXCHANGE,
     FETCH,
@@ -15,7 +16,6 @@ from spte.replay.payload import (
     READ_MODIFY_WRITE,
     STORE,
     STRING_IO,
-    WRITE,
     Accesses,
     Command,
     Payload,
@@ -84,7 +84,7 @@ class Guest:
         return self._run(vcpu, self._payload.program(self._commands))
 
     def resume(self, vcpu: int) -> Exits:
-        """Run `vcpu` on from where it stopped; a list that was done is done again from its start."""
+        """Continue `vcpu` where it stopped; a list of commands that was finished starts again."""
         stop = self._interrupted.pop(vcpu, None)
         if stop is None:
             return self._run(vcpu, self._payload.program(self._commands))

@@ -51,7 +51,7 @@ def mprotect(machine: Machine, args: Args, record: Args) -> Result:
 
 
 def fork(machine: Machine, args: Args, record: Args) -> Result:
-    """Fork the process, payload and all."""
+    """Fork the process, the VM's memory with it."""
     mm.fork(machine.process_memory())
     return _host_result(record)
 

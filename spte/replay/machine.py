@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 
 from spte import platform as platforms
 from spte import policy as policies
-from spte.arrays.context import READONLY, U64s
+from spte.access import READ, WRITE
+from spte.arrays.records import U64s
+from spte.arrays.slots import READONLY
 from spte.errors import KvmError
 from spte.host.backing import Backing
 from spte.recording.ops import UINT64, RecordingError, short
 from spte.replay.guest import Guest, Memory
-from spte.replay.payload import CODE, CODE_PAGES, CODE_SLOT, COMMANDS, PML4, READ, TABLE_PAGES, TABLE_SLOT, WRITE, Payload, identity_map
+from spte.replay.payload import CODE, CODE_PAGES, CODE_SLOT, COMMANDS, PML4, TABLE_PAGES, TABLE_SLOT, Payload, identity_map
 from spte.replay.payload_tables import L1Tables
 from spte.vm.vcpu import VirtualCpu
 from spte.vm.vm import VM

@@ -7,19 +7,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from spte.access import EXEC, READ, RWX, WRITE
 from spte.exits import Exit
-from spte.guest_tables import FRAME, RWX
+from spte.guest_tables import FRAME
 from spte.recording.ops import RecordingError
 from spte.recording.seq import Step
 from spte.replay.guest import HALT, RING_FULL, Exits, Guest, Memory, UnsupportedOp, elided
-from spte.replay.payload import CODE, EXEC, READ, STRING_IO, WRITE, Accesses, Command, Payload
+from spte.replay.payload import CODE, STRING_IO, Accesses, Command, Payload
 from spte.replay.payload_tables import L1Tables
 from spte.vm.vcpu import VirtualCpu
 
 VCPU_PAGES = 0x40  # the payload of each vCPU
 PARAMS, VMX_REGION, CONTROL, L1_PML, COMMAND_LIST, L2_STACK, L1_STACK = 8, 10, 11, 14, 16, 59, 62  # its pages
 VMCALL, VMMCALL, EPT_VIOLATION, NPF, PML_FULL = 18, 129, 48, 1024, 62
-QUALIFICATION = {READ: 1, WRITE: 2, EXEC: 4}
 FROM_WALK, FROM_ADDRESS = 0x80, 0x180  # of a qualification: the access is a page walk's, or the one after it
 PFERR_USER, PFERR_PRESENT, PFERR_FINAL, PFERR_WALK = 4, 1, 1 << 32, 1 << 33
 STORES = 1 << 17  # pages of one change of L1's tables; keeps a forged count from running for hours
@@ -260,11 +260,10 @@ class NestedGuest(Guest):
         if stop.reason == "pml_full":
             return [PML_FULL, "0", "ffff"]
         walk = access is not None and bool(access["walk"])
-        allows = (stop.allows & 4) >> 2 | stop.allows & 2 | (stop.allows & 1) << 2
         if stop.reason == "ept_violation":
-            qualification = QUALIFICATION[stop.kind] | allows << 3 | (FROM_WALK if walk else FROM_ADDRESS)
+            qualification = int(stop.kind) | int(stop.allows) << 3 | (FROM_WALK if walk else FROM_ADDRESS)
             return [EPT_VIOLATION, f"{qualification:x}", f"{stop.gfn << 12:x}"]
-        code = PFERR_USER | PFERR[stop.kind] | (PFERR_PRESENT if allows else 0) | (PFERR_WALK if walk else PFERR_FINAL)
+        code = PFERR_USER | PFERR[stop.kind] | (PFERR_PRESENT if stop.allows else 0) | (PFERR_WALK if walk else PFERR_FINAL)
         return [NPF, f"{code:x}", f"{stop.gfn << 12:x}"]
 
     def _handle(self, vcpu: int, stop: Exit) -> Iterator[dict[str, Any]]:

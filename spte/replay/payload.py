@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-READ, WRITE, EXEC = 0, 1, 2
+from spte.access import EXEC, READ, WRITE
+from spte.platform import PAGE_SIZE
+
 STRING_IO = 255  # not an access: KVM emulates `rep insb` here
 
 CODE, COMMANDS, STACK = 0xC0000, 0xC0001, 0xC000F
@@ -26,7 +28,7 @@ GPTE_LINK, GPTE_A, GPTE_D, GPTE_LARGE = 7, 1 << 5, 1 << 6, 1 << 7  # P W U, acce
 HIDDEN = (0xC0000, 0xE0000)  # gfns that a recording leaves out of leafs and tables
 
 COMMAND_BYTES = 32
-COMMAND_LIMIT = (STACK - COMMANDS) * 4096 // COMMAND_BYTES - 1
+COMMAND_LIMIT = (STACK - COMMANDS) * PAGE_SIZE // COMMAND_BYTES - 1
 INSB_BYTES = 16
 
 # What KVM does when it has to emulate the instruction of an access.
@@ -155,7 +157,7 @@ class Payload:
         instructions = self._instructions[command.op]
         for number, instruction in enumerate(instructions):
             own = instruction.verb != PLAIN
-            crosses = own and command.off + instruction.length > 4096
+            crosses = own and command.off + instruction.length > PAGE_SIZE
             for kind in instruction.kinds:
                 for target in (pages, pages + 1)[: 2 if crosses else 1]:
                     gfns, kinds = self._columns(target if own else np.full_like(pages, self._stack), kind)
@@ -167,7 +169,7 @@ class Payload:
         for name, values in zip(("kind", "walk", "insn", "verb", "length"), zip(*rows, strict=True), strict=True):
             out[name] = values
         out["insn"] += (np.arange(len(pages)) * len(instructions))[:, None]
-        out["gpa"] = (pages * 4096 + command.off)[:, None]
+        out["gpa"] = (pages * PAGE_SIZE + command.off)[:, None]
         out["entry"] = entry
         if command.op == "guest_insb":
             return self._with_string_io(out, command, entry)
@@ -184,7 +186,7 @@ class Payload:
             gpa, rest = int(push["gpa"][0]), INSB_BYTES
             while rest:
                 insn += 1
-                length = min(rest, 4096 - gpa % 4096)
+                length = min(rest, PAGE_SIZE - gpa % PAGE_SIZE)
                 io = np.zeros(1, ACCESS)
                 io["kind"], io["insn"], io["gpa"], io["length"], io["entry"] = STRING_IO, insn, gpa, length, entry
                 io["verb"] = LAST_PIECE if length == rest else PLAIN
@@ -201,7 +203,7 @@ class Payload:
         pieces: list[Accesses] = []
         insn = 0
         for number in range(entry, len(commands)):
-            page = COMMANDS + number * COMMAND_BYTES // 4096
+            page = COMMANDS + number * COMMAND_BYTES // PAGE_SIZE
             command = commands[number]
             pieces.append(self.single(page, READ, number, insn))
             if command is None:

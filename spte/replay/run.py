@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from spte.arrays.context import PAE_ROOT, ROOT
+from spte.arrays.tables import PAE_ROOT
 from spte.bits import ROLE_INVALID
 from spte.errors import KvmError
 from spte.observe import listing
-from spte.observe.stats import stat_files
+from spte.observe.stats import RECORDED_STATS, stat_files
 from spte.platform import EPT
 from spte.recording.file import Recording
 from spte.recording.ops import OPS, RecordingError, short, unknown_args, with_defaults
@@ -19,10 +19,6 @@ from spte.replay.nested import NestedGuest
 from spte.replay.ops import HANDLERS
 from spte.replay.payload import CODE_SLOT, HIDDEN, TABLE_SLOT
 
-STATS = {
-    "vm": ("pages_4k", "pages_2m", "pages_1g", "remote_tlb_flush_requests", "nx_lpage_splits"),
-    "vcpu": ("pf_taken", "pf_fixed", "pf_fast", "pf_emulate", "pf_spurious", "pf_mmio_spte_created"),
-}
 EXIT_REASONS = {"EPT_VIOLATION": "ept_violations", "EPT_MISCONFIG": "ept_misconfigs", "PML_FULL": "pml_full"}
 
 class Replay:
@@ -105,9 +101,9 @@ class Replay:
     def _observe_stats(self, out: dict[str, Any], *, new: bool) -> None:
         vm = self.machine.vm
         changed: dict[str, dict[str, int]] = {}
-        for who, values in stat_files(vm).items():
+        for who, values in stat_files(vm.mmu.tables, vm.kvm.vcpu_arrays).items():
             before = self._stats.get(who, {})
-            kept = {name: values.get(name, 0) for name in STATS["vm" if who == "vm" else "vcpu"]}
+            kept = {name: values.get(name, 0) for name in RECORDED_STATS["vm" if who == "vm" else "vcpu"]}
             different = {name: value for name, value in sorted(kept.items()) if value != before.get(name, 0)}
             if different:
                 changed[who] = different
@@ -131,21 +127,22 @@ class Replay:
             return state
         return state | {
             "logging_slots": vm.nr_memslots_dirty_logging, "pml01": [int(v.pml01) for v in vm.vcpus],
-            "pml02": [int(v.pml01 and vm.policy.pml_in_l2) for v in vm.vcpus], "deferred": [int(v.update_deferred) for v in vm.vcpus],
+            "pml02": [int(v.pml01 and vm.policy.pml_in_l2) for v in vm.vcpus],
+            "deferred": [int(v.nested.update_deferred) for v in vm.vcpus],
         }  # fmt: skip
 
     def _mmu_entry(self, vcpu: int) -> dict[str, Any]:
         vm = self.machine.vm
-        roots = [int(each.arrays.reg[ROOT]) for each in vm.vcpus]
+        roots = [int(each.arrays.vcpu[0].root) for each in vm.vcpus]
         root = roots[vcpu]
-        role, level = int(vm.mmu.tables.role[root]), int(vm.mmu.tables.level[root])
+        role, level = int(vm.mmu.tables.pages[root].role), int(vm.mmu.tables.pages[root].level)
         entry: dict[str, Any] = {"vcpu": vcpu, "root_level": level, "role": f"{role & ~ROLE_INVALID:x}"}
         if root in roots[:vcpu]:
             return {**entry, "root": f"same as vcpu {roots.index(root)}"}
-        entry["root_invalid"] = -1 if vm.mmu.tables.shadow[root] == PAE_ROOT else int(role & ROLE_INVALID != 0)
+        entry["root_invalid"] = -1 if vm.mmu.tables.pages[root].shadow == PAE_ROOT else int(role & ROLE_INVALID != 0)
         walked = listing.walk(vm.mmu.tables, root, HIDDEN)
         entry["leafs"], entry["tables"] = listing.leafs(walked), listing.tables(vm.mmu.tables, walked)
-        other = listing.other(walked, vm.mmu.mode.lay)
+        other = listing.other(walked, vm.mmu.mode[0].lay)
         if other:
             entry["other"] = other
         return entry

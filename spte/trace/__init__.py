@@ -12,7 +12,7 @@ array      dtype, shape             meaning
 """
 
 from spte.trace.build import from_bitmaps, from_gfns
-from spte.trace.model import FORMAT, MAX_BYTES, MAX_NPAGES, PAGE_SIZE, PAGES_PER_2M, Trace, TraceError
+from spte.trace.model import FORMAT, MAX_BYTES, MAX_NPAGES, PAGES_PER_2M, Trace, TraceError
 from spte.trace.npz import default_trace, load, save
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "MAX_BYTES",
     "MAX_NPAGES",
     "PAGES_PER_2M",
-    "PAGE_SIZE",
     "Trace",
     "TraceError",
     "default_trace",

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from spte.platform import PAGE_SIZE
+
 FORMAT = "spte-trace/1"
-PAGE_SIZE = 4096
 PAGES_PER_2M = 512
 MAX_NPAGES = (1 << 31) - 1
 """Pages that one memslot can hold (KVM_MEM_MAX_NR_PAGES), hence the largest page space."""

@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
-from spte.trace.model import PAGE_SIZE, PAGES_PER_2M, Int64Array, Trace
+from spte.platform import PAGE_SIZE
+from spte.trace.model import PAGES_PER_2M, Int64Array, Trace
 
 WORKING_SET_S = 1.0
 """The working set is of the last second: about the time that a round of pre-copy takes."""

@@ -1,12 +1,13 @@
-"""Dirty logging over a VM's memslots: enable, disable, GET, CLEAR, reset of rings - KVM's order of steps around the kernels."""
+"""Dirty logging of memslots: enable, disable, GET, CLEAR, reset of rings. KVM's order of steps around the kernels."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from spte.arrays.context import READONLY, SPTES_WRITTEN, VCPU_KICKS, U64s
+from spte.arrays.records import U64s
+from spte.arrays.slots import READONLY
 from spte.errors import BufferFaultError, ClearRangeError, DirtyRingInUseError, NoDirtyLogError, RingDisabledError
 from spte.host.pages import the_host
 from spte.mmu.dirty_log.harvest import clear_dirty_log, get_dirty_log
@@ -17,82 +18,85 @@ from spte.mmu.slot.rmap import split_slot_rmaps, zap_collapsible_rmaps
 from spte.mmu.slot.set_dirty import set_dirty_slot
 from spte.mmu.slot.split import split_slot
 from spte.mmu.slot.write_protect import write_protect_slot
-from spte.vm.memslots import Memslot
-from spte.vm.set_memory_region import check_slot_number
-
-if TYPE_CHECKING:
-    from spte.vm.vm import VM
+from spte.vm.kvm import Kvm
+from spte.vm.memslots import Memslot, check_slot_number
 
 
-def _write_protect(vm: VM, slot: Memslot, level: int) -> int:
-    with vm.mmu.traced():
-        return int(write_protect_slot(vm.mmu.tables, slot.as_id, slot.base_gfn, slot.end_gfn, level))
+def _write_protect(kvm: Kvm, slot: Memslot, level: int) -> int:
+    with kvm.mmu.traced():
+        return int(write_protect_slot(kvm.mmu.tables, slot.as_id, slot.base_gfn, slot.end_gfn, level))
 
 
-def arm_slot(vm: VM, slot: Memslot) -> None:
-    """Make the first write to each page of `slot` visible: split, clear dirty or write-protect, flush."""
-    t, m, policy = vm.mmu.tables, vm.mmu.mode, vm.policy
-    all_set, pml = vm.manual == 3, bool(m.dirty_log_size)
+def arm_slot(kvm: Kvm, slot: Memslot) -> None:
+    """Make the first write to each page of `slot` visible, as logging begins: kvm_mmu_slot_apply_flags.
+
+    Huge leaves are split, D or W is cleared, the TLBs are flushed.
+    """
+    t, m, policy = kvm.mmu.tables, kvm.mmu.mode, kvm.policy
+    all_set, pml = kvm.manual == 3, bool(m[0].dirty_log_size)
     if slot.flags & READONLY or (all_set and policy.initially_set_enable == "nothing"):
         return
-    if m.eager and not all_set:
-        if vm.memslots.has_rmaps(slot):
-            s, k = vm.memslots.place(slot)
+    if m[0].eager and not all_set:
+        if kvm.memslots.has_rmaps(slot):
+            s, k = kvm.memslots.row_of(slot)
             split_slot_rmaps(t, s, m, k)
-        with vm.mmu.traced():
-            split_slot(t, m, vm.mmu.roots(slot.as_id), slot.base_gfn, slot.end_gfn)
+        with kvm.mmu.traced():
+            split_slot(t, m, kvm.mmu.roots(slot.as_id), slot.base_gfn, slot.end_gfn)
     cleared = 0
     if pml and not all_set:
-        with vm.mmu.traced():
+        with kvm.mmu.traced():
             cleared = int(clear_dirty_slot(t, m, slot.as_id, slot.base_gfn, slot.end_gfn))
     level = 2 if pml or all_set else 1
     own_routine = pml and not policy.one_write_protect
-    protected = _write_protect(vm, slot, level if policy.tdp_start_level or own_routine or m.shadow else 1)
-    t.meta[SPTES_WRITTEN] += cleared + protected
+    protected = _write_protect(kvm, slot, level if policy.tdp_start_level or own_routine or m[0].shadow else 1)
+    t.kvm[0].sptes_written += cleared + protected
     if policy.enable_flush == "always":
-        vm.mmu.flush()
+        kvm.mmu.flush()
     else:
         for changed in (cleared, protected):
             if changed:
-                vm.mmu.flush()
+                kvm.mmu.flush()
 
 
-def collapse(vm: VM, slot: Memslot) -> None:
-    """Make huge mappings of `slot` possible again after logging; before patch 12 also set D, to silence PML."""
-    t, m = vm.mmu.tables, vm.mmu.mode
+def collapse(kvm: Kvm, slot: Memslot) -> None:
+    """Make huge mappings of `slot` possible again, as logging ends: kvm_mmu_recover_huge_pages, kvm_mmu_zap_collapsible_sptes.
+
+    Before patch 12 also set D, to silence PML.
+    """
+    t, m = kvm.mmu.tables, kvm.mmu.mode
     if slot.flags & READONLY:
         return
-    s, k = vm.memslots.place(slot)
-    if vm.memslots.has_rmaps(slot):
+    s, k = kvm.memslots.row_of(slot)
+    if kvm.memslots.has_rmaps(slot):
         # The walk took in the rmaps of level 2 later.
-        levels = np.int64(1 if vm.policy.collapse == "zap-leaf" else 2)
+        levels = np.int64(1 if kvm.policy.collapse == "zap-leaf" else 2)
         if zap_collapsible_rmaps(t, s, the_host(), m, k, levels):
-            vm.mmu.flush()
-    with vm.mmu.traced():
-        if vm.policy.collapse == "zap-leaf":
+            kvm.mmu.flush()
+    with kvm.mmu.traced():
+        if kvm.policy.collapse == "zap-leaf":
             done = zap_collapsible(t, s, the_host(), m, k)
         else:
-            done = collapse_slot(t, s, the_host(), m, vm.mmu.roots(slot.as_id), k)
-    if done and not m.flush_each:
-        vm.mmu.flush()
-    if vm.policy.disable_sets_dirty and m.dirty_log_size:
-        with vm.mmu.traced():
+            done = collapse_slot(t, s, the_host(), m, kvm.mmu.roots(slot.as_id), k)
+    if done and not m[0].flush_each:
+        kvm.mmu.flush()
+    if kvm.policy.disable_sets_dirty and m[0].dirty_log_size:
+        with kvm.mmu.traced():
             changed = set_dirty_slot(t, m, slot.as_id, slot.base_gfn, slot.end_gfn)
-        t.meta[SPTES_WRITTEN] += changed
+        t.kvm[0].sptes_written += changed
         if changed:
-            vm.mmu.flush()
+            kvm.mmu.flush()
 
 
-def _logging_slot(vm: VM, slot: int) -> Memslot:
-    memslot = vm.memslots.find(slot)
+def _logging_slot(kvm: Kvm, slot: int) -> Memslot:
+    memslot = kvm.memslots.find(slot)
     if memslot is None or memslot.bitmap < 0:
         why = "does not log" if memslot else "does not exist"
         raise NoDirtyLogError(f"slot={slot:#x} {why}; set flags=1 (LOG_DIRTY_PAGES) first")
     return memslot
 
 
-def _refuse_ring(vm: VM) -> None:
-    if vm.has_ring:
+def _refuse_ring(kvm: Kvm) -> None:
+    if kvm.ring_entries:
         raise DirtyRingInUseError("the VM logs to dirty rings; harvest vcpu.ring and call reset_dirty_rings()")
 
 
@@ -103,28 +107,28 @@ def _check_buffer(array: Any, words: int, name: str, *, write: bool) -> None:
         raise BufferFaultError(f"{name} is {what}; pass {'a writable' if write else 'an'} array of uint64[{words}]")
 
 
-def _sync(vm: VM) -> None:
-    """Kick the vCPUs out of the guest, so that their PML buffers are drained. Whoever harvests here finds them drained already."""
-    if vm.mmu.mode.dirty_log_size or vm.policy.sync_kicks_without_pml:
-        vm.mmu.tables.meta[VCPU_KICKS] += len(vm.vcpus)
+def _sync(kvm: Kvm) -> None:
+    """Count the kicks that drain the PML buffers: kvm_arch_sync_dirty_log. The ioctl has drained them already."""
+    if kvm.mmu.mode[0].dirty_log_size or kvm.policy.sync_kicks_without_pml:
+        kvm.mmu.tables.kvm[0].vcpu_kicks += len(kvm.vcpus)
 
 
-def get(vm: VM, slot: int, out: U64s | None) -> U64s:
+def get(kvm: Kvm, slot: int, out: U64s | None) -> U64s:
     """KVM_GET_DIRTY_LOG; what is dirty is exchanged, re-armed and flushed before `out` is looked at."""
-    _refuse_ring(vm)
+    _refuse_ring(kvm)
     check_slot_number(slot)
-    memslot = _logging_slot(vm, slot)
-    _sync(vm)
-    if vm.manual:
-        snapshot = vm.memslots.bitmap(memslot).copy()
+    memslot = _logging_slot(kvm, slot)
+    _sync(kvm)
+    if kvm.manual:
+        snapshot = kvm.memslots.bitmap(memslot).copy()
     else:
         snapshot = np.zeros(memslot.words, np.uint64)
-        s, k = vm.memslots.place(memslot)
-        with vm.mmu.traced():
-            found, changed = get_dirty_log(vm.mmu.tables, s, vm.mmu.mode, vm.mmu.roots(memslot.as_id), k, snapshot)
-        vm.mmu.tables.meta[SPTES_WRITTEN] += changed
+        s, k = kvm.memslots.row_of(memslot)
+        with kvm.mmu.traced():
+            found, changed = get_dirty_log(kvm.mmu.tables, s, kvm.mmu.mode, kvm.mmu.roots(memslot.as_id), k, snapshot)
+        kvm.mmu.tables.kvm[0].sptes_written += changed
         if found:
-            vm.mmu.flush()
+            kvm.mmu.flush()
     if out is None:
         return snapshot
     _check_buffer(out, memslot.words, "out", write=True)
@@ -132,13 +136,13 @@ def get(vm: VM, slot: int, out: U64s | None) -> U64s:
     return out
 
 
-def clear(vm: VM, slot: int, first_page: int, num_pages: int, bitmap: U64s) -> None:
+def clear(kvm: Kvm, slot: int, first_page: int, num_pages: int, bitmap: U64s) -> None:
     """KVM_CLEAR_DIRTY_LOG; all is checked before anything changes."""
-    _refuse_ring(vm)
+    _refuse_ring(kvm)
     check_slot_number(slot)
     if first_page % 64 or first_page < 0:
         raise ClearRangeError(f"first_page={first_page} is not a multiple of 64; round down to {max(first_page & ~63, 0)}")
-    memslot = _logging_slot(vm, slot)
+    memslot = _logging_slot(kvm, slot)
     left = memslot.npages - first_page
     if left < 0 or not 0 <= num_pages <= left or (num_pages < left and num_pages % 64):
         raise ClearRangeError(
@@ -146,28 +150,29 @@ def clear(vm: VM, slot: int, first_page: int, num_pages: int, bitmap: U64s) -> N
         )
     words = (num_pages + 63) // 64
     _check_buffer(bitmap, words, "bitmap", write=False)
-    _sync(vm)
-    wanted = vm.memslots.scratch(memslot)[:words]
+    _sync(kvm)
+    wanted = kvm.memslots.scratch(memslot)[:words]
     wanted[:] = bitmap[:words]
-    s, k = vm.memslots.place(memslot)
-    with vm.mmu.traced():
-        found, changed = clear_dirty_log(vm.mmu.tables, s, vm.mmu.mode, vm.mmu.roots(memslot.as_id), k, np.int64(first_page >> 6), wanted)
-    vm.mmu.tables.meta[SPTES_WRITTEN] += changed
+    s, k = kvm.memslots.row_of(memslot)
+    first, roots = np.int64(first_page >> 6), kvm.mmu.roots(memslot.as_id)
+    with kvm.mmu.traced():
+        found, changed = clear_dirty_log(kvm.mmu.tables, s, kvm.mmu.mode, roots, k, first, wanted)
+    kvm.mmu.tables.kvm[0].sptes_written += changed
     if found:
-        vm.mmu.flush()
+        kvm.mmu.flush()
 
 
-def reset_rings(vm: VM) -> int:
+def reset_rings(kvm: Kvm) -> int:
     """KVM_RESET_DIRTY_RINGS: free the harvested entries of every ring and re-arm their pages; returns entries freed."""
-    if not vm.has_ring:
+    if not kvm.ring_entries:
         raise RingDisabledError("the VM has no dirty rings; pass ring_bytes when making it")
     freed = 0
-    for vcpu in vm.vcpus:
-        with vm.mmu.traced():
-            got, changed = reset_ring(vm.mmu.tables, vm.memslots.spaces[0], vm.mmu.mode, vcpu.arrays, vm.mmu.roots(0))
-        vm.mmu.log.ring_reset(vcpu.index, vcpu.arrays)
-        vm.mmu.tables.meta[SPTES_WRITTEN] += changed
+    for vcpu in kvm.vcpus:
+        with kvm.mmu.traced():
+            got, changed = reset_ring(kvm.mmu.tables, kvm.memslots.spaces[0], kvm.mmu.mode, vcpu.arrays, kvm.mmu.roots(0))
+        kvm.mmu.log.ring_reset(vcpu.index, vcpu.arrays)
+        kvm.mmu.tables.kvm[0].sptes_written += changed
         freed += got
     if freed:
-        vm.mmu.flush()
+        kvm.mmu.flush()
     return int(freed)

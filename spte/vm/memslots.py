@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from spte.arrays import context as cx
 from spte.arrays import reserve as memory
-from spte.arrays.context import Slots, U64s, zeros
+from spte.arrays.records import U64s
 from spte.arrays.reserve import Pool
+from spte.arrays.slots import BEGAN_SET, KVM_MEMORY_SLOT, KVM_MEMSLOTS, LOG_DIRTY_PAGES, PTE_LIST_DESC, READONLY, UNARMED, Slots
+from spte.errors import SlotIdError
 from spte.host.backing import Backing
 from spte.mmu.memslot import find_slot
 from spte.observe.listing import bit_runs, runs_of
@@ -19,8 +20,17 @@ from spte.observe.listing import bit_runs, runs_of
 USER_MEM_SLOTS = 32764
 ADDRESS_SPACES = 2
 MAX_PAGES = (1 << 31) - 1
-VALID_FLAGS = cx.LOG_DIRTY_PAGES | cx.READONLY
+VALID_FLAGS = LOG_DIRTY_PAGES | READONLY
 _ALL_ONES = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+
+
+def check_slot_number(slot: int) -> None:
+    """Refuse ids and address spaces that a VM does not have."""
+    as_id, number = slot >> 16, slot & 0xFFFF
+    if number >= USER_MEM_SLOTS:
+        raise SlotIdError(f"slot={slot:#x}: id {number} is not below {USER_MEM_SLOTS}")
+    if not 0 <= as_id < ADDRESS_SPACES:
+        raise SlotIdError(f"slot={slot:#x}: address space {as_id} (bits 31:16) is not 0 or 1")
 
 
 @dataclass(slots=True, eq=False)
@@ -38,6 +48,8 @@ class Memslot:
     rmaps: tuple[int, ...] = (-1, -1, -1)
     began_set: bool = False  # logging began with every bit set
     unarmed: bool = False  # and initially-set was turned off since
+    row: int = -1  # its row in the kernels' table, as of `changes` of the memslots
+    changes: int = -1
 
     @property
     def as_id(self) -> int:
@@ -54,10 +66,14 @@ class Memslot:
         """64-bit words of the slot's bitmap."""
         return (self.npages + 63) // 64
 
+    def hpage_of(self, gfn: int) -> int:
+        """Return the host page number of page `gfn` of the slot: __gfn_to_hva_memslot."""
+        return (self.hva >> 12) + gfn - self.base_gfn
+
     @property
     def logs(self) -> bool:
         """LOG_DIRTY_PAGES is set."""
-        return bool(self.flags & cx.LOG_DIRTY_PAGES)
+        return bool(self.flags & LOG_DIRTY_PAGES)
 
     def lpage_count(self, level: int) -> int:
         """Return how many regions of `level` the slot touches."""
@@ -74,12 +90,13 @@ class Memslots:
     def __init__(self, *, rmaps: bool = False) -> None:
         self._rmaps = rmaps
         self._heads = Pool(np.int64, 1 << 33)
-        nodes, node_meta = memory.reserve(np.int64, 1 << 28, 2), zeros(2)
+        nodes = memory.reserve(PTE_LIST_DESC, 1 << 28)
         self._words = Pool(np.uint64, 1 << 30)
         self._disallow = Pool(np.int32, 1 << 27)
-        pools = self._words.array, self._disallow.array, self._heads.array, nodes, node_meta
-        self.spaces = [Slots(memory.reserve(np.int64, 1 << 15, cx.SLOT_COLUMNS), zeros(3), *pools) for _ in range(ADDRESS_SPACES)]
+        pools = self._words.array, self._disallow.array, self._heads.array, nodes
+        self.spaces = [Slots(memory.reserve(KVM_MEMORY_SLOT, 1 << 15), np.zeros(1, KVM_MEMSLOTS), *pools) for _ in range(ADDRESS_SPACES)]
         self._by_id: dict[int, Memslot] = {}
+        self._changes = 0  # how often a slot came or went
 
     def __iter__(self) -> Iterator[Memslot]:
         return iter(self._by_id.values())
@@ -89,27 +106,38 @@ class Memslots:
         return self._by_id.get(slot)
 
     def at(self, gfn: int, as_id: int = 0) -> Memslot | None:
-        """Return the memslot that holds `gfn`."""
+        """Return the memslot that holds `gfn`: gfn_to_memslot."""
         s = self.spaces[as_id]
         k = int(find_slot(s, np.int64(gfn)))
-        return self._by_id[int(s.table[k, cx.SLOT])] if k >= 0 else None
+        return self._by_id[int(s.slots["id"][k])] if k >= 0 else None
 
-    def place(self, slot: Memslot) -> tuple[Slots, int]:
-        """Return the kernels' table of the slot's address space and the slot's index in it."""
-        s = self.spaces[slot.as_id]
-        return s, int(np.searchsorted(s.table[: s.meta[cx.COUNT], cx.BASE], slot.base_gfn))
+    def row_of(self, slot: Memslot) -> tuple[Slots, int]:
+        """Return the kernels' table of the slot's address space and the slot's row in it."""
+        s = self.spaces[slot.slot >> 16]
+        if slot.changes != self._changes:
+            slot.row = int(np.searchsorted(s.slots["base_gfn"][: s.memslots[0].used_slots], slot.base_gfn))
+            slot.changes = self._changes
+        return s, slot.row
+
+    def mapping(self, hpage: int, count: int) -> Iterator[tuple[Memslot, int, int]]:
+        """Yield ``(slot, start gfn, end gfn)`` of what slots map of host pages ``[hpage, hpage + count)``: kvm_handle_hva_range."""
+        for slot in self:
+            first = slot.hva >> 12
+            start, end = max(hpage, first), min(hpage + count, first + slot.npages)
+            if start < end:
+                yield slot, start - first + slot.base_gfn, end - first + slot.base_gfn
 
     def overlapping(self, as_id: int, start: int, end: int, but: int) -> Memslot | None:
         """Return a memslot of `as_id` other than number `but` that meets gfns ``[start, end)``."""
         s = self.spaces[as_id]
-        table = s.table[: s.meta[cx.COUNT]]
-        at = int(np.searchsorted(table[:, cx.BASE], end))
+        slots = s.slots[: s.memslots[0].used_slots]
+        at = int(np.searchsorted(slots["base_gfn"], end))
         while at > 0:
             at -= 1
-            if table[at, cx.BASE] + table[at, cx.NPAGES] <= start:
+            if slots[at].base_gfn + slots[at].npages <= start:
                 return None
-            if table[at, cx.SLOT] != but:
-                return self._by_id[int(table[at, cx.SLOT])]
+            if slots[at].id != but:
+                return self._by_id[int(slots[at].id)]
         return None
 
     def insert(self, slot: Memslot) -> None:
@@ -132,19 +160,21 @@ class Memslots:
             offsets.append(offset)
         slot.lpage = (offsets[0], offsets[1])
         s = self.spaces[slot.as_id]
-        n = int(s.meta[cx.COUNT])
-        at = int(np.searchsorted(s.table[:n, cx.BASE], slot.base_gfn))
-        s.table[at + 1 : n + 1] = s.table[at:n]
-        s.meta[cx.COUNT] = n + 1
+        n = int(s.memslots[0].used_slots)
+        at = int(np.searchsorted(s.slots["base_gfn"][:n], slot.base_gfn))
+        s.slots[at + 1 : n + 1] = s.slots[at:n]
+        s.memslots[0].used_slots = n + 1
+        self._changes += 1
         self._by_id[slot.slot] = slot
         self._fill(s, at, slot)
 
     def remove(self, slot: Memslot) -> None:
         """Take `slot` out; its counters return to the pool, its bitmap stays with it."""
-        s, at = self.place(slot)
-        n = int(s.meta[cx.COUNT])
-        s.table[at : n - 1] = s.table[at + 1 : n]
-        s.meta[cx.COUNT] = n - 1
+        s, at = self.row_of(slot)
+        n = int(s.memslots[0].used_slots)
+        s.slots[at : n - 1] = s.slots[at + 1 : n]
+        s.memslots[0].used_slots = n - 1
+        self._changes += 1
         del self._by_id[slot.slot]
         for level, offset in zip((2, 3), slot.lpage, strict=True):
             self._disallow.give(offset, slot.lpage_count(level))
@@ -154,16 +184,15 @@ class Memslots:
 
     def update(self, slot: Memslot) -> None:
         """Bring the kernels' row of `slot` in step with its flags and bitmap."""
-        s, at = self.place(slot)
+        s, at = self.row_of(slot)
         self._fill(s, at, slot)
 
     @staticmethod
     def _fill(s: Slots, at: int, slot: Memslot) -> None:
-        row = s.table[at]
-        row[cx.BASE], row[cx.NPAGES], row[cx.SLOT] = slot.base_gfn, slot.npages, slot.slot
-        row[cx.FLAGS] = slot.flags | cx.BEGAN_SET * slot.began_set | cx.UNARMED * slot.unarmed
-        row[cx.RMAP1 : cx.RMAP1 + 3] = slot.rmaps
-        row[cx.BITMAP], row[cx.LPAGE2], row[cx.LPAGE3], row[cx.HPAGE] = slot.bitmap, slot.lpage[0], slot.lpage[1], slot.hva >> 12
+        flags = slot.flags | BEGAN_SET * slot.began_set | UNARMED * slot.unarmed
+        row = s.slots[at]
+        row.base_gfn, row.npages, row.flags, row.id = slot.base_gfn, slot.npages, flags, slot.slot
+        row.hpage, row.dirty_bitmap, row.lpage_info, row.rmap = slot.hva >> 12, slot.bitmap, slot.lpage, slot.rmaps
 
     def allocate_bitmap(self, slot: Memslot, *, all_set: bool) -> None:
         """Give `slot` a bitmap and its scratch half, all 0, or all ones for exactly its pages."""
@@ -224,7 +253,7 @@ class Memslots:
             for level, offset in zip((1, 2, 3), slot.rmaps, strict=True):
                 if offset >= 0:
                     self._heads.array[offset : offset + slot.lpage_count(level)] = 0
-        self.spaces[0].node_meta[:] = 0
+        self.spaces[0].nodes[:1] = 0
 
     def records(self) -> list[dict[str, Any]]:
         """Return every memslot in the recordings' shape: numbers, lpage counters and dirty bitmap as runs."""
@@ -239,6 +268,6 @@ class Memslots:
 
     def advance_generation(self, as_id: int, step: int) -> int:
         """Move the generation of an address space on, so that older MMIO SPTEs are stale; returns the new one."""
-        meta = self.spaces[as_id].meta
-        meta[cx.GENERATION] += step
-        return int(meta[cx.GENERATION])
+        memslots = self.spaces[as_id].memslots[0]
+        memslots.generation += step
+        return int(memslots.generation)

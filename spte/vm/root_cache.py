@@ -1,11 +1,14 @@
-"""The roots that a vCPU keeps: the current one and three before it, so that going back and forth finds them again."""
+"""The MMU of one vCPU: which root it runs on, and the roots that it keeps so that going back and forth finds them again."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-PREVIOUS = 3
+from spte.arrays.mode import Modes
+from spte.bits import ROLE_IS_DIRECT
+
+PREVIOUS = 3  # KVM_MMU_NUM_PREV_ROOTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,7 @@ class Root:
 
 
 class RootCache:
-    """`root_mmu` or `guest_mmu` of a vCPU: KVM's struct kvm_mmu as far as roots go."""
+    """`root_mmu` or `guest_mmu` of a vCPU: the root and prev_roots of KVM's struct kvm_mmu."""
 
     def __init__(self) -> None:
         self.current: Root | None = None
@@ -42,7 +45,7 @@ class RootCache:
                 yield f"prev{i}", root
 
     def switch(self, role: int, pgd: int, *, direct: bool) -> list[Root]:
-        """Make the root for `role` and `pgd` the current one, None if there is none; returns what fell out."""
+        """Make the root for `role` and `pgd` the current one, None if there is none; returns what fell out: fast_pgd_switch."""
 
         def fits(root: Root | None) -> bool:
             return root is not None and root.role == role and (direct or root.pgd == pgd)
@@ -70,3 +73,37 @@ class RootCache:
             self.current = None
         self.previous = [root if root is None or root.row not in gone else None for root in self.previous]
         return dropped
+
+
+class VcpuMmu:
+    """The MMU of one vCPU: `root_mmu`, `guest_mmu` and `mmu` of KVM's struct kvm_vcpu_arch.
+
+    Parameters
+    ----------
+    role : int
+        Role of the root that it runs on first.
+    mode : Modes
+        Of a vCPU that runs L1.
+    """
+
+    def __init__(self, role: int, mode: Modes) -> None:
+        self.root_mmu, self.guest_mmu = RootCache(), RootCache()
+        self.active, self.role, self.pgd = self.root_mmu, role, 0
+        self.pae_root = -1  # row of the root of a guest whose paging is off, under shadow paging
+        self.mode = mode
+        self.loaded = -1  # `Mmu.generation` at which registers and mode were last brought in step; -1: they are not
+
+    @property
+    def is_direct(self) -> bool:
+        """The root shadows no guest table."""
+        return bool(self.role & ROLE_IS_DIRECT)
+
+    def switch(self, cache: RootCache, role: int, pgd: int) -> list[Root]:
+        """Run on the root for `role` and `pgd` of `cache`, which becomes the active one; returns what fell out: kvm_mmu_new_pgd."""
+        self.active, self.role, self.pgd, self.loaded = cache, role, pgd, -1
+        return cache.switch(role, pgd, direct=self.is_direct)
+
+    def drop(self, cache: RootCache, gone: set[int]) -> list[Root]:
+        """Forget the roots in rows `gone` of `cache`; returns them."""
+        self.loaded = -1
+        return cache.drop(gone)

@@ -1,24 +1,18 @@
-"""KVM_SET_USER_MEMORY_REGION: the checks in KVM's order, and which kind of change a call is."""
+"""KVM_SET_USER_MEMORY_REGION: the checks in KVM's order, which kind of change a call is, and the change itself."""
 
 from __future__ import annotations
 
-from spte.arrays.context import READONLY
-from spte.errors import NoSuchSlotError, SlotAlignmentError, SlotChangeError, SlotFlagsError, SlotIdError, SlotOverlapError, SlotRangeError
+from spte.arrays.slots import READONLY
+from spte.errors import NoSuchSlotError, SlotAlignmentError, SlotChangeError, SlotFlagsError, SlotOverlapError, SlotRangeError
 from spte.host.backing import Backing
-from spte.vm.memslots import ADDRESS_SPACES, MAX_PAGES, USER_MEM_SLOTS, VALID_FLAGS, Memslot, Memslots
+from spte.platform import PAGE_SIZE
+from spte.vm import dirty_log
+from spte.vm.kvm import Kvm
+from spte.vm.memslots import ADDRESS_SPACES, MAX_PAGES, USER_MEM_SLOTS, VALID_FLAGS, Memslot, Memslots, check_slot_number
 
-PAGE = 4096
-USER_END = (1 << 47) - PAGE
+USER_END = (1 << 47) - PAGE_SIZE
+TSS_SLOT, TSS_PAGES = 32764, 3  # the first of KVM's internal slots
 CREATE, DELETE, MOVE, FLAGS_ONLY, NOTHING = "create", "delete", "move", "flags-only", "nothing"
-
-
-def check_slot_number(slot: int) -> None:
-    """Refuse ids and address spaces that a VM does not have."""
-    as_id, number = slot >> 16, slot & 0xFFFF
-    if number >= USER_MEM_SLOTS:
-        raise SlotIdError(f"slot={slot:#x}: id {number} is not below {USER_MEM_SLOTS}")
-    if not 0 <= as_id < ADDRESS_SPACES:
-        raise SlotIdError(f"slot={slot:#x}: address space {as_id} (bits 31:16) is not 0 or 1")
 
 
 def _check_numbers(slot: int, gpa: int, size: int, hva: int, flags: int) -> None:
@@ -26,16 +20,16 @@ def _check_numbers(slot: int, gpa: int, size: int, hva: int, flags: int) -> None
         check_slot_number(slot)
     if flags & ~VALID_FLAGS:
         raise SlotFlagsError(f"flags={flags:#x} has bits beyond LOG_DIRTY_PAGES (1) and READONLY (2)")
-    if size % PAGE or not 0 <= size < 1 << 64:
-        raise SlotAlignmentError(f"size={size:#x} is not a multiple of {PAGE} in 64 bits; round up")
-    if gpa % PAGE or not 0 <= gpa < 1 << 64:
-        raise SlotAlignmentError(f"gpa={gpa:#x} is not a multiple of {PAGE} in 64 bits; round down")
-    if hva % PAGE or hva < 0 or hva + size > USER_END:
+    if size % PAGE_SIZE or not 0 <= size < 1 << 64:
+        raise SlotAlignmentError(f"size={size:#x} is not a multiple of {PAGE_SIZE} in 64 bits; round up")
+    if gpa % PAGE_SIZE or not 0 <= gpa < 1 << 64:
+        raise SlotAlignmentError(f"gpa={gpa:#x} is not a multiple of {PAGE_SIZE} in 64 bits; round down")
+    if hva % PAGE_SIZE or hva < 0 or hva + size > USER_END:
         raise SlotAlignmentError(f"host range {hva:#x}+{size:#x} is not page aligned below {USER_END:#x}")
     check_slot_number(slot)
     if gpa + size >= 1 << 64 and size:
         raise SlotRangeError(f"gpa={gpa:#x} + size={size:#x} wraps; lower one of them")
-    if size // PAGE > MAX_PAGES:
+    if size // PAGE_SIZE > MAX_PAGES:
         raise SlotRangeError(f"size={size:#x} is more than {MAX_PAGES} pages; use several slots")
 
 
@@ -59,7 +53,7 @@ def plan(
         if old is None:
             raise NoSuchSlotError(f"slot={slot:#x} does not exist, so it can not be deleted (size 0)")
         return DELETE, old, None
-    new = Memslot(slot, gpa // PAGE, size // PAGE, flags, hva, backing)
+    new = Memslot(slot, gpa // PAGE_SIZE, size // PAGE_SIZE, flags, hva, backing)
     if old is None:
         change = CREATE
     else:
@@ -87,18 +81,53 @@ def _check_place(slots: Memslots, gpa_bits: int, new: Memslot) -> None:
             f"({other.base_gfn:#x}..{other.end_gfn - 1:#x}); move or delete that first"
         )
     if new.end_gfn > 1 << (gpa_bits - 12):
-        raise SlotRangeError(f"slot={new.slot:#x} ends at gpa {new.end_gfn * PAGE:#x}, beyond {gpa_bits} bits of guest-physical width")
+        raise SlotRangeError(f"slot={new.slot:#x} ends at gpa {new.end_gfn * PAGE_SIZE:#x}, beyond {gpa_bits} bits of guest-physical width")
 
 
-def plan_internal(slots: Memslots, gpa_bits: int, number: int, gpa: int, backing: Backing) -> list[Memslot]:
-    """Check and return internal memslot `number` over all of `backing` in every address space; nothing is changed."""
-    if gpa % PAGE:
-        raise SlotAlignmentError(f"gpa={gpa:#x} is not a multiple of {PAGE}; round down")
-    plans = []
-    for as_id in range(ADDRESS_SPACES):
-        new = Memslot(as_id << 16 | number, gpa // PAGE, backing.size // PAGE, 0, backing.hva, backing)
-        if slots.find(new.slot) is not None:
-            raise SlotChangeError(f"slot={new.slot:#x} exists already; an internal slot is made once")
-        _check_place(slots, gpa_bits, new)
-        plans.append(new)
-    return plans
+def set_memory_region(kvm: Kvm, slot: int, gpa: int, size: int, backing: Backing | None, hva: int | None, offset: int, flags: int) -> None:
+    """Create, delete, move or re-flag a memslot; see `VM.set_memory_region`: kvm_set_memory_region."""
+    slots = kvm.memslots
+    change, old, new = plan(slots, kvm.platform.gpa_bits, slot, gpa, size, backing, hva, offset, flags)
+    if change == NOTHING:
+        return
+    was, now = bool(old and old.logs), bool(new and new.logs)
+    if old is not None and change in (DELETE, MOVE):
+        kvm.mmu.zap_all()
+        slots.remove(old)
+    if change == FLAGS_ONLY:
+        assert old is not None
+        old.flags = flags
+        new = old
+    if old is not None and was and not now:
+        slots.free_bitmap(old)
+    if new is not None and new is not old:
+        new.bitmap = old.bitmap if old is not None else -1
+        slots.insert(new)
+        if new.backing is not None:
+            new.backing.users.add(kvm)
+    if new is not None:
+        if now and not was and not kvm.ring_entries:
+            slots.allocate_bitmap(new, all_set=kvm.manual == 3)
+        slots.update(new)
+    kvm.count_logging(now - was)
+    kvm.advance_generation(slot >> 16, 4 if change in (DELETE, MOVE) else 2)
+    if change == FLAGS_ONLY and new is not None:
+        if now:
+            dirty_log.arm_slot(kvm, new)
+        else:
+            dirty_log.collapse(kvm, new)
+
+
+def set_tss_addr(kvm: Kvm, gpa: int) -> None:
+    """Map three pages at `gpa` in every address space as an internal memslot: KVM_SET_TSS_ADDR."""
+    if gpa % PAGE_SIZE:
+        raise SlotAlignmentError(f"gpa={gpa:#x} is not a multiple of {PAGE_SIZE}; round down")
+    backing = Backing("4k", TSS_PAGES * PAGE_SIZE)
+    new = [Memslot(as_id << 16 | TSS_SLOT, gpa // PAGE_SIZE, TSS_PAGES, 0, backing.hva, backing) for as_id in range(ADDRESS_SPACES)]
+    for slot in new:
+        if kvm.memslots.find(slot.slot) is not None:
+            raise SlotChangeError(f"slot={slot.slot:#x} exists already; an internal slot is made once")
+        _check_place(kvm.memslots, kvm.platform.gpa_bits, slot)
+    for slot in new:
+        kvm.memslots.insert(slot)
+        kvm.advance_generation(slot.as_id, 2)

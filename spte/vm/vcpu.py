@@ -1,54 +1,40 @@
-"""One vCPU: batches of guest accesses, PML buffer, dirty ring, what stopped a batch."""
+"""One vCPU as its user sees it: runs of guest accesses, prefault, dirty ring, L2."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from spte.arrays import context as cx
-from spte.arrays.context import LOG_COLUMNS, I64s, Vcpu, zeros
-from spte.cpu.prefault import prefault
-from spte.cpu.run import STAYED, STAYS, run_shadow
-from spte.cpu.run import run as run_guest
-from spte.errors import OutOfTablesError, PrefaultError, PrefaultHoleError, PrefaultHostError, PrefaultUnsupportedError, SlotRangeError
+from spte.arrays.vcpu import EXEC, READ, WRITE
+from spte.errors import NestedError, SlotAlignmentError
 from spte.exits import Exit
-from spte.host.pages import the_host
-from spte.platform import SHADOW
-from spte.vm.nested import PAGED_BITS, NestedVcpu
-from spte.vm.notifier import host_write
+from spte.host.guest_memory import contents
+from spte.vm import nested
+from spte.vm.kvm import Kvm, KvmVcpu
+from spte.vm.vcpu_run import ONE_KIND, Kinds, enter_guest, frames, pre_fault_memory, vcpu_run, written_page
 
-if TYPE_CHECKING:
-    from spte.vm.vm import VM
-
-Kinds = npt.NDArray[np.uint8]
+_IS_KIND = np.isin(np.arange(256), tuple(ONE_KIND))
 DIRTY_GFN = np.dtype([("flags", "<u4"), ("slot", "<u4"), ("offset", "<u8")])  # struct kvm_dirty_gfn
-LOG_EVENTS = 1 << 14
-_REASONS = {
-    cx.EXIT_RING_FULL: "dirty_ring_full", cx.EXIT_MMIO: "mmio", cx.EXIT_EFAULT: "efault", cx.EXIT_GUEST_FAULT: "page_fault",
-    cx.EXIT_GUEST_PML_FULL: "pml_full", cx.EXIT_INTERNAL: "internal_error",
-}  # fmt: skip
-_ONE_KIND = {kind: np.array([kind], np.uint8) for kind in (cx.READ, cx.WRITE, cx.EXEC)}
 
 
-class VirtualCpu(NestedVcpu):
-    """A vCPU of a VM; made by `spte.VM`."""
+class VirtualCpu(KvmVcpu):
+    """A vCPU of a VM; made by `spte.VM`.
 
-    def __init__(self, vm: VM, index: int, ring_entries: int) -> None:
-        super().__init__(vm)
-        self._vm = vm
-        self.index = index
-        self.arrays = Vcpu(
-            reg=zeros(cx.REG_COLUMNS), stat=zeros(cx.STAT_COLUMNS), pml=zeros(512, np.uint64),
-            ring=np.zeros((ring_entries, 2), np.uint64), log=np.zeros((0, LOG_COLUMNS), np.uint64),
-            walked=zeros(2 * cx.WALKS_AHEAD, np.uint64), guest=zeros(cx.GW_COLUMNS),
-        )  # fmt: skip
-        self.mode = vm.mmu.mode
-        reg = self.arrays.reg
-        reg[cx.L1_PML_GFN], reg[cx.L1_PML_INDEX] = -1, 511
-        reg[cx.PML_INDEX], reg[cx.ROOT], reg[cx.PGD], reg[cx.RING_SIZE] = 511, -1, -1, ring_entries
-        reg[cx.RING_SOFT] = ring_entries - 64 - vm.platform.cpu_dirty_log_size
+    Parameters
+    ----------
+    kvm : Kvm
+        Its VM.
+    index : int
+        Number of the vCPU.
+    """
+
+    def __init__(self, kvm: Kvm, index: int) -> None:
+        super().__init__(kvm, index)
+        self._kvm = kvm
+
+    # -- accesses ---------------------------------------------------------------------------------------------------------
 
     def read(self, gfns: npt.ArrayLike) -> Exit | None:
         """Read each page of `gfns` in order.
@@ -72,18 +58,18 @@ class VirtualCpu(NestedVcpu):
         OutOfTablesError
             ENOMEM: the arena is full; earlier accesses were done.
         """
-        return self._batch(gfns, _ONE_KIND[cx.READ])
+        return self._run(gfns, ONE_KIND[READ])
 
     def write(self, gfns: npt.ArrayLike) -> Exit | None:
         """Write each page of `gfns` in order; parameters and errors as `read`."""
-        return self._batch(gfns, _ONE_KIND[cx.WRITE])
+        return self._run(gfns, ONE_KIND[WRITE])
 
     def exec(self, gfns: npt.ArrayLike) -> Exit | None:
         """Fetch an instruction from each page of `gfns` in order; parameters and errors as `read`."""
-        return self._batch(gfns, _ONE_KIND[cx.EXEC])
+        return self._run(gfns, ONE_KIND[EXEC])
 
     def run(self, gfns: npt.ArrayLike, kinds: npt.ArrayLike, *, stays: bool = False) -> Exit | None:
-        """Access each page of `gfns` in order as `kinds` says, as one stay in the guest; errors as `read`.
+        """Access each page of `gfns` in order as `kinds` says, without leaving the guest between; errors as `read`.
 
         Parameters
         ----------
@@ -92,7 +78,7 @@ class VirtualCpu(NestedVcpu):
         kinds : array_like of uint8, shape (n,)
             `spte.READ`, `spte.WRITE` or `spte.EXEC` for each access; not changed.
         stays : bool
-            The guest is not left after the last access: the next batch goes on with the same stay, if no ioctl of the VM ended it.
+            The guest is not left after the last access: the next call goes on without a guest entry, if no ioctl of the VM kicked it out.
 
         Returns
         -------
@@ -100,9 +86,49 @@ class VirtualCpu(NestedVcpu):
             None if every access was done, else what stopped the batch.
         """
         each = np.array(kinds, np.uint8)
-        if each.shape != np.shape(gfns) or (each > cx.EXEC).any():
-            raise TypeError(f"kinds has shape {each.shape} or values above {cx.EXEC}; pass one of 0..{cx.EXEC} a gfn")
-        return self._batch(gfns, each if len(each) != 1 else _ONE_KIND[int(each[0])], stays=stays)
+        if each.shape != np.shape(gfns):
+            raise TypeError(f"kinds has shape {each.shape}, gfns {np.shape(gfns)}; pass one kind for each gfn")
+        if not _IS_KIND[each].all():
+            raise TypeError(f"kinds holds {each[~_IS_KIND[each]][0]}; pass READ (1), WRITE (2) or EXEC (4) for each gfn")
+        return self._run(gfns, each if len(each) != 1 else ONE_KIND[int(each[0])], stays=stays)
+
+    def _run(self, gfns: npt.ArrayLike, kinds: Kinds, *, stays: bool = False) -> Exit | None:
+        stop = vcpu_run(self._kvm, self, frames(self._kvm, self, gfns), kinds, stays=stays)
+        return None if stop is None else nested.reflect(self._kvm, self, stop)
+
+    def store(self, gpa: int, value: int, *, stays: bool = False) -> Exit | None:
+        """Write 8 bytes of guest memory: how a guest changes page tables that KVM shadows. One access, as `write` does it.
+
+        Parameters
+        ----------
+        gpa : int
+            Address that the running guest gives, bytes, a multiple of 8.
+        value : int
+            64 bits, unsigned.
+        stays : bool
+            The guest is not left after it, as for `run`.
+
+        Returns
+        -------
+        Exit or None
+            None if it was done.
+
+        Raises
+        ------
+        SlotAlignmentError
+            EINVAL: `gpa` is not a multiple of 8, or `value` has more than 64 bits; errors as `read` else.
+        """
+        if gpa % 8 or not 0 <= value < 1 << 64:
+            raise SlotAlignmentError(f"store of {value:#x} at {gpa:#x}: take a multiple of 8 and 64 bits")
+        reg = self.arrays.vcpu[0]
+        reg.store_offset = gpa & 0xFFF
+        try:
+            stop = self._run([gpa >> 12], ONE_KIND[WRITE], stays=stays)
+        finally:
+            reg.store_offset = 0
+        if stop is None:
+            contents(written_page(self._kvm, self, gpa >> 12))[(gpa & 0xFFF) // 8] = value
+        return stop
 
     def prefault(self, gpa: int, size: int, flags: int = 0) -> tuple[int, int]:
         """Map ``[gpa, gpa + size)`` before the guest asks for it: KVM_PRE_FAULT_MEMORY. Leaves are not accessed yet.
@@ -125,28 +151,11 @@ class VirtualCpu(NestedVcpu):
             EINVAL: malformed, or a policy without prefault; EOPNOTSUPP: shadow paging, or L2 on tables of L1; ENOENT: the first page is
             in no memslot (its MMIO SPTE is made first, as KVM does); EFAULT: the host does not give it.
         """
-        vm = self._vm
-        inside = 0 <= gpa < gpa + size <= 1 << vm.platform.gpa_bits
-        if not vm.policy.prefault or flags or gpa % 4096 or size % 4096 or not inside:
-            raise PrefaultError(f"gpa={gpa:#x}, size={size:#x}, flags={flags}: take page multiples, flags 0, a policy with prefault")
-        if vm.platform.paging == SHADOW or self.active is self.guest_mmu:
-            raise PrefaultUnsupportedError("shadowed guest tables have no prefault; take a platform with EPT or NPT, and L1")
-        self.enter_guest()
-        at, end = gpa >> 12, (gpa + size) >> 12
-        while at < end:
-            args = vm.mmu.tables, vm.memslots.spaces[0], the_host(), self.arrays, self.mode, np.int64(at)
-            reason, level = prefault(*args)
-            if reason != cx.DONE and at << 12 == gpa:
-                if reason == cx.EXIT_NOMEM:
-                    raise OutOfTablesError(f"no page-table page left for gfn {at:#x}; delete slots or close the VM")
-                if reason == cx.EXIT_MMIO:
-                    raise PrefaultHoleError(f"gpa {gpa:#x} is in no memslot; create one first")
-                raise PrefaultHostError(f"the host has no memory for gpa {gpa:#x}")
-            if reason != cx.DONE:
-                break
-            at = (at | ((1 << (9 * (level - 1))) - 1)) + 1
-        at = min(at, end)
-        return at << 12, (end - at) << 12
+        return pre_fault_memory(self._kvm, self, gpa, size, flags)
+
+    def enter_guest(self) -> None:
+        """Do what comes before a guest entry, without an access: take over the PML control, load a valid root."""
+        enter_guest(self._kvm, self)
 
     @property
     def ring(self) -> npt.NDArray[Any]:
@@ -156,58 +165,70 @@ class VirtualCpu(NestedVcpu):
         """
         return self.arrays.ring.reshape(-1).view(DIRTY_GFN)
 
-    def _batch(self, gfns: npt.ArrayLike, kinds: Kinds, *, stays: bool = False) -> Exit | None:
-        at, batch = 0, self._check(gfns)
-        vm, v = self._vm, self.arrays
-        stayed = v.reg[cx.STAY] & STAYS
-        v.reg[cx.STAY] = (STAYS if stays else 0) | (STAYED if stayed else 0)
-        if not stayed or vm.mmu.is_invalid(int(v.reg[cx.ROOT])):
-            self.enter_guest()
-        run = run_shadow if vm.mmu.has_shadow_pages else run_guest
-        while True:
-            at = run(vm.mmu.tables, vm.memslots.spaces[0], the_host(), v, self.mode, batch, kinds, at)
-            if vm.mmu.log.on:
-                vm.mmu.log.collect(self.index, v)
-            reason = int(v.reg[cx.EXIT_REASON])
-            if reason == cx.DONE:
-                return None
-            if reason == cx.EXIT_HOST:
-                v.reg[cx.COUNTED] = not self._copy_page(int(v.reg[cx.EXIT_GFN]))
-            elif reason == cx.EXIT_NOMEM:
-                raise OutOfTablesError(f"no page-table page left for gfn {v.reg[cx.EXIT_GFN]:#x}; delete slots or close the VM")
-            elif reason == cx.EXIT_ROOT:
-                vm.mmu.load(self)
-            elif reason != cx.EXIT_LOG:
-                v.reg[cx.STAY] = 0
-                kind = int(kinds[at] if len(kinds) > 1 and at < len(kinds) else kinds[0]) if len(kinds) else cx.READ
-                return self.reflect(Exit(_REASONS[reason], int(at), int(v.reg[cx.EXIT_GFN]), kind))
+    # -- guest tables and L2 ----------------------------------------------------------------------------------------------
 
-    def _check(self, gfns: npt.ArrayLike) -> I64s:
-        array = np.asarray(gfns)
-        if array.ndim == 1 and array.size == 0:
-            return np.zeros(0, np.int64)
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise TypeError(f"gfns has dtype {array.dtype} and shape {array.shape}; pass a one-dimensional array of integers")
-        low, high = int(array.min()), int(array.max())
-        bits = PAGED_BITS if self.cr3 is not None or self.in_l2 else self._vm.platform.reach_bits
-        if low < 0 or high >> (bits - 12):
-            bad = low if low < 0 else high
-            raise SlotRangeError(f"gfn {bad:#x} is outside the {bits} bits that the guest can address")
-        array = np.ascontiguousarray(array.view(np.int64) if array.dtype == np.uint64 else array, np.int64)
-        return array if array.flags.writeable else array.copy()
+    @property
+    def l1_pml_index(self) -> int:
+        """Index of L1's own PML buffer: 511 when empty, counting down, 65535 when full. L1 may set it."""
+        return int(self.arrays.vcpu[0].l1_pml_index)
 
-    def _copy_page(self, gfn: int) -> bool:
-        """Let the host copy the zero page under `gfn`; returns whether an SPTE was dropped, so that the guest faults again."""
-        if self.arrays.reg[cx.PGD] >= 0:
-            gfn = int(self.arrays.guest[cx.GW_GFN])
-        slot = self._vm.memslots.at(gfn)
-        assert slot is not None
-        assert slot.backing is not None
-        return host_write((slot.hva >> 12) + gfn - slot.base_gfn, slot.backing.users)
+    @l1_pml_index.setter
+    def l1_pml_index(self, value: int) -> None:
+        if not 0 <= value <= 0xFFFF:
+            raise NestedError(f"l1_pml_index={value} is not a 16-bit index; an empty buffer has 511")
+        self.arrays.vcpu[0].l1_pml_index = value
 
-    def keep_log(self, on: bool) -> None:
-        """Record events of the coming accesses, or stop to."""
-        self.arrays = self.arrays._replace(log=np.zeros((LOG_EVENTS if on else 0, LOG_COLUMNS), np.uint64))
-        self.arrays.reg[cx.LOGGED] = 0
+    def load_cr3(self, gpa: int | None) -> None:
+        """Turn the guest's 64-bit paging on with the root table at `gpa`, or off.
 
+        It matters under shadow paging, where KVM shadows those tables; with EPT or NPT the hardware walks them by itself.
 
+        Parameters
+        ----------
+        gpa : int or None
+            Guest-physical address, bytes, of a page that `Backing.table` filled; None: paging off.
+
+        Raises
+        ------
+        NestedError
+            EINVAL: the vCPU runs L2; the address is not of a page, or of one in no memslot where KVM shadows the tables.
+        """
+        nested.load_cr3(self._kvm, self, gpa)
+
+    def enter_l2(self, ept: int | None = None, *, ad: bool = True, pml: int | None = None, vmcb: int | None = None) -> None:
+        """Let L1 run its own guest, L2, on this vCPU until `leave_l2` or an exit that L1 sees: VMLAUNCH, VMRESUME, VMRUN.
+
+        Accesses of the vCPU are L2's from then on.
+
+        Parameters
+        ----------
+        ept : int, optional
+            Address of L1's root EPT or NPT table for L2 (bytes, in L1's memory); None: L2's addresses are L1's.
+        ad : bool
+            L1 turns A/D bits on in its EPT pointer; it can not where the platform has none. NPT always has them.
+        pml : int, optional
+            Address of the page where L1 wants L2's writes logged (EPT with A/D only); see `l1_pml_index`.
+        vmcb : int, optional
+            Address of L1's VMCB (AMD), which KVM writes at VMRUN and #VMEXIT.
+
+        Raises
+        ------
+        NestedError
+            EINVAL: the vCPU runs L2 already; an address that is not of a page; `ept` in no memslot, or under shadow paging; there without
+            `load_cr3`; `pml` without EPT and its A/D bits; `vmcb` on Intel.
+        """
+        nested.enter_l2(self._kvm, self, ept, pml, vmcb, ad=ad)
+
+    def leave_l2(self) -> None:
+        """Go back to L1: VMCALL, VMMCALL; NestedError (EINVAL) if the vCPU does not run L2."""
+        nested.leave_l2(self._kvm, self)
+
+    def invept(self, ept: int | None = None) -> None:
+        """Let L1 flush what its EPT translates: INVEPT. KVM frees its roots for it and finds the guest's changes at the next entry.
+
+        Parameters
+        ----------
+        ept : int, optional
+            Address of the root table (single context); None: all of them (global).
+        """
+        nested.invept(self._kvm, self, ept)

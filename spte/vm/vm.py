@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from types import TracebackType
+from typing import Any
 
-from spte.arrays.context import CPU_DIRTY_LOGGING_REQUESTS, U64s
-from spte.arrays.mode import mode_of
-from spte.bits import ROLE_PAGING_OFF
-from spte.errors import CapabilityError, ClosedError, DirtyLoggingLeak, MmuPagesError
+from spte.arrays.records import U64s
+from spte.errors import CapabilityError, DirtyLoggingLeak, MmuPagesError
 from spte.host.backing import Backing
-from spte.platform import SHADOW, Platform, named
+from spte.observe import invariants, listing, stats
+from spte.platform import Platform, named
 from spte.policy import Policy
-from spte.vm import dirty_log, notifier
+from spte.vm import capabilities, dirty_log
 from spte.vm import set_memory_region as region
-from spte.vm.capabilities import MANUAL_PROTECT, PREFAULT, check_dirty_ring, check_extension, check_manual_protect, number
-from spte.vm.memslots import Memslots
-from spte.vm.mmu import Mmu
-from spte.vm.observable import Observable
-from spte.vm.shadow_paging import ShadowPaging
+from spte.vm.kvm import Kvm
 from spte.vm.vcpu import VirtualCpu
+from spte.vm.vcpu_run import kick
 
 MAX_VCPUS = 1024  # KVM_MAX_VCPUS of x86
-TSS_SLOT, TSS_PAGES = 32764, 3  # the first of KVM's internal slots
 MIN_MMU_PAGES = 64  # KVM_MIN_ALLOC_MMU_PAGES
-MMIO_GENERATIONS = 1 << 19
 
 
-class VM(Observable):
+class VM:
     """A virtual machine with KVM's dirty logging.
 
     Parameters
@@ -54,22 +48,32 @@ class VM(Observable):
     def __init__(
         self, platform: str | Platform = "ept-pml", policy: str | Policy = "6.12", *, vcpus: int = 1, manual: int = 0, ring_bytes: int = 0
     ) -> None:
-        self.platform = named(platform) if isinstance(platform, str) else platform
-        self.policy = Policy.named(policy) if isinstance(policy, str) else policy
+        platform = named(platform) if isinstance(platform, str) else platform
+        policy = Policy.named(policy) if isinstance(policy, str) else policy
         if not 1 <= vcpus <= MAX_VCPUS:
             raise CapabilityError(f"vcpus={vcpus} is not in 1..{MAX_VCPUS}")
-        check_manual_protect(manual)
+        capabilities.check_manual_protect(manual)
         if ring_bytes:
-            check_dirty_ring(ring_bytes, self.platform.cpu_dirty_log_size)
-        self.manual = manual
-        self.memslots = Memslots(rmaps=not self.platform.tdp_mmu)
-        mmu = ShadowPaging if self.platform.paging == SHADOW else Mmu
-        self.mmu = mmu(self.platform, mode_of(self.platform, self.policy, manual), self.memslots)
-        self.first_role = ROLE_PAGING_OFF | 3 if self.platform.paging == SHADOW else self.mmu.direct_role
-        self.nr_memslots_dirty_logging = 0
-        self._closed = False
-        self.vcpus = tuple(VirtualCpu(self, i, ring_bytes // 16) for i in range(vcpus))
-        self.mmu.vcpus = self.vcpus
+            capabilities.check_dirty_ring(ring_bytes, platform.cpu_dirty_log_size)
+        self.kvm = Kvm(platform, policy, manual, ring_bytes // capabilities.RING_ENTRY_BYTES)
+        self.vcpus = tuple(VirtualCpu(self.kvm, i) for i in range(vcpus))
+        self.kvm.vcpus = self.vcpus
+        self.platform, self.memslots, self.mmu = platform, self.kvm.memslots, self.kvm.mmu
+
+    @property
+    def policy(self) -> Policy:
+        """What the kernel version does; `set_param` changes it."""
+        return self.kvm.policy
+
+    @property
+    def manual(self) -> int:
+        """Argument of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2."""
+        return self.kvm.manual
+
+    @property
+    def nr_memslots_dirty_logging(self) -> int:
+        """How many slots log."""
+        return self.kvm.nr_memslots_dirty_logging
 
     # -- memslots ---------------------------------------------------------------------------------------------------------
 
@@ -98,49 +102,8 @@ class VM(Observable):
         KvmError
             The first broken rule in KVM's order: EINVAL, EEXIST (overlap), ENOMEM. Nothing is changed.
         """
-        self._kick()
-        change, old, new = region.plan(self.memslots, self.platform.gpa_bits, slot, gpa, size, backing, hva, offset, flags)
-        if change == region.NOTHING:
-            return
-        was, now = bool(old and old.logs), bool(new and new.logs)
-        if old is not None and change in (region.DELETE, region.MOVE):
-            self.mmu.zap_all()
-            self.memslots.remove(old)
-        if change == region.FLAGS_ONLY:
-            assert old is not None
-            old.flags = flags
-            new = old
-        if old is not None and was and not now:
-            self.memslots.free_bitmap(old)
-        if new is not None and new is not old:
-            new.bitmap = old.bitmap if old is not None else -1
-            self.memslots.insert(new)
-            if new.backing is not None:
-                new.backing.users.add(self)
-        if new is not None:
-            if now and not was and not self.has_ring:
-                self.memslots.allocate_bitmap(new, all_set=self.manual == 3)
-            self.memslots.update(new)
-        self._count_logging(now - was)
-        self._advance_generation(slot >> 16, 4 if change in (region.DELETE, region.MOVE) else 2)
-        if change == region.FLAGS_ONLY and new is not None:
-            if now:
-                dirty_log.arm_slot(self, new)
-            else:
-                dirty_log.collapse(self, new)
-
-    def _count_logging(self, change: int) -> None:
-        """Count a slot in or out of the logging ones; between 0 and 1 every vCPU is asked to update its PML control."""
-        self.nr_memslots_dirty_logging += change
-        first_or_last = change != 0 and self.nr_memslots_dirty_logging == max(change, 0)
-        if first_or_last and self.platform.pml and self.policy.pml_control == "logging-slots":
-            self.mmu.tables.meta[CPU_DIRTY_LOGGING_REQUESTS] += len(self.vcpus)
-            for vcpu in self.vcpus:
-                vcpu.update_requested = True
-
-    def _advance_generation(self, as_id: int, step: int) -> None:
-        if self.memslots.advance_generation(as_id, step) % MMIO_GENERATIONS == 0:
-            self.mmu.zap_all()
+        kick(self.kvm)
+        region.set_memory_region(self.kvm, slot, gpa, size, backing, hva, offset, flags)
 
     # -- dirty log --------------------------------------------------------------------------------------------------------
 
@@ -169,8 +132,8 @@ class VM(Observable):
         BufferFaultError
             EFAULT: `out` is not a writable uint64 array of that size.
         """
-        self._kick()
-        return dirty_log.get(self, slot, out)
+        kick(self.kvm)
+        return dirty_log.get(self.kvm, slot, out)
 
     def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, bitmap: U64s) -> None:
         """Clear dirty bits of `slot` and make the next write to those pages visible again: KVM_CLEAR_DIRTY_LOG.
@@ -191,8 +154,8 @@ class VM(Observable):
         DirtyRingInUseError, SlotIdError, ClearRangeError, NoDirtyLogError, BufferFaultError
             ENXIO, EINVAL, EINVAL, ENOENT, EFAULT; nothing is changed.
         """
-        self._kick()
-        dirty_log.clear(self, slot, first_page, num_pages, bitmap)
+        kick(self.kvm)
+        dirty_log.clear(self.kvm, slot, first_page, num_pages, bitmap)
 
     def reset_dirty_rings(self) -> int:
         """Free the ring entries that userspace marked and re-arm their pages: KVM_RESET_DIRTY_RINGS.
@@ -207,8 +170,8 @@ class VM(Observable):
         RingDisabledError
             EINVAL: the VM has no rings.
         """
-        self._kick()
-        return dirty_log.reset_rings(self)
+        kick(self.kvm)
+        return dirty_log.reset_rings(self.kvm)
 
     # -- capabilities and parameters --------------------------------------------------------------------------------------
 
@@ -227,74 +190,93 @@ class VM(Observable):
         CapabilityError
             EINVAL (E2BIG for a ring that is too large); nothing is changed. A ring is always too late here: vCPUs exist.
         """
-        self._kick()
-        if number(name) == MANUAL_PROTECT:
-            check_manual_protect(arg0)
-            self.manual = arg0
-            self._set_mode()
-            if arg0 != 3:
-                self.memslots.leave_initially_set()
-            return
-        check_dirty_ring(arg0, self.platform.cpu_dirty_log_size)
-        raise CapabilityError(f"ring of {arg0} bytes comes too late: vCPUs exist; pass ring_bytes={arg0} when making the VM")
+        kick(self.kvm)
+        capabilities.enable_cap(self.kvm, name, arg0)
 
     def check_extension(self, cap: str | int) -> int:
         """Return what KVM_CHECK_EXTENSION says of capability `cap`, a name or a number: 0 = unknown."""
-        prefault = self.policy.prefault and self.platform.paging != SHADOW
-        return check_extension(cap) if prefault or cap != PREFAULT else 0
+        return capabilities.check_extension(self.kvm, cap)
 
     def set_param(self, name: str, value: bool) -> None:
         """Set module parameter `name` (``eager_page_split`` or ``nx_huge_pages``) to `value`; nx_huge_pages zaps everything."""
         if name not in ("eager_page_split", "nx_huge_pages"):
             raise CapabilityError(f"parameter {name!r} can not be set; take eager_page_split or nx_huge_pages")
-        self._kick()
-        if getattr(self.policy, name) != value:
-            self.policy = dataclasses.replace(self.policy, **{name: value})  # type: ignore[arg-type]
-            self._set_mode()
-            if name == "nx_huge_pages":
-                self.mmu.zap_all()
-
-    def _set_mode(self) -> None:
-        self.mmu.mode = mode_of(self.platform, self.policy, self.manual)
-
-    @property
-    def pml_wanted(self) -> bool:
-        """VCPUs that run L1 are to log by PML."""
-        return self.platform.pml and (self.policy.pml_control == "always" or self.nr_memslots_dirty_logging > 0)
+        kick(self.kvm)
+        capabilities.set_param(self.kvm, name, value)
 
     def kernel_write(self, gfn: int, vcpu: int = 0) -> None:
         """Write page `gfn` as KVM itself does (string I/O, clocks) while `vcpu` runs: dirty in the log of its slot, no SPTE, no fault."""
-        self._kick()
-        notifier.kernel_write(self, gfn, vcpu)
+        kick(self.kvm)
+        self.kvm.write_guest_page(gfn, vcpu)
 
     def set_tss_addr(self, gpa: int) -> None:
         """Give KVM three pages at `gpa` (bytes) for a TSS, as internal memslots: KVM_SET_TSS_ADDR; KvmError if they are not free."""
-        self._kick()
-        for slot in region.plan_internal(self.memslots, self.platform.gpa_bits, TSS_SLOT, gpa, Backing("4k", TSS_PAGES * 4096)):
-            self.memslots.insert(slot)
-            self._advance_generation(slot.as_id, 2)
+        kick(self.kvm)
+        region.set_tss_addr(self.kvm, gpa)
 
     def set_nr_mmu_pages(self, n: int) -> None:
         """Limit the shadow pages to `n`: KVM_SET_NR_MMU_PAGES; MmuPagesError (EINVAL) below 64. Tables of the TDP MMU do not count."""
         if n < MIN_MMU_PAGES:
             raise MmuPagesError(f"n={n} is below {MIN_MMU_PAGES}, the least that KVM works with")
 
+    # -- what is to be seen -----------------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, Any]:
+        """Return KVM's statistics in the kernel's names, those of vCPUs added up; by file under ``"vm"``, ``"vcpu0"``, ..."""
+        return stats.stats(self.mmu.tables, self.kvm.vcpu_arrays)
+
+    def counters(self) -> dict[str, int]:
+        """Return the model's own counts since the VM was made: SPTEs written, splits, zaps, PML entries, exits, faults."""
+        return stats.counters(self.mmu.tables, self.kvm.vcpu_arrays)
+
+    def leafs(self, vcpu: int = 0, *, hide: tuple[int, int] | None = None) -> list[list[Any]]:
+        """Return leaves of the root of `vcpu` as ``[level, first_gfn, count, flags]`` runs; `hide` leaves gfns ``[a, b)`` out."""
+        return listing.leafs(self._walk(vcpu, hide))
+
+    def tables(self, vcpu: int = 0, *, hide: tuple[int, int] | None = None) -> list[list[Any]]:
+        """Return page-table pages as ``[level, gfn, count, role, tdp, nx_disallowed, unsync]`` runs; `vcpu`, `hide` as `leafs`."""
+        return listing.tables(self.mmu.tables, self._walk(vcpu, hide))
+
+    def other(self, vcpu: int = 0, *, hide: tuple[int, int] | None = None) -> list[list[Any]]:
+        """Return MMIO and frozen entries as ``[level, gfn, hex]``; `vcpu`, `hide` as `leafs`."""
+        return listing.other(self._walk(vcpu, hide), self.mmu.mode[0].lay)
+
+    def _walk(self, vcpu: int, hide: tuple[int, int] | None) -> list[listing.Run]:
+        return listing.walk(self.mmu.tables, int(self.vcpus[vcpu].arrays.vcpu[0].root), hide)
+
+    def roots(self, *, hide: tuple[int, int] | None = None) -> list[dict[str, Any]]:
+        """Return every root that a vCPU keeps, in the shape of the nested recordings: where it is kept, its role, what it maps.
+
+        Leaves of `guest_mmu` have L1's gfn as a fifth value. `hide` leaves gfns ``[a, b)`` out.
+        """
+        return listing.roots(self.mmu.tables, self.mmu.mode[0].lay, self.kvm.kept_roots(), hide)
+
+    def slots(self) -> list[dict[str, Any]]:
+        """Return every memslot: numbers, lpage_info counters and dirty bitmap as runs."""
+        return self.memslots.records()
+
+    def check(self) -> None:
+        """Scan the invariants of tables, counters and logging state; InvariantError names the first that does not hold."""
+        spaces, logging = self.memslots.spaces, self.nr_memslots_dirty_logging
+        invariants.check(self.mmu.tables, spaces, self.mmu.mode, self.kvm.vcpu_arrays, logging)
+
+    def trace_events(self, on: bool) -> None:
+        """Record tracepoints from now on, or stop to."""
+        self.kvm.trace(events=on)
+
+    def trace_hw(self, on: bool) -> None:
+        """Record what the hardware logs (PML entries, full buffers) from now on, or stop to."""
+        self.kvm.trace(hardware=on)
+
+    def drain_events(self) -> list[list[Any]]:
+        """Return the recorded tracepoints, ``[name, fields...]`` in order, and forget them."""
+        return self.mmu.log.drain_events()
+
+    def drain_hw(self) -> list[list[Any]]:
+        """Return the recorded PML entries and full buffers in order, and forget them."""
+        return self.mmu.log.drain_hw()
+
     # -- life -------------------------------------------------------------------------------------------------------------
-
-    @property
-    def has_ring(self) -> bool:
-        """VCPUs log to dirty rings."""
-        return len(self.vcpus[0].arrays.ring) > 0
-
-    def alive(self) -> None:
-        """Raise ClosedError if the VM was closed."""
-        if self._closed:
-            raise ClosedError("the VM was closed; make a new one")
-
-    def _kick(self) -> None:
-        self.alive()  # an ioctl finds no vCPU in the guest
-        for vcpu in self.vcpus:
-            vcpu.end_stay()
 
     def close(self) -> int:
         """Destroy the VM: every SPTE is dropped without a flush, nobody can run.
@@ -305,10 +287,10 @@ class VM(Observable):
             Slots that still logged: 0 if userspace turned logging off first. With the policy field ``warn_on_destroy`` anything else
             emits a `DirtyLoggingLeak` warning.
         """
-        if not self._closed:
-            self._kick()
+        if not self.kvm.closed:
+            kick(self.kvm)
             self.mmu.zap_all()
-            self._closed = True
+            self.kvm.closed = True
             if self.nr_memslots_dirty_logging and self.policy.warn_on_destroy:
                 n = self.nr_memslots_dirty_logging
                 warnings.warn(f"VM destroyed while {n} memslots log; clear their LOG_DIRTY_PAGES first", DirtyLoggingLeak, stacklevel=2)

@@ -22,7 +22,7 @@ def guest(platform: str, policy: str) -> tuple[spte.VM, spte.Backing]:
 
 
 def state(vm: spte.VM, log: np.ndarray) -> list[object]:
-    # A stay in the guest ends with an exit and a drain, so these depend on how many stays there are.
+    # A run ends with an exit and a PML drain, so these depend on how many runs there are.
     counted = {name: count for name, count in vm.counters().items() if name not in ("exits", "pml_full")}
     return [vm.leafs(), vm.tables(), counted, log.tolist()]
 
@@ -34,7 +34,7 @@ def state(vm: spte.VM, log: np.ndarray) -> list[object]:
 def test_a_large_batch_does_what_small_ones_do(platform, policy, logs, mixed):
     rng = np.random.default_rng(3)
     gfns = rng.integers(0, PAGES, MANY)
-    kinds = rng.integers(0, 3, MANY).astype(np.uint8) if mixed else np.full(MANY, spte.WRITE, np.uint8)
+    kinds = (1 << rng.integers(0, 3, MANY)).astype(np.uint8) if mixed else np.full(MANY, spte.WRITE, np.uint8)
     got = []
     for size in (MANY, 100):
         vm, backing = guest(platform, policy)

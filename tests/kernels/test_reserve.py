@@ -18,7 +18,6 @@ MIB = 1 << 20
 HEAD = """
 import numpy as np
 import spte, spte.warm
-from spte.arrays.context import PAGES_4K
 spte.warm.warmup()
 
 def peak():
@@ -35,7 +34,7 @@ vm.set_memory_region(0, 0, {size}, backing)
 vm.set_memory_region(0, 0, {size}, backing, flags=1)
 for start in range(0, pages, batch):
     vm.vcpus[0].write(np.arange(start, min(start + batch, pages)))
-assert vm.mmu.tables.meta[PAGES_4K] == pages
+assert vm.mmu.tables.kvm[0].pages[0] == pages
 print(peak() - before)
 """
 UNTOUCHED = """

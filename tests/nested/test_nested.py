@@ -121,10 +121,10 @@ def test_the_pml_control_of_a_vcpu_in_l2_waits_until_it_is_back_in_l1(platform):
         nest.write_as_l2([1])
         nest.write([2], v=1)
         assert [vcpu.pml01 for vcpu in nest.vm.vcpus] == [not flags, bool(flags)]
-        assert [vcpu.update_deferred for vcpu in nest.vm.vcpus] == [True, False]
+        assert [vcpu.nested.update_deferred for vcpu in nest.vm.vcpus] == [True, False]
         nest.leave(0)
         assert nest.vm.vcpus[0].pml01 == bool(flags)
-        assert not nest.vm.vcpus[0].update_deferred
+        assert not nest.vm.vcpus[0].nested.update_deferred
         nest.enter(0)
     nest.set_flags(LOG)
     nest.set_flags(0)

@@ -15,7 +15,7 @@ from spte.guest_tables import GuestTables
 def state(nest):
     vcpu = nest.vm.vcpus[0]
     tables = np.stack([nest.table_memory.table(page) for page in range(TABLES_PAGES)])
-    return vcpu.l2, vcpu.cr3, vcpu.arrays.reg.tolist(), nest.vm.roots(), nest.vm.stats(), tables.tobytes(), nest.tables.roots
+    return vcpu.nested.l2, vcpu.cr3, vcpu.arrays.vcpu[0].tobytes(), nest.vm.roots(), nest.vm.stats(), tables.tobytes(), nest.tables.roots
 
 
 def outside(vcpu, nest):

@@ -32,7 +32,7 @@ def test_entering_again_costs_no_fault(platform):
 
 
 @pytest.mark.parametrize("into_l2", [True, False])
-def test_a_switch_ends_a_stay_in_the_guest(platform, into_l2):
+def test_a_switch_ends_the_run(platform, into_l2):
     """What follows runs on the other root, and what the CPU had logged is in the log."""
     nest = Nest(platform)
     nest.set_flags(LOG)

@@ -5,7 +5,8 @@ from conftest import LOG, PAGE, PLATFORMS, pages_of
 from programs.nest import TABLES_GFN, TABLES_PAGES, host_page, kind_of
 
 import spte
-from spte.guest_tables import EXEC, READ, RWX, WRITE, GuestTables
+from spte.access import EXEC, READ, RWX, WRITE
+from spte.guest_tables import GuestTables
 
 A, D = 1 << 8, 1 << 9
 MEM_GFN, MEM_PAGES = 0xC0000, 3

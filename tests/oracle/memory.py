@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from oracle.host import PAGES, Host
 
-READ, WRITE, EXEC = 0, 1, 2
+READ, WRITE, EXEC = 1, 2, 4
 SPAN = PAGES[4] * 512  # addresses of one view: address % SPAN is the gfn, address // SPAN the alias by which a vCPU reaches it
 LOG, RO = 1, 2
 STATS = ("pf_taken", "pf_fixed", "pf_fast", "pf_emulate", "pf_spurious", "pf_mmio_spte_created")
@@ -101,6 +101,7 @@ class Cached(NamedTuple):
     d: bool
     level: int
     frame: object
+    aged: bool = False  # its leaf was parked since, without a flush
 
 
 @dataclass

@@ -91,16 +91,16 @@ class Tables:
         return "zero" if leaf.zero else (slot.host.first, slot.hpage(at))
 
     def stale(self):
-        """Translations in TLBs that neither tables nor host give any more (T1)."""
+        """Translations in TLBs that neither tables nor host give any more (T1); R, W and X that aging took without a flush may stay."""
         return {(v, at) for v, vcpu in enumerate(self.vcpus) for at, cached in vcpu.tlb.items() if self.is_stale(at, cached)}
 
     def is_stale(self, at, cached):
         level, leaf = self.find(at) or (0, None)
-        if leaf is None or leaf.parked or level > cached.level or cached.frame != self.frame(at, leaf):
+        if leaf is None or (leaf.parked and not cached.aged) or level > cached.level or cached.frame != self.frame(at, leaf):
             return True  # a smaller leaf is a split, which keeps the translation (T2)
         slot = self.slot_of(at)
         host = slot.host.pte.get(slot.host.at(slot.hpage(at)))
-        if host is None or leaf.zero != (host == "zero") or (cached.w and (host != "own" or not leaf.w)):
+        if host is None or leaf.zero != (host == "zero") or (cached.w and (host != "own" or not (leaf.w or cached.aged))):
             return True
         return self.kind.ad and cached.d and not leaf.d and not self.d_may_lag(at)
 
@@ -141,3 +141,10 @@ class Tables:
                             leaf.parked, leaf.w = True, False
         if young and self.rules.aging_flushes:
             self.flush("age")
+        elif young:
+            for v in self.vcpus:
+                v.tlb = {at: cached._replace(aged=cached.aged or self.is_parked(at)) for at, cached in v.tlb.items()}
+
+    def is_parked(self, at):
+        _, leaf = self.find(at) or (0, None)
+        return leaf is not None and leaf.parked

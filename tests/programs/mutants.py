@@ -36,9 +36,8 @@ def mapping(platforms, *policies, **more):
 
 
 def steps_on(policy):
-    """From 6.13 on aging does not flush, and what it parked may stay cached; before 6.11 there is no prefault."""
-    has = {"age": RULES[policy].aging_flushes, "prefault": RULES[policy].prefault}
-    return tuple(step for step in MAPPING if has.get(step, True))
+    """Before 6.11 there is no prefault."""
+    return tuple(step for step in MAPPING if step != "prefault" or RULES[policy].prefault)
 
 
 def huge(scenes):

@@ -4,7 +4,6 @@ import numpy as np
 from conftest import LOG, PAGE, Guest
 
 import spte
-from spte.arrays.context import ROOT
 from spte.bits import PFN_MASK, SHIFT_PAGE
 from spte.guest_tables import GuestTables
 from spte.host.pages import ZERO_PFN
@@ -26,7 +25,7 @@ def violation_of(platform):
 def host_page(vm, gfn, v=0):
     """The host page that the vCPU's root maps an address to, None for the zero page, and the level of its leaf."""
     t = vm.mmu.tables
-    row, i, level = walk(t, vm.vcpus[v].arrays.reg[ROOT], np.int64(gfn))
+    row, i, level = walk(t, vm.vcpus[v].arrays.vcpu[0].root, np.int64(gfn))
     frame = t.sptes[row, i] & PFN_MASK
     if frame == ZERO_PFN << SHIFT_PAGE:
         return None, int(level)

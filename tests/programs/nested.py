@@ -13,14 +13,12 @@ from conftest import LOG, PAGE, pages_of
 import spte
 from programs.nest import L2, TABLES_GFN, TABLES_PAGES, Nest, kind_of, violation_of
 from spte import mm
-from spte.arrays.context import ROWS, UNSYNC
 from spte.bits import LARGE, MMU_PRESENT, PFN_MASK, SHIFT_PAGE
 
 NPAGES, VIEWS, ROOTS, VCPUS = 1024, 3, 2, 2
 PAGES = (0, 1, 7, 8, 511, 512, 600, 1023)
 PML_PAGE = TABLES_PAGES - 1
-R, W, X = 1, 2, 4
-NEEDS = {spte.READ: R, spte.WRITE: W, spte.EXEC: X}
+R, W, X = map(int, spte.Access)
 
 
 class Program(Nest):
@@ -93,7 +91,7 @@ class Program(Nest):
             self.wrote(1, changed)
             self.hear()
         self.vm.check()
-        self.reached |= {"unsync"} if self.vm.mmu.tables.meta[UNSYNC] else set()
+        self.reached |= {"unsync"} if self.vm.mmu.tables.kvm[0].mmu_unsync else set()
         self.reached |= {"emulated"} if self.stats("pf_emulate") else set()
 
     def wrote(self, slot, pages):
@@ -119,7 +117,7 @@ class Program(Nest):
                 self.enter_root(v, self.root[v])
 
     def access(self):
-        v, kind, page = self.rng.randrange(VCPUS), self.rng.choice((0, 1, 1, 1, 2)), self.rng.choice(PAGES)
+        v, kind, page = self.rng.randrange(VCPUS), self.rng.choice((R, W, W, W, X)), self.rng.choice(PAGES)
         vcpu, root = self.vm.vcpus[v], self.root[v]
         if root is None:
             assert self.finish(v, lambda: vcpu.run([self.base + page], [kind])) is None
@@ -133,7 +131,7 @@ class Program(Nest):
         if stop is not None:
             assert stop.reason == violation_of(self.platform)
             self.reached.add("refused")
-            assert any(not perm & NEEDS[kind] for _, perm, _ in seen), (stop, seen)
+            assert any(not perm & kind for _, perm, _ in seen), (stop, seen)
             if kind_of(self.platform) != "long":
                 assert not vcpu.in_l2
                 self.root[v] = None
@@ -141,7 +139,7 @@ class Program(Nest):
         hit, level = self.reaches(gfn, v)
         self.reached |= {"large leaf"} if level > 1 else set()
         assert hit is not None or kind != spte.WRITE
-        assert any((hit is None or to == self.base + hit) and perm & NEEDS[kind] for to, perm, _ in seen), (hit, seen)
+        assert any((hit is None or to == self.base + hit) and perm & kind for to, perm, _ in seen), (hit, seen)
         if kind == spte.WRITE:
             self.wrote(0, [hit])
             assert not self.has_dirty() or any(dirty for _, _, dirty in seen)
@@ -277,7 +275,7 @@ class Program(Nest):
         mm.madvise(self.memory, first, count)
         t, hpage = self.vm.mmu.tables, self.memory.hpage + first
         for level in (1, 2):
-            sptes = t.sptes[: t.meta[ROWS]][t.level[: t.meta[ROWS]] == level]
+            sptes = t.sptes[: t.kvm[0].rows][t.pages["level"][: t.kvm[0].rows] == level]
             frames = ((sptes & PFN_MASK) >> SHIFT_PAGE).astype(np.int64)
             leaf = (sptes & MMU_PRESENT != 0) & ((level == 1) | (sptes & LARGE != 0))
             assert not (leaf & (frames >> 9 * (level - 1) == hpage >> 9 * (level - 1))).any()

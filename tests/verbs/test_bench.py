@@ -51,27 +51,46 @@ def test_the_report_prints_every_figure_and_whether_it_is_met(tmp_path, capsys):
     assert report.row(info | {"why": "two lines", "met": True})[-1] == "met"
     assert lines[3].startswith("| import | 50,000,000 | process |")
     assert len(lines) == 4
+    path.write_text(json.dumps({"benchmarks": [{"extra_info": info | {"name": report.TEN[0]}}]}))
     chart = tmp_path / "chart.png"
     assert report.main([str(path), str(chart)]) == 0
     assert chart.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_report_replaces_the_table_between_the_marks_of_a_readme(tmp_path, capsys):
-    path, readme = tmp_path / "run.json", tmp_path / "README.md"
-    path.write_text(json.dumps({"benchmarks": [{"extra_info": {"name": "import", "unit": "process", "units": 1, "ns_per_unit": 5e7}}]}))
-    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
-    for _ in range(2):
-        assert report.main([str(path), str(readme)]) == 0
-        table = capsys.readouterr().out
-        assert readme.read_text() == f"before\n{report.START}\n{table}{report.END}\nafter\n"
-    readme.write_text("no marks")
-    assert report.main([str(path), str(readme)]) == 2
-    assert readme.read_text() == "no marks"
+def run_of(*names: str) -> str:
+    infos = [{"name": name, "unit": "page", "units": 8, "ns_per_unit": 5e7} for name in names]
+    return json.dumps({"benchmarks": [{"extra_info": info} for info in infos]})
 
 
-def test_the_readme_has_the_marks():
-    text = (Path(report.__file__).parents[1] / "README.md").read_text()
-    assert 0 < text.find(report.START) < text.find(report.END)
+def test_the_report_replaces_the_table_between_the_marks_of_a_page(tmp_path, capsys):
+    path, page = tmp_path / "run.json", tmp_path / "page.md"
+    path.write_text(run_of("import", report.TEN[1], report.TEN[0]))
+    for mark in (report.FULL, report.EXCERPT):
+        page.write_text(f"before\n{mark}\nold\n{report.END}\nafter\n")
+        for _ in range(2):
+            assert report.main([str(path), str(page)]) == 0
+            printed = capsys.readouterr().out.splitlines()
+            shown = printed if mark == report.FULL else [*printed[:2], printed[4], printed[3]]
+            assert page.read_text().splitlines() == ["before", mark, *shown, report.END, "after"]
+    page.write_text("no marks")
+    assert report.main([str(path), str(page)]) == 2
+    assert page.read_text() == "no marks"
+
+
+def rows_between(page: str, mark: str) -> list[str]:
+    text = (Path(report.__file__).parents[1] / page).read_text()
+    assert 0 < text.find(mark) < text.find(report.END)
+    return text.partition(mark)[2].partition(report.END)[0].strip().splitlines()
+
+
+def test_the_rows_of_the_readme_are_those_of_the_full_table_without_the_reasons():
+    full = {line.split(" | ")[0]: line for line in rows_between("docs/benchmarks.md", report.FULL)}
+    shown = rows_between("README.md", report.EXCERPT)
+    assert [line.split(" | ")[0] for line in shown[2:]] == [f"| {name}" for name in report.TEN]
+    for line in shown:
+        cells, ref = line.split(" | "), full[line.split(" | ")[0]].split(" | ")
+        assert cells[:-1] == ref[:-1]
+        assert ref[-1].startswith(cells[-1].removesuffix(" |"))
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"benchmarks": [{"extra_info": {"name": 1}}]}'])

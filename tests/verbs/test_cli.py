@@ -12,6 +12,7 @@ import pytest
 
 from spte import __version__, policy
 from spte._numba import jit as _jit
+from spte.cli import policies as policies_verb
 from spte.cli import profile as profile_verb
 from spte.cli.app import VERBS, cli, run
 from spte.cli.metrics import COUNTS, MEASURED, RATES, SCHEMA
@@ -95,7 +96,7 @@ def test_help_imports_neither_matplotlib_nor_the_verbs():
 
 @pytest.mark.parametrize("missing", ["click", "rich"])
 def test_without_the_cli_extra_one_line_says_how_to_get_it(missing):
-    argv = ["spte", "policies"]
+    argv = ["spte", "profile"]
     done = in_process(f"import sys; sys.modules[{missing!r}] = None; sys.argv = {argv}; from spte.cli import main; main()")
     assert done.returncode == 4
     assert missing in done.stderr
@@ -330,11 +331,52 @@ def test_policies_lists_every_decision_with_its_values_and_source(capsys):
             assert policy.parse(f"{name},{field}={value}").describe() == policy.Policy.named(name).describe()
 
 
-def test_the_table_of_policies_holds_every_decision_at_80_columns(capsys):
-    code, out, _ = spte(capsys, "policies")
-    assert code == 0
+@pytest.mark.parametrize("columns", [80, 100])
+def test_the_table_of_policies_holds_every_value_unbroken_and_at_100_columns_each_decision_on_one_line(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out, err = spte(capsys, "policies")
+    assert (code, err) == (0, "")
+    lines = out.partition("\n\n")[0].splitlines()[1:]
+    assert max(map(len, out.splitlines())) <= columns
+    words = " ".join(lines).split()
+    ref = []
+    for field in policy.decisions():
+        values = {name: policy.spell(getattr(policy.Policy.named(name), field.name)) for name in policy.NAMES}
+        first, *later = policies_verb.history(values)
+        ref += [field.name, first[1], *(word for version, value in later for word in (f"{version}:", value))]
+    assert words == ref
+    if columns == 100:
+        assert len(lines) == len(policy.decisions())
+
+
+def test_a_row_too_long_for_the_terminal_goes_on_below_at_a_whole_value():
+    rows = {"short": [("5.10", "N")], "long": [("5.10", "zap-leaf"), *((f"5.{n}", "zap-table") for n in (11, 12, 13))]}
+    assert policies_verb.table(rows, 40) == [
+        "decision  5.10      since",
+        "short     N",
+        "long      zap-leaf  5.11: zap-table",
+        "                    5.12: zap-table",
+        "                    5.13: zap-table",
+    ]
+
+
+def test_a_history_names_the_versions_that_changed_a_value():
+    assert policies_verb.history({"1": "N", "2": "N", "3": "Y", "4": "Y", "5": "N"}) == [("1", "N"), ("3", "Y"), ("5", "N")]
+
+
+def test_a_field_is_told_with_its_meaning_choices_values_and_source(capsys):
+    code, out, err = spte(capsys, "policies", "--field", "collapse", "--field", "prefault")
+    assert (code, err) == (0, "")
     assert max(map(len, out.splitlines())) <= 80
-    assert all(field in out for field, *_ in policy.Policy.named("6.1").describe())
+    told = {field: (meaning, source) for field, _, meaning, source in policy.Policy.named("6.12").describe()}
+    folded = " ".join(out.split())
+    for field in ("collapse", "prefault"):
+        assert f"{field}: {told[field][0]} 5.11 " in folded
+        assert f"source {told[field][1]}" in folded
+    assert "choices zap-leaf, zap-table, recover" in folded
+    assert re.search(r"^  6.13 +recover$", out, re.MULTILINE)
+    assert [e["decision"] for e in json.loads(spte(capsys, "policies", "--field", "prefault", "--json")[1])["decisions"]] == ["prefault"]
+    assert "eager_page_split" in refused(capsys, "policies", "--field", "eager")
 
 
 # -- README ---------------------------------------------------------------------------------------------------------------
@@ -405,4 +447,6 @@ def test_limits_refuse_what_they_can_not_use(capsys, argv):
 def test_limits_measure_each_kernel(capsys):
     code, out, _ = spte(capsys, "profile", "--limits", "--memory", "64M", "--json")
     assert code == 0
-    assert all(r["ns"] > 0 < r["limit_ns"] for r in json.loads(out)["ratios"])
+    ratios = json.loads(out)["ratios"]
+    assert ratios
+    assert all(r["ns"] > 0 < r["limit_ns"] for r in ratios)

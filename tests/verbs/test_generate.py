@@ -6,8 +6,9 @@ import pytest
 from spte import WRITE
 from spte.generate import PATTERNS, generate, perf_test
 from spte.generate.patterns import AppendLog, FixedRate, GcSweep, HotCold, Sequential, Strided, Uniform, Zipf, scattered, zipf_ranks
+from spte.platform import PAGE_SIZE
 from spte.profile.perf_test import PerfTest
-from spte.trace import PAGE_SIZE, TraceError
+from spte.trace import TraceError
 
 PAGES = 512
 MEMORY = PAGES * PAGE_SIZE

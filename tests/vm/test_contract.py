@@ -5,14 +5,14 @@ import random
 
 import numpy as np
 import pytest
-from conftest import LOG, PAGE, PLATFORMS, PML_PLATFORMS, WP_PLATFORMS, Guest, bitmap_of, pages_of
+from conftest import LOG, PAGE, PLATFORMS, PML_PLATFORMS, TDP_PLATFORMS, WP_PLATFORMS, Guest, bitmap_of, pages_of
 
 import spte
 from spte._numba import jit as _jit
 
 MODES = ("get", "manual 1", "manual 3", "ring")
 KINDS = ("4k", "thp", "hugetlb2m", "shm")
-W = 1 << 1
+W, LARGE = 1 << 1, 1 << 7
 EPT_BITS = {"d": 1 << 9, "mw": 1 << 58}
 NPT_BITS = {"d": 1 << 6, "mw": 1 << 10}
 # Pages of a batch, fewer than that, and harvests in a row. Plain Python is slow: there still batches over both huge pages, and a harvest
@@ -194,6 +194,7 @@ def test_no_huge_leaf_is_writable_while_a_slot_logs(platform, policy, eager):
     guest.set_flags(LOG)
     rng = random.Random(1)
     huge = guest.stats("pages_2m", "vm")
+    assert huge == (0 if eager and platform in TDP_PLATFORMS else 4)
     for _ in range(5):
         assert not [k for k, flags in guest.leafs().items() if k[0] > 1 and flags & W]
         guest.write(rng.sample(range(2048), 2))
@@ -227,7 +228,7 @@ def test_a_leaf_whose_bit_is_clear_is_not_both_writable_and_dirty_under_pml(plat
         live = pages_of(guest.vm.get_dirty_log(0))
         guest.vm.clear_dirty_log(0, 0, 512, bitmap_of({p for p in live if p < 512}, 512))
         live = {p for p in live if p >= 512}
-        assert {g - guest.base for (_, g), flags in guest.leafs().items() if not is_armed(platform, flags)} <= live
+        assert {g - guest.base for (_, g), flags in guest.leafs().items() if not is_armed(platform, flags)} == live
 
 
 @pytest.mark.parametrize("platform", WP_PLATFORMS)
@@ -252,6 +253,12 @@ def test_enabling_with_initially_set_touches_no_spte(platform, policy, kind):
     assert pages_of(guest.vm.get_dirty_log(0)) == set(range(guest.npages))
 
 
+def by_page(guest):
+    """{page: (level, flags but for LARGE) of the leaf that maps it}."""
+    pages = {1: 1, 2: 512}
+    return {gfn - guest.base + i: (lv, flags & ~LARGE) for (lv, gfn), flags in guest.leafs().items() for i in range(pages[lv])}
+
+
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("mode", ["get", "manual 1", "manual 3"])
 def test_a_harvested_page_is_armed_and_its_neighbours_are_not_touched(platform, policy, mode, eager):
@@ -260,17 +267,20 @@ def test_a_harvested_page_is_armed_and_its_neighbours_are_not_touched(platform, 
     guest.write(range(guest.npages))
     guest.set_flags(LOG)
     guest.write(range(100, 300))
+    before = by_page(guest)
     if mode == "get":
-        reported = pages_of(guest.vm.get_dirty_log(0))
+        harvested = pages_of(guest.vm.get_dirty_log(0))
+        assert harvested == set(range(100, 300))
     else:
-        reported = set(range(128, 200))
-        guest.vm.clear_dirty_log(0, 128, 128, bitmap_of({p - 128 for p in reported}, 128))
-    for (level, gfn), flags in guest.leafs().items():
-        page = gfn - guest.base
-        if level == 1:
-            assert is_armed(platform, flags) or page not in reported
-        elif mode == "manual 3" and any(page <= p < page + 512 for p in reported):
-            assert not flags & (W | bit(platform, "mw"))
+        harvested = set(range(128, 200))
+        guest.vm.clear_dirty_log(0, 128, 128, bitmap_of({p - 128 for p in harvested}, 128))
+    after, armed = by_page(guest), bit(platform, "d") if platform in PML_PLATFORMS else W
+    assert after.keys() == before.keys() >= harvested
+    for page, (level, flags) in after.items():
+        taken = armed if page in harvested else 0
+        if level == 2 and page < 512:  # one leaf for the harvested pages and their neighbours
+            taken = W | bit(platform, "mw")
+        assert flags == before[page][1] & ~taken, page
 
 
 # -- M: PML

@@ -9,7 +9,6 @@ from conftest import LOG, PAGE, PLATFORMS, TDP_PLATFORMS, bitmap_of, pages_of
 
 import spte
 from spte._numba import jit as _jit
-from spte.arrays.context import ROOT
 from spte.bits import PFN_MASK
 from spte.mmu.walk import walk
 from spte.profile import run as profile
@@ -40,7 +39,7 @@ def touch(vcpu, gfns, kind=spte.WRITE):
 def host_page(vm, gfn):
     """Host page that the vCPU's tables map `gfn` to."""
     t = vm.mmu.tables
-    row, i, level = walk(t, vm.vcpus[0].arrays.reg[ROOT], np.int64(gfn))
+    row, i, level = walk(t, vm.vcpus[0].arrays.vcpu[0].root, np.int64(gfn))
     return (int(t.sptes[row, i] & PFN_MASK) >> 12) + gfn % (1 << (9 * (level - 1)))
 
 

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import helper, kernel, kernel_apart, popcount, prefetch
-from spte.arrays.context import BASE, BITMAP, HARVEST_WORDS, RMAP1
-from spte.bits import INDEX_BITS, ONE, PRESENT_SHIFT, U64, ZERO
-from spte.mmu.dirty_log.pt_masked import rearm, rearm_entries
-from spte.mmu.dirty_log.pt_masked_rmap import list_pages, rearm_rmap_words
+from spte._numba.jit import helper, kernel, kernel_apart, prefetch
+from spte.arrays.tables import HARVEST_WORDS
+from spte.bits import ONE, U64, ZERO
+from spte.kernels._bitmap import WORD_SHIFT, count_bits, first_block, list_pages, next_word, take_words
+from spte.kernels._harvest import DENSE, IN_FLIGHT, rearm_places, rearm_window
+from spte.mmu.dirty_log.pt_masked import rearm
+from spte.mmu.dirty_log.pt_masked_rmap import rearm_rmap_words
 from spte.mmu.tdp_mmu import log_shift
-from spte.mmu.walk import INDEX_MASK, leaf_table
-
-WORD_SHIFT = U64(6)
-ASKED = U64(16)  # entries on their way from memory at once; of a whole block's some get lost
-DENSE = U64(5)  # set bits a word from which sweeping its 64 entries is quicker than a list
+from spte.mmu.walk import leaf_table
 
 
 @kernel_apart
@@ -35,29 +33,30 @@ def _rearm_windows(t, s, m, roots, k, base, masks, first, end):
 
 @kernel_apart
 def _rearm_dense(t, m, root, base, masks, first, end):
-    """As _rearm_windows under one root, where no word meets two tables or a writable huge leaf: sweeps."""
+    """As _rearm_windows under one root, where no word meets two tables or a writable huge leaf: 64 entries side by side at a time."""
     changed = 0
     shift = log_shift(t, m, root)
     row = np.int64(-1)
-    for w in range(U64(first), U64(end)):
+    w = next_word(masks, U64(first), U64(end))
+    while w < U64(end):
         gfn = base + np.int64(w << WORD_SHIFT)
-        if masks[w] != ZERO:
-            if row < 0 or t.gfn[row] != gfn & ~511:
-                row = leaf_table(t, root, gfn)
-            if row >= 0:
-                changed += rearm_entries(t.sptes, row, gfn & 511, masks[w], shift)
+        if row < 0 or t.pages[row].gfn != gfn & ~511:
+            row = leaf_table(t, root, gfn)
+        if row >= 0:
+            changed += rearm_window(t.flat, row * 512 + (gfn & 511), masks[w], shift, shift)
+        w = next_word(masks, w + ONE, U64(end))
     return changed
 
 
 @kernel_apart
 def _rearm_sparse(t, m, root, base, masks, first, end):
-    """As _rearm_dense, by a list of pages made without a branch on bits; its entries are asked for as they are re-armed.
+    """As _rearm_dense, by a list of pages made without a branch on bits; its entries are prefetched as they are re-armed.
 
     0.6 of a loop that counts zeros and stores at once, which waits for memory at each wrong guess, where a tenth is dirty. At a
-    hundredth both wait for the same lines, five of a table: 18 ns a page in 1 TiB, asked for by 8, 16 or 32.
+    hundredth both wait for the same lines, five of a table: 18 ns a page in 1 TiB, prefetched by 8, 16 or 32.
     """
-    changed = found = ZERO
-    count = list_pages(t, masks, first, end)
+    found = ZERO
+    count = list_pages(masks, first, end, t.places)
     table, row = np.int64(-1), np.int64(-1)
     for c in range(count):
         gfn = base + np.int64(t.places[c])
@@ -65,34 +64,24 @@ def _rearm_sparse(t, m, root, base, masks, first, end):
             table = gfn >> 9
             row = leaf_table(t, root, gfn)
         place = row * 512 + (gfn & 511)
-        if found < ASKED:
+        if found < IN_FLIGHT:
             prefetch(t.flat, place)
         t.places[found] = U64(place)
         found += U64(row >= 0)
     shift = log_shift(t, m, root)
-    for c in range(found):
-        prefetch(t.flat, np.int64(t.places[min(c + ASKED, found - ONE)]))
-        row_c, i = t.places[c] >> INDEX_BITS, t.places[c] & INDEX_MASK
-        s = t.sptes[row_c, i]
-        d = (s >> shift) & (s >> PRESENT_SHIFT) & ONE
-        changed += d
-        t.sptes[row_c, i] = s ^ (d << shift)
-    return np.int64(changed)
+    return rearm_places(t.flat, t.places, found, shift, shift)
 
 
 @helper
 def _rearm(t, s, m, roots, k, base, masks, first, end):
     """Re-arm ``masks[first:end]`` of slot `k`; returns ``(words not 0, SPTEs changed)``."""
-    found = pages = ZERO
-    for w in range(U64(first), U64(end)):
-        found += U64(masks[w] != ZERO)
-        pages += U64(popcount(masks[w]))
+    found, pages = count_bits(masks, first, end)
     changed = 0
-    if s.table[k, RMAP1] >= 0 and roots.shape[0] == 0 and not m.clear_arms_huge:
+    if s.slots[k].rmap[0] >= 0 and roots.shape[0] == 0 and not m.clear_arms_huge:
         changed = rearm_rmap_words(t, s, m, k, base, masks, first, end)
-    elif m.clear_arms_huge or base & 63 or s.table[k, RMAP1] >= 0:
+    elif m.clear_arms_huge or base & 63 or s.slots[k].rmap[0] >= 0:
         changed = _rearm_windows(t, s, m, roots, k, base, masks, first, end)
-    elif pages >= found * DENSE:
+    elif pages >= found * U64(DENSE):
         for r in range(roots.shape[0]):
             changed += _rearm_dense(t, m, roots[r], base, masks, first, end)
     else:
@@ -101,44 +90,37 @@ def _rearm(t, s, m, roots, k, base, masks, first, end):
     return np.int64(found), changed
 
 
-@kernel_apart
-def _first_block(words, start, first, count):
-    """Return the first of words ``first, first + HARVEST_WORDS, ...`` from `start` on whose block is not all 0, else `count`."""
-    while first < count:
-        seen = ZERO
-        for w in range(U64(first), U64(min(first + HARVEST_WORDS, count))):
-            seen |= words[start + w]
-        if seen != ZERO:
-            return first
-        first += HARVEST_WORDS
-    return count
-
-
 @kernel
-def get_dirty_log(t, s, m, roots, k, out):
-    """Move the live bitmap of slot `k` to `out`, all 0 before, and re-arm what was set; returns ``(words not 0, SPTEs changed)``."""
-    live = U64(s.table[k, BITMAP])
+def get_dirty_log(t, s, mode, roots, k, out):
+    """Move the live bitmap of slot `k` to `out`, all 0 before, and re-arm what was set: KVM's kvm_get_dirty_log_protect.
+
+    Returns ``(words not 0, SPTEs changed)``.
+    """
+    m = mode[0]
+    live = U64(s.slots[k].dirty_bitmap)
     found, changed = 0, 0
     first = np.int64(0)
     while True:
-        first = _first_block(s.words, live, first, out.shape[0])
+        first = first_block(s.words, live, first, out.shape[0])
         if first >= out.shape[0]:
             return found, changed
         end = min(first + HARVEST_WORDS, out.shape[0])
-        for w in range(U64(first), U64(end)):
-            out[w] = s.words[live + w]
-            s.words[live + w] = ZERO
-        some, got = _rearm(t, s, m, roots, k, s.table[k, BASE], out, first, end)
+        take_words(s.words, live, out, first, end)
+        some, got = _rearm(t, s, m, roots, k, s.slots[k].base_gfn, out, first, end)
         found += some
         changed += got
         first = end
 
 
 @kernel
-def clear_dirty_log(t, s, m, roots, k, first_word, wanted):
-    """Clear the bits of `wanted` from `first_word` of slot `k` on and re-arm those that were set, which stay in `wanted`."""
-    live = U64(s.table[k, BITMAP] + first_word)
-    base = s.table[k, BASE] + (first_word << 6)
+def clear_dirty_log(t, s, mode, roots, k, first_word, wanted):
+    """Clear the bits of `wanted` from `first_word` of slot `k` on and re-arm those that were set: KVM's kvm_clear_dirty_log_protect.
+
+    They stay in `wanted`. Returns ``(words not 0, SPTEs changed)``.
+    """
+    m = mode[0]
+    live = U64(s.slots[k].dirty_bitmap + first_word)
+    base = s.slots[k].base_gfn + (first_word << 6)
     found, changed = 0, 0
     for first in range(0, wanted.shape[0], HARVEST_WORDS):
         end = min(first + HARVEST_WORDS, wanted.shape[0])

@@ -1,31 +1,15 @@
-"""Draining a vCPU's PML buffer: what a guest run and the public flush share."""
+"""Draining a vCPU's PML buffer: KVM's vmx_flush_pml_buffer."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import helper, kernel_apart, prefetch
-from spte.arrays import context as cx
-from spte.bits import ONE, SHIFT_PAGE, U64
+from spte._numba.jit import helper, kernel_apart
+from spte.arrays.slots import LOG_DIRTY_PAGES
+from spte.bits import SHIFT_PAGE, U64
+from spte.kernels._pml_flush import EMPTY, first_logged, mark_run
 from spte.mmu.mark_dirty import mark_dirty
 from spte.mmu.memslot import find_slot
-
-WORD_SHIFT, WORD_MASK = U64(6), U64(63)
-AHEAD, LAST = U64(32), U64(511)  # entries
-
-
-@kernel_apart
-def _mark_run(words, pml, first, base, npages, start):
-    """Mark entries from `first` on in the bitmap that starts at word `start`; returns the first whose gfn is not in its slot, else 512."""
-    # With the lookup of the slot in this loop it took 1.5 times as long, with the words of a whole buffer asked for before it 1.2.
-    for at in range(U64(first), U64(512)):
-        ahead = U64(np.int64(pml[min(at + AHEAD, LAST)] >> SHIFT_PAGE) - base)
-        prefetch(words, np.int64(start + (ahead >> WORD_SHIFT)))
-        offset = U64(np.int64(pml[at] >> SHIFT_PAGE) - base)  # before its slot: wraps, and is past its end
-        if offset >= npages:
-            return np.int64(at)
-        words[start + (offset >> WORD_SHIFT)] |= ONE << (offset & WORD_MASK)
-    return np.int64(512)
 
 
 @helper
@@ -34,33 +18,34 @@ def _mark_in_bitmaps(t, s, v, first):
     at = first
     while at < 512:
         k = find_slot(s, np.int64(v.pml[at] >> SHIFT_PAGE))
-        if k < 0 or s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES == 0:
+        if k < 0 or s.slots[k].flags & LOG_DIRTY_PAGES == 0:
             at += 1
             continue
-        end = _mark_run(s.words, v.pml, at, s.table[k, cx.BASE], U64(s.table[k, cx.NPAGES]), U64(s.table[k, cx.BITMAP]))
-        t.meta[cx.DIRTY_MARKS] += end - at
+        end, _ = mark_run(v.pml, at, np.int64(512), s.words, U64(s.slots[k].dirty_bitmap), s.slots[k].base_gfn, U64(s.slots[k].npages))
+        t.kvm[0].dirty_marks += end - at
         at = end
 
 
 @helper
 def drain(t, s, v, m):
-    """Mark every logged gfn dirty and empty the buffer; entries of slots that do not log are dropped."""
-    if v.reg[cx.PML_INDEX] != 511:
-        if v.reg[cx.PML_BARRED]:  # the buffer is L1's, and L2 ran
-            v.reg[cx.PML_INDEX] = 511
+    """Mark every logged gfn dirty and empty the buffer: KVM's vmx_flush_pml_buffer. Entries of slots that do not log are dropped."""
+    vcpu = v.vcpu[0]
+    if vcpu.pml_index != EMPTY:
+        if vcpu.pml_barred:  # the buffer is L1's, and L2 ran
+            vcpu.pml_index = EMPTY
         else:
             _drain(t, s, v, m)
 
 
 @kernel_apart
 def _drain(t, s, v, m):
-    index = v.reg[cx.PML_INDEX]
-    first = np.int64(0) if index > 511 else index + 1
-    if v.reg[cx.RING_SIZE] == 0 and v.log.shape[0] == 0:
+    vcpu = v.vcpu[0]
+    first = first_logged(vcpu.pml_index)
+    if vcpu.ring_size == 0 and v.log.shape[0] == 0:
         _mark_in_bitmaps(t, s, v, first)
     else:
         for j in range(512 - first):
             at = 511 - j if m.oldest_first else first + j
             gfn = np.int64(v.pml[at] >> SHIFT_PAGE)
             mark_dirty(t, s, v, find_slot(s, gfn), gfn)
-    v.reg[cx.PML_INDEX] = 511
+    vcpu.pml_index = EMPTY

@@ -1,47 +1,33 @@
-"""Re-arm 64 gfns: what GET, CLEAR and the reset of dirty rings share. No flush in here: that is the caller's."""
+"""Re-arm 64 gfns: what GET, CLEAR and the reset of dirty rings share, KVM's kvm_arch_mmu_enable_log_dirty_pt_masked.
+
+No flush in here: that is the caller's.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import ctz, helper, popcount
-from spte.arrays.context import RMAP1
-from spte.bits import ONE, PRESENT_SHIFT, U64, WRITABLE, ZERO, is_leaf
+from spte._numba.jit import ctz, helper
+from spte.bits import ONE, U64, WRITABLE, ZERO, is_leaf
+from spte.kernels._entries import clear_entry
+from spte.kernels._harvest import rearm_window
 from spte.mmu.page_track import protect_rmaps
 from spte.mmu.rmap import head_of, next_of, ref_of
 from spte.mmu.shadow.split import split_rmaps
 from spte.mmu.tdp_mmu import log_shift, split_below
 from spte.mmu.walk import leaf_table, walk
 
-SWEPT = 4  # set bits of a word from which sweeping its 64 entries is quicker than counting zeros
-LAST_WINDOW = U64(512 - 64)
-
 
 @helper
-def rearm_entries(sptes, row, first, mask, shift):
-    """Clear bit `shift` in the present leaves ``sptes[row, first + b]`` for each bit b of `mask`; returns SPTEs changed."""
-    changed = ZERO
-    row, first = U64(row), U64(first)
-    if first <= LAST_WINDOW and popcount(mask) >= SWEPT:
-        for b in range(64):
-            s = sptes[row, first + U64(b)]
-            d = (s >> shift) & (s >> PRESENT_SHIFT) & (mask >> U64(b)) & ONE
-            changed += d
-            sptes[row, first + U64(b)] = s ^ (d << shift)
-        return np.int64(changed)
-    while mask != ZERO:
-        j = first + U64(ctz(mask))
-        mask &= mask - ONE
-        s = sptes[row, j]
-        d = (s >> shift) & (s >> PRESENT_SHIFT) & ONE
-        changed += d
-        sptes[row, j] = s ^ (d << shift)
-    return np.int64(changed)
+def rearm_in_table(t, m, row, first, mask):
+    """Re-arm entries ``first + b`` of level-1 `row` for each bit b of `mask`: KVM's clear_dirty_pt_masked. Returns SPTEs changed."""
+    shift = log_shift(t, m, row)
+    return rearm_window(t.flat, row * 512 + first, mask, shift, shift)
 
 
 @helper
 def write_protect_huge(t, m, root, gfn):
-    """Take W and MMU_WRITABLE from a huge leaf that covers `gfn`; returns SPTEs changed (0 or 1)."""
+    """Take W and MMU_WRITABLE from a huge leaf that covers `gfn`: KVM's kvm_tdp_mmu_write_protect_gfn. Returns SPTEs changed (0 or 1)."""
     row, i, level = walk(t, root, gfn)
     spte = t.sptes[row, i]
     if level == 1 or not is_leaf(spte, level) or (spte & (WRITABLE | m.lay.mmu_writable)) == ZERO:
@@ -52,7 +38,10 @@ def write_protect_huge(t, m, root, gfn):
 
 @helper
 def split_range(t, m, root, start, end):
-    """Split the huge leaves that meet gfns ``[start, end)`` to 4 KiB; best effort. Returns leaves split; no flush needed."""
+    """Split the huge leaves that meet gfns ``[start, end)`` to 4 KiB: KVM's kvm_tdp_mmu_try_split_huge_pages.
+
+    Best effort. Returns leaves split; no flush is needed.
+    """
     done = 0
     gfn = start
     while gfn < end:
@@ -86,10 +75,10 @@ def _rearm_huge(t, m, root, gfn, mask):
 
 @helper
 def rearm_mask(t, m, root, gfn, mask, row):
-    """Make the next write to each ``gfn + b``, b a bit of `mask` (not 0), visible again under `root`.
+    """Make the next write to each ``gfn + b``, b a bit of `mask`, visible again under `root`: KVM's kvm_tdp_mmu_clear_dirty_pt_masked.
 
-    `row` is a level-1 table to look in first, -1 for none. Returns ``(SPTEs changed, the table to look in next)``. Huge leaves
-    are passed over: a logging slot has none that is writable.
+    `mask` is not 0. `row` is a level-1 table to look in first, -1 for none. Returns ``(SPTEs changed, the table to look in next)``.
+    Huge leaves are passed over: a logging slot has none that is writable.
     """
     changed = 0
     if m.clear_arms_huge:
@@ -98,22 +87,25 @@ def rearm_mask(t, m, root, gfn, mask, row):
     here = min(np.int64(64), 512 - first)  # the window may begin in one table and end in the next
     part = mask if here == 64 else mask & ((ONE << U64(here)) - ONE)
     if part != ZERO:
-        if row < 0 or t.level[row] != 1 or t.gfn[row] != gfn - first:
+        if row < 0 or t.pages[row].level != 1 or t.pages[row].gfn != gfn - first:
             row = leaf_table(t, root, gfn)
         if row >= 0:
-            changed += rearm_entries(t.sptes, row, first, part, log_shift(t, m, row))
+            changed += rearm_in_table(t, m, row, first, part)
     part = ZERO if here == 64 else mask >> U64(here)
     if part != ZERO:
         row = leaf_table(t, root, gfn + here)
         if row >= 0:
-            changed += rearm_entries(t.sptes, row, np.int64(0), part, log_shift(t, m, row))
+            changed += rearm_in_table(t, m, row, np.int64(0), part)
     return changed, row
 
 
 @helper
 def rearm_rmaps(t, s, m, k, gfn, mask):
-    """Make the next write to each ``gfn + b`` visible again in every SPTE that maps it under the shadow MMU; returns SPTEs changed."""
-    changed = 0
+    """Make the next write to each ``gfn + b`` visible again in every SPTE of the shadow MMU that maps it.
+
+    KVM's kvm_mmu_clear_dirty_pt_masked, or kvm_mmu_write_protect_pt_masked without PML. Returns SPTEs changed.
+    """
+    changed = np.int64(0)
     if m.clear_arms_huge:
         start, end = _ends(gfn, mask)
         if m.eager:
@@ -129,11 +121,8 @@ def rearm_rmaps(t, s, m, k, gfn, mask):
         while head != 0:
             ref = ref_of(s, head)
             head = next_of(s, head)
-            bit = ONE << log_shift(t, m, ref >> 9)
-            spte = t.sptes[ref >> 9, ref & 511]
-            if (spte & bit) != ZERO:
-                t.sptes[ref >> 9, ref & 511] = spte & ~bit
-                changed += 1
+            shift = log_shift(t, m, ref >> 9)
+            changed += np.int64(clear_entry(t.flat, U64(ref), shift, shift, ONE))
     return changed
 
 
@@ -145,6 +134,6 @@ def rearm(t, s, m, roots, k, gfn, mask, row):
     for r in range(roots.shape[0]):
         got, row = rearm_mask(t, m, roots[r], gfn, mask, row if one else np.int64(-1))
         changed += got
-    if s.table[k, RMAP1] >= 0:
+    if s.slots[k].rmap[0] >= 0:
         changed += rearm_rmaps(t, s, m, k, gfn, mask)
     return changed, row

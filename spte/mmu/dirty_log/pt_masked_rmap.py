@@ -4,34 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import ctz, helper, kernel_apart, popcount, prefetch
-from spte.arrays.context import BASE, NPAGES
-from spte.bits import INDEX_BITS, ONE, PRESENT_SHIFT, TYPE_MASK, U64, W_SHIFT, ZERO
-from spte.mmu.dirty_log.pt_masked import rearm_entries, rearm_rmaps
+from spte._numba.jit import ctz, helper, kernel_apart, prefetch
+from spte.bits import ONE, U64, W_SHIFT, ZERO
+from spte.kernels._bitmap import WORD_SHIFT, count_bits, list_pages
+from spte.kernels._entries import clear_entry
+from spte.mmu.dirty_log.pt_masked import rearm_in_table, rearm_rmaps
 from spte.mmu.rmap import head_of
-from spte.mmu.tdp_mmu import log_shift
-from spte.mmu.walk import INDEX_MASK
 
-LAST_BIT, WORD_SHIFT = ONE << U64(63), U64(6)
 DENSE = U64(4)  # set bits a word from which sweeping 64 rmap heads and entries is quicker than a list
-
-
-@kernel_apart
-def list_pages(t, masks, first, end):
-    """Put the pages of the set bits of ``masks[first:end]`` into ``t.places``, without a branch on single bits; returns their number."""
-    count = ZERO
-    for w in range(U64(first), U64(end)):
-        mask = masks[w]
-        page = w << WORD_SHIFT
-        t.places[count] = page + U64(ctz(mask | LAST_BIT))
-        more = U64(mask != ZERO)
-        count += more
-        mask &= mask - more
-        while mask != ZERO:
-            t.places[count] = page + U64(ctz(mask))
-            count += ONE
-            mask &= mask - ONE
-    return count
 
 
 @helper
@@ -48,9 +28,10 @@ def _first_of_run(heads, at, mask):
 
 @kernel_apart
 def _rearm_sparse(t, s, m, k, base, masks, first, end):
-    """Re-arm page by page: all heads are asked for, then the entries that they name; one after the other a page took 79 ns, not 20."""
+    """Re-arm page by page: all heads are prefetched, then the entries that they name; one after the other a page took 79 ns, not 20."""
     changed = np.int64(0)
-    count = list_pages(t, masks, first, end)
+    count = list_pages(masks, first, end, t.places)
+    shift = m.lay.dirty_shift if m.dirty_log_size > 0 else W_SHIFT
     head = head_of(s, k, base, np.int64(1))
     for c in range(count):
         prefetch(s.rmaps, head + np.int64(t.places[c]))
@@ -63,13 +44,7 @@ def _rearm_sparse(t, s, m, k, base, masks, first, end):
         t.places[c] = U64(place + 1)
     for c in range(count):
         if t.places[c] != ZERO:
-            place = t.places[c] - ONE
-            spte = t.sptes[place >> INDEX_BITS, place & INDEX_MASK]
-            by_dirty = m.dirty_log_size > 0 and (spte & TYPE_MASK) == ZERO
-            shift = m.lay.dirty_shift if by_dirty else W_SHIFT
-            armed = (spte >> shift) & (spte >> PRESENT_SHIFT) & ONE
-            changed += np.int64(armed)
-            t.sptes[place >> INDEX_BITS, place & INDEX_MASK] = spte ^ (armed << shift)
+            changed += np.int64(clear_entry(t.flat, t.places[c] - ONE, shift, W_SHIFT, ONE))
     return changed
 
 
@@ -79,14 +54,11 @@ def rearm_rmap_words(t, s, m, k, base, masks, first, end):
 
     Where 64 gfns are mapped side by side by one page, it is swept: head by head, a page took 4 ns, not 0.5.
     """
-    found = pages = ZERO
-    for w in range(U64(first), U64(end)):
-        found += U64(masks[w] != ZERO)
-        pages += U64(popcount(masks[w]))
+    found, pages = count_bits(masks, first, end)
     if pages < found * DENSE:
         return _rearm_sparse(t, s, m, k, base, masks, first, end)
     changed = np.int64(0)
-    last = s.table[k, BASE] + s.table[k, NPAGES] - 64
+    last = s.slots[k].base_gfn + s.slots[k].npages - 64
     for w in range(U64(first), U64(end)):
         mask, gfn = masks[w], base + np.int64(w << WORD_SHIFT)
         if mask != ZERO:
@@ -94,7 +66,7 @@ def rearm_rmap_words(t, s, m, k, base, masks, first, end):
             if gfn <= last:
                 place = _first_of_run(s.rmaps, head_of(s, k, gfn, np.int64(1)), mask)
             if place >= 0:
-                changed += rearm_entries(t.sptes, place >> 9, place & 511, mask, log_shift(t, m, place >> 9))
+                changed += rearm_in_table(t, m, place >> 9, place & 511, mask)
             else:
                 changed += rearm_rmaps(t, s, m, k, gfn, mask)
     return changed

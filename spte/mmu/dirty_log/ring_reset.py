@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import helper, kernel
-from spte.arrays.context import BASE, COUNT, NPAGES, RING_RESET, RING_SIZE, SLOT
 from spte.bits import ONE, U64, ZERO
 from spte.mmu.dirty_log.pt_masked import rearm
 from spte.mmu.mark_dirty import SLOT_SHIFT, U32_MASK
@@ -16,33 +15,38 @@ FLAGS_MASK = U64(0xFFFF_FFFF)
 
 @helper
 def _rearm(t, s, m, roots, slot, offset, mask):
-    """Re-arm one mask; a slot or offset that does not exist (userspace may write the ring) is passed over."""
+    """Re-arm one mask: KVM's kvm_reset_dirty_gfn. A slot or offset that does not exist (userspace may write the ring) is passed over."""
     last = np.int64(63)
     while (mask >> U64(last)) == ZERO:
         last -= 1
-    for k in range(s.meta[COUNT]):
-        if s.table[k, SLOT] == slot:
-            if offset < 0 or offset + last >= s.table[k, NPAGES]:
+    for k in range(s.memslots[0].used_slots):
+        if s.slots[k].id == slot:
+            if offset < 0 or offset + last >= s.slots[k].npages:
                 return 0
-            changed, _ = rearm(t, s, m, roots, k, s.table[k, BASE] + offset, mask, np.int64(-1))
+            changed, _ = rearm(t, s, m, roots, k, s.slots[k].base_gfn + offset, mask, np.int64(-1))
             return changed
     return 0
 
 
 @kernel
-def reset_ring(t, s, m, v, roots):
-    """Free the harvested entries of one ring from its reset index on; returns ``(entries freed, SPTEs changed)``."""
+def reset_ring(t, s, mode, v, roots):
+    """Free the harvested entries of one ring from its reset index on: KVM's kvm_dirty_ring_reset.
+
+    Returns ``(entries freed, SPTEs changed)``.
+    """
+    m = mode[0]
+    vcpu = v.vcpu[0]
     freed, changed = 0, 0
     slot, base, mask = np.int64(-1), np.int64(0), ZERO
-    while freed < v.reg[RING_SIZE]:
-        i = v.reg[RING_RESET] & (v.reg[RING_SIZE] - 1)
+    while freed < vcpu.ring_size:
+        i = vcpu.reset_index & (vcpu.ring_size - 1)
         head = v.ring[i, 0]
         if (head & HARVESTED) == ZERO:
             break
         next_slot = np.int64(head >> SLOT_SHIFT)
         offset = np.int64(v.ring[i, 1])
         v.ring[i, 0] = head & ~FLAGS_MASK
-        v.reg[RING_RESET] = (v.reg[RING_RESET] + 1) & U32_MASK
+        vcpu.reset_index = (vcpu.reset_index + 1) & U32_MASK
         freed += 1
         if mask != ZERO and next_slot == slot:
             delta = offset - base

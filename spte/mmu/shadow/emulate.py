@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import helper, kernel_apart
-from spte.arrays import context as cx
+from spte.arrays.vcpu import EMULATED
 from spte.bits import MMU_PRESENT, ZERO
 from spte.mmu.mark_dirty import mark_dirty
 from spte.mmu.memslot import find_slot
@@ -22,10 +22,10 @@ def _track_write(t, s, m, gfn, offset):
     flush = False
     row = np.int64(t.hash[bucket_of(t, gfn)]) - 1
     while row >= 0:
-        following = np.int64(t.hash_next[row]) - 1
-        if t.level[row] > 0 and t.gfn[row] == gfn and not is_direct(t, row):  # a zap may have freed the next one too
-            t.flood[row] += t.level[row] > 1
-            if t.flood[row] >= FLOOD:
+        following = np.int64(t.pages[row].hash_link) - 1
+        if t.pages[row].level > 0 and t.pages[row].gfn == gfn and not is_direct(t, row):  # a zap may have freed the next one too
+            t.pages[row].write_flooding_count += t.pages[row].level > 1
+            if t.pages[row].write_flooding_count >= FLOOD:
                 zap_page(t, s, m, row)
                 flush = True
             else:
@@ -33,13 +33,14 @@ def _track_write(t, s, m, gfn, offset):
                 flush = flush or (t.sptes[row, i] & MMU_PRESENT) != ZERO
                 drop_entry_of(t, s, m, row, i)
         row = following
-    t.meta[cx.FLUSHES] += flush
+    t.kvm[0].remote_tlb_flush_requests += flush
 
 
 @kernel_apart
 def emulate_write(t, s, v, m, gfn):
-    """Do the guest's write to `gfn`, ``reg[STORE]`` bytes into the page: dirty, and seen by the pages that shadow it."""
-    v.stat[cx.PF_EMULATE] += 1
+    """Do the guest's write to `gfn`, ``reg.store_offset`` bytes into the page: dirty, and seen by the pages that shadow it."""
+    vcpu = v.vcpu[0]
+    vcpu.pf_emulate += 1
     mark_dirty(t, s, v, find_slot(s, gfn), gfn)
-    _track_write(t, s, m, gfn, v.reg[cx.STORE])
-    return cx.EMULATED
+    _track_write(t, s, m, gfn, vcpu.store_offset)
+    return EMULATED

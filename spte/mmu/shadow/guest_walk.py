@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import helper, kernel_apart
-from spte.arrays import context as cx
+from spte.arrays.vcpu import EXEC, WRITE
 from spte.bits import ACC_ALL, ACC_EXEC, ACC_USER, ACC_WRITE, LARGE, SHIFT_PAGE, U64, ZERO
 from spte.host.guest_memory import write_word
 from spte.mmu.mark_dirty import mark_dirty
@@ -23,20 +23,21 @@ def _store(t, s, h, v, gfn, i, value):
     """Write a word of guest memory as KVM does; returns nothing where no slot is."""
     k = find_slot(s, gfn)
     if k >= 0:
-        write_word(h, s.table[k, cx.HPAGE] + gfn - s.table[k, cx.BASE], i, value)
+        write_word(h, s.slots[k].hpage + gfn - s.slots[k].base_gfn, i, value)
         mark_dirty(t, s, v, k, gfn)
 
 
 @helper
 def _log_for_l1(t, s, h, v, gfn):
     """Log L2's write of `gfn` in L1's PML buffer, if L1 has one; False if it is full."""
-    if v.reg[cx.L1_PML_GFN] < 0:
+    vcpu = v.vcpu[0]
+    if vcpu.l1_pml_gfn < 0:
         return True
-    index = v.reg[cx.L1_PML_INDEX]
+    index = vcpu.l1_pml_index
     if index >= PML_ENTRIES:
         return False
-    _store(t, s, h, v, v.reg[cx.L1_PML_GFN], index, U64(gfn) << SHIFT_PAGE)
-    v.reg[cx.L1_PML_INDEX] = (index - 1) & 0xFFFF
+    _store(t, s, h, v, vcpu.l1_pml_gfn, index, U64(gfn) << SHIFT_PAGE)
+    vcpu.l1_pml_index = (index - 1) & 0xFFFF
     return True
 
 
@@ -44,7 +45,7 @@ def _log_for_l1(t, s, h, v, gfn):
 def _set_used(t, s, h, v, m, gfn, level, write):
     """Set A in the entries of the walk, D in the last one for a write, as the CPU would; False if L1's PML buffer is full."""
     for at in range(TOP, level - 1, -1):
-        table = v.guest[cx.GW_TABLE + at]
+        table = v.vcpu[0].walker.table_gfn[at]
         i = index_of(gfn, at)
         gpte = read_gpte(s, h, table, i)
         new = gpte | m.gpte.accessed
@@ -60,9 +61,9 @@ def _set_used(t, s, h, v, m, gfn, level, write):
 @helper
 def allows(access, kind):
     """Tell whether guest tables that allow `access` let an access of `kind` through."""
-    if kind == cx.WRITE:
+    if kind == WRITE:
         return access & ACC_WRITE != 0
-    return access & (ACC_EXEC if kind == cx.EXEC else ACC_USER) != 0
+    return access & (ACC_EXEC if kind == EXEC else ACC_USER) != 0
 
 
 @kernel_apart
@@ -71,29 +72,30 @@ def walk_guest(t, s, h, v, m, gfn, kind):
 
     Reserved bits are not looked at: tables that have some set, or a large page at level 4, are mapped as if they were valid.
     """
-    table = v.reg[cx.PGD]
+    vcpu = v.vcpu[0]
+    table = vcpu.pgd
     access = np.int64(ACC_ALL)
     level = np.int64(TOP)
     while True:
         i = index_of(gfn, level)
         gpte = read_gpte(s, h, table, i)
-        v.guest[cx.GW_LEVEL] = level
-        v.guest[cx.GW_TABLE + level] = table
-        v.guest[cx.GW_TABLE_ACCESS + level] = access
+        vcpu.walker.level = level
+        vcpu.walker.table_gfn[level] = table
+        vcpu.walker.pt_access[level] = access
         if (gpte & m.gpte.present) == ZERO:
-            v.guest[cx.GW_ACCESS] = 0
+            vcpu.walker.pte_access = 0
             return WALK_FAULT
         access &= gpte_access(m, gpte)
         if level == 1 or (gpte & LARGE) != ZERO:
             break
         table = gpte_gfn(gpte)
         level -= 1
-    v.guest[cx.GW_ACCESS] = access
+    vcpu.walker.pte_access = access
     if not allows(access, kind):
         return WALK_FAULT
-    v.guest[cx.GW_GFN] = gpte_gfn(gpte) + (gfn & ((np.int64(1) << (9 * (level - 1))) - 1))
-    if kind != cx.WRITE:
-        v.guest[cx.GW_ACCESS] = clean_access(m, gpte, access)
-    if m.gpte.accessed != ZERO and not _set_used(t, s, h, v, m, gfn, level, kind == cx.WRITE):
+    vcpu.walker.gfn = gpte_gfn(gpte) + (gfn & ((np.int64(1) << (9 * (level - 1))) - 1))
+    if kind != WRITE:
+        vcpu.walker.pte_access = clean_access(m, gpte, access)
+    if m.gpte.accessed != ZERO and not _set_used(t, s, h, v, m, gfn, level, kind == WRITE):
         return WALK_PML_FULL
     return WALK_OK

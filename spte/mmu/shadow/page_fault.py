@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import helper, kernel_apart
-from spte.arrays import context as cx
+from spte.arrays.slots import LOG_DIRTY_PAGES, READONLY
+from spte.arrays.vcpu import DONE, EMULATED, EV_SET, EXEC, EXIT_GUEST_FAULT, EXIT_GUEST_PML_FULL, EXIT_MMIO, EXIT_NOMEM, WRITE
 from spte.bits import (
     ACC_EXEC,
     ACC_WRITE,
@@ -49,8 +50,8 @@ def _next_page(t, s, h, v, m, row, i, gfn, direct, access):
     old = t.sptes[row, i]
     if is_link(old):
         return child_of(old), False
-    level = np.int64(t.level[row]) - 1
-    role = (np.int64(t.role[row]) & ~(ROLE_LEVEL | ROLE_IS_DIRECT | ROLE_ACCESS)) | level | (access << ROLE_ACCESS_SHIFT)
+    level = np.int64(t.pages[row].level) - 1
+    role = (np.int64(t.pages[row].role) & ~(ROLE_LEVEL | ROLE_IS_DIRECT | ROLE_ACCESS)) | level | (access << ROLE_ACCESS_SHIFT)
     child = get_page(t, s, h, v, m, gfn, level, role | ROLE_IS_DIRECT if direct else role)
     if child < 0:
         return child, False
@@ -58,7 +59,7 @@ def _next_page(t, s, h, v, m, row, i, gfn, direct, access):
         sync_children(t, s, h, v, m, child)
     if (t.sptes[row, i] & MMU_PRESENT) != ZERO:
         drop_leaf(t, s, m, row, i)
-        t.meta[cx.FLUSHES] += 1
+        t.kvm[0].remote_tlb_flush_requests += 1
     link_page(t, s, m, row, i, child)
     return child, True
 
@@ -66,7 +67,8 @@ def _next_page(t, s, h, v, m, row, i, gfn, direct, access):
 @helper
 def set_leaf(t, s, v, m, k, row, i, gfn, pfn, host_writable, access, prefetch):
     """Put the leaf of `gfn` at entry `i` of `row`; returns whether the entry changed, and whether W was refused."""
-    level = np.int64(t.level[row])
+    kvm = t.kvm[0]
+    level = np.int64(t.pages[row].level)
     old = t.sptes[row, i]
     flush = False
     mapped = False
@@ -83,21 +85,21 @@ def set_leaf(t, s, v, m, k, row, i, gfn, pfn, host_writable, access, prefetch):
     wants = host_writable and access & ACC_WRITE != 0
     write = wants and ((old & WRITABLE) != ZERO or may_write(t, gfn, True, prefetch))
     allowed = access & ~ACC_EXEC if m.nx and level > 1 else access
-    new = make_leaf(m, level, pfn, old, prefetch, host_writable, np.int64(t.role[row]), allowed, write)
-    if write and s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES:
+    new = make_leaf(m, level, pfn, old, prefetch, host_writable, np.int64(t.pages[row].role), allowed, write)
+    if write and s.slots[k].flags & LOG_DIRTY_PAGES:
         mark_dirty(t, s, v, k, gfn)
     # An entry that keeps its pfn stays in the rmap where it is: only what the guest allows is new.
     set_shadowed(t, row, i, entry_gfn(t, row, i) if mapped else gfn, access)
     if new == old:
         return False, wants and not write
     t.sptes[row, i] = new
-    t.meta[cx.SPTES_WRITTEN] += 1
-    t.meta[cx.FLUSHES] += flush or (mapped and needs_flush(m, old, new))
+    kvm.sptes_written += 1
+    kvm.remote_tlb_flush_requests += flush or (mapped and needs_flush(m, old, new))
     if not mapped:
         rmap_add(s, k, gfn, level, row * 512 + i)
         count_leaf(t, level, 1)
     if v.log.shape[0] > 0:
-        note(v, cx.EV_SET, gfn, level, new, 0, 0)
+        note(v, EV_SET, gfn, level, new, 0, 0)
     return True, wants and not write
 
 
@@ -107,11 +109,11 @@ def _prefetch_run(t, s, h, v, m, row, first, end):
     gfn = entry_gfn(t, row, first)
     k = find_slot(s, gfn)
     access = entry_access(t, row, first)
-    if k < 0 or s.table[k, cx.FLAGS] & cx.READONLY or (access & ACC_WRITE and s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES):
+    if k < 0 or s.slots[k].flags & READONLY or (access & ACC_WRITE and s.slots[k].flags & LOG_DIRTY_PAGES):
         return False
-    if gfn + (end - first) > s.table[k, cx.BASE] + s.table[k, cx.NPAGES]:
+    if gfn + (end - first) > s.slots[k].base_gfn + s.slots[k].npages:
         return False
-    hpage = s.table[k, cx.HPAGE] + gfn - s.table[k, cx.BASE]
+    hpage = s.slots[k].hpage + gfn - s.slots[k].base_gfn
     if not writable_now(h, hpage):
         return False
     for i in range(first, end):
@@ -144,11 +146,11 @@ def _prefetch_shadowed(t, s, h, v, m, row, at):
     for i in range(base, base + PREFETCH):
         if i == at or (t.sptes[row, i] & MMU_PRESENT) != ZERO:
             continue
-        gpte = read_gpte(s, h, t.gfn[row], i)
+        gpte = read_gpte(s, h, t.pages[row].gfn, i)
         if not may_map_early(m, gpte):
             return
         gfn = gpte_gfn(gpte)
-        access = clean_access(m, gpte, gpte_access(m, gpte) & (np.int64(t.role[row]) >> ROLE_ACCESS_SHIFT))
+        access = clean_access(m, gpte, gpte_access(m, gpte) & (np.int64(t.pages[row].role) >> ROLE_ACCESS_SHIFT))
         set_shadowed(t, row, i, gfn, access)
         if not _prefetch_run(t, s, h, v, m, row, np.int64(i), np.int64(i) + 1):
             return
@@ -157,22 +159,24 @@ def _prefetch_shadowed(t, s, h, v, m, row, at):
 @helper
 def _finish(t, s, h, v, m, k, row, i, gfn, pfn, host_writable, access, kind, prefetch):
     """Put the leaf that a fault is after, or an MMIO SPTE where no slot is; returns an exit reason."""
-    level = np.int64(t.level[row])
+    vcpu = v.vcpu[0]
+    level = np.int64(t.pages[row].level)
     if k < 0:
         if (t.sptes[row, i] & MMU_PRESENT) != ZERO:
             drop_leaf(t, s, m, row, i)
         set_shadowed(t, row, i, gfn, access)
         t.sptes[row, i] = mmio_spte(m, s, gfn)
-        t.meta[cx.SPTES_WRITTEN] += 1
-        v.stat[cx.PF_EMULATE] += not prefetch
-        v.stat[cx.PF_MMIO_SPTE_CREATED] += 1
-        return cx.EXIT_MMIO
+        t.kvm[0].sptes_written += 1
+        vcpu.pf_emulate += not prefetch
+        vcpu.pf_mmio_spte_created += 1
+        return EXIT_MMIO
     first = U64(pfn) & ~((U64(1) << U64(9 * (level - 1))) - U64(1))
     start = gfn & -(np.int64(1) << (9 * (level - 1)))
     changed, refused = set_leaf(t, s, v, m, k, row, i, gfn if level == 1 else start, first, host_writable, access, prefetch)
-    reason = cx.EMULATED if refused and kind == cx.WRITE else cx.DONE
-    if reason == cx.DONE:
-        v.stat[cx.PF_FIXED if changed else cx.PF_SPURIOUS] += not prefetch
+    reason = EMULATED if refused and kind == WRITE else DONE
+    if reason == DONE:
+        vcpu.pf_fixed += changed and not prefetch
+        vcpu.pf_spurious += not (changed or prefetch)
     return reason
 
 
@@ -180,17 +184,17 @@ def _finish(t, s, h, v, m, k, row, i, gfn, pfn, host_writable, access, kind, pre
 def shadow_map_gfn(t, s, h, v, m, k, gfn, kind, prefetch):
     """Take the slow path for a direct root. Returns an exit reason: DONE if the leaf is there, EMULATED as `map_gfn`."""
     reason, pfn, host_writable, fits = fault_page(s, h, m, k, gfn, kind)
-    if reason != cx.DONE:
+    if reason != DONE:
         return reason
-    no_huge = m.nx and kind == cx.EXEC
-    row = v.reg[cx.ROOT]
+    no_huge = m.nx and kind == EXEC
+    row = v.vcpu[0].root
     access = np.int64(7)
-    goal = np.int64(1) if no_huge else min(fits, np.int64(t.level[row]) - 1)  # a PAE root has no leaves
+    goal = np.int64(1) if no_huge else min(fits, np.int64(t.pages[row].level) - 1)  # a PAE root has no leaves
     row, i = _descend(t, s, h, v, m, row, gfn, gfn, goal, fits, no_huge, access)
     if row < 0:
-        return cx.EXIT_NOMEM
+        return EXIT_NOMEM
     reason = _finish(t, s, h, v, m, k, row, i, gfn, pfn, host_writable, access, kind, prefetch)
-    if reason != cx.EXIT_MMIO and not np.int64(t.role[row]) & ROLE_AD_DISABLED and t.level[row] == 1:
+    if reason != EXIT_MMIO and not np.int64(t.pages[row].role) & ROLE_AD_DISABLED and t.pages[row].level == 1:
         _prefetch_direct(t, s, h, v, m, row, i)
     return reason
 
@@ -204,7 +208,8 @@ def direct_map_gfn(t, s, h, v, m, k, gfn, kind, prefetch, row, i, level):
 @helper
 def _descend(t, s, h, v, m, row, address, gfn, goal, fits, no_huge, access):
     """Go down from `row` to `goal` over direct pages; returns row (-1: arena full) and index. `address` finds the entries."""
-    level = np.int64(t.level[row])
+    kvm = t.kvm[0]
+    level = np.int64(t.pages[row].level)
     i = index_of(address, level)
     while True:
         if level == goal and nx_holds(t, m, t.sptes[row, i], level):
@@ -213,16 +218,16 @@ def _descend(t, s, h, v, m, row, address, gfn, goal, fits, no_huge, access):
             return row, i
         first = gfn & -(np.int64(1) << (9 * (level - 1)))
         old = t.sptes[row, i]
-        if is_link(old) and (np.int64(t.role[child_of(old)]) & ROLE_ACCESS) >> ROLE_ACCESS_SHIFT != access:
+        if is_link(old) and (np.int64(t.pages[child_of(old)].role) & ROLE_ACCESS) >> ROLE_ACCESS_SHIFT != access:
             unlink_page(t, s, m, row, i)  # what the guest allows has changed
-            t.meta[cx.FLUSHES] += 1
+            kvm.remote_tlb_flush_requests += 1
         nx_mark = nx_mark_of(m, level, fits) if no_huge else 0
         child, fresh = _next_page(t, s, h, v, m, row, i, first, True, access)
         if child < 0:
             return child, i
-        if fresh and nx_mark and t.nx_disallowed[child] == 0:
-            t.nx_disallowed[child] = nx_mark
-            t.meta[cx.NX_SPLITS] += nx_mark == 2
+        if fresh and nx_mark and t.pages[child].nx_huge_page_disallowed == 0:
+            t.pages[child].nx_huge_page_disallowed = nx_mark
+            kvm.nx_lpage_splits += nx_mark == 2
         row = child
         level -= 1
         i = index_of(address, level)
@@ -234,37 +239,38 @@ def _guest_fault(t, s, h, v, m, address, kind, present, again):
 
     Returns an exit reason: DONE if the leaf is there; EXIT_GUEST_FAULT if the guest's tables do not allow the access.
     """
+    vcpu = v.vcpu[0]
     walked = walk_guest(t, s, h, v, m, address, kind)
     if walked != WALK_OK:
-        return cx.EXIT_GUEST_PML_FULL if walked == WALK_PML_FULL else cx.EXIT_GUEST_FAULT
-    gfn, access = v.guest[cx.GW_GFN], v.guest[cx.GW_ACCESS]
+        return EXIT_GUEST_PML_FULL if walked == WALK_PML_FULL else EXIT_GUEST_FAULT
+    gfn, access = vcpu.walker.gfn, vcpu.walker.pte_access
     k = find_slot(s, gfn)
-    if kind == cx.WRITE and present and is_tracked(t, gfn):
-        return cx.EMULATED
-    if k >= 0 and kind == cx.WRITE and s.table[k, cx.FLAGS] & cx.READONLY:
-        v.stat[cx.PF_EMULATE] += 1
-        return cx.EXIT_MMIO
-    v.stat[cx.SLOW_FAULTS] += 1 - again
+    if kind == WRITE and present and is_tracked(t, gfn):
+        return EMULATED
+    if k >= 0 and kind == WRITE and s.slots[k].flags & READONLY:
+        vcpu.pf_emulate += 1
+        return EXIT_MMIO
+    vcpu.slow_faults += 1 - again
     reason, pfn, host_writable, fits = fault_page(s, h, m, k, gfn, kind)
-    if reason != cx.DONE:
+    if reason != DONE:
         return reason
-    row = v.reg[cx.ROOT]
-    while t.level[row] > v.guest[cx.GW_LEVEL]:
-        level = np.int64(t.level[row])
+    row = vcpu.root
+    while t.pages[row].level > vcpu.walker.level:
+        level = np.int64(t.pages[row].level)
         i = index_of(address, level)
         below = level - 1
-        t.flood[row] = 0
-        table, allowed = v.guest[cx.GW_TABLE + below], v.guest[cx.GW_TABLE_ACCESS + below]
+        t.pages[row].write_flooding_count = 0
+        table, allowed = vcpu.walker.table_gfn[below], vcpu.walker.pt_access[below]
         row, _ = _next_page(t, s, h, v, m, row, i, table, False, allowed)
         if row < 0:
-            return cx.EXIT_NOMEM
-    no_huge = m.nx and kind == cx.EXEC
-    goal = np.int64(1) if no_huge else min(fits, v.guest[cx.GW_LEVEL])
+            return EXIT_NOMEM
+    no_huge = m.nx and kind == EXEC
+    goal = np.int64(1) if no_huge else min(fits, vcpu.walker.level)
     row, i = _descend(t, s, h, v, m, row, address, gfn, goal, fits, no_huge, access)
     if row < 0:
-        return cx.EXIT_NOMEM
+        return EXIT_NOMEM
     reason = _finish(t, s, h, v, m, k, row, i, gfn, pfn, host_writable, access, kind, False)
-    if reason != cx.EXIT_MMIO and t.level[row] == 1:
+    if reason != EXIT_MMIO and t.pages[row].level == 1:
         if is_direct(t, row):
             _prefetch_direct(t, s, h, v, m, row, i)
         else:
@@ -278,22 +284,23 @@ def shadow_fault(t, s, h, v, m, address, kind, row, i, level):
 
     DONE: enter again; EMULATED: KVM did the write itself, because the page holds a guest table.
     """
+    vcpu = v.vcpu[0]
     mmio, kind, present, again = begin_fault(m, s, v, address, kind, t.sptes[row, i], level)
     if mmio:
-        return cx.EXIT_MMIO
-    if v.reg[cx.PGD] >= 0:
+        return EXIT_MMIO
+    if vcpu.pgd >= 0:
         reason = _guest_fault(t, s, h, v, m, address, kind, present, again)
-        return emulate_write(t, s, v, m, v.guest[cx.GW_GFN]) if reason == cx.EMULATED else reason
-    if present and kind == cx.WRITE and t.meta[cx.INDIRECT] > 0 and is_tracked(t, address):
+        return emulate_write(t, s, v, m, vcpu.walker.gfn) if reason == EMULATED else reason
+    if present and kind == WRITE and t.kvm[0].indirect_shadow_pages > 0 and is_tracked(t, address):
         return emulate_write(t, s, v, m, address)
     k = find_slot(s, address)
-    may_be_fast = not again and k >= 0 and (m.fast_fault or m.shadow) and ((present and kind == cx.WRITE) or (not m.ad and not present))
+    may_be_fast = not again and k >= 0 and (m.fast_fault or m.shadow) and ((present and kind == WRITE) or (not m.ad and not present))
     if may_be_fast and fast_fault(t, s, v, m, k, address, kind, False, row, i, level):
-        return cx.DONE
-    if k >= 0 and kind == cx.WRITE and s.table[k, cx.FLAGS] & cx.READONLY:
-        v.stat[cx.PF_EMULATE] += 1
-        return cx.EXIT_MMIO
-    v.stat[cx.SLOW_FAULTS] += 1 - again
+        return DONE
+    if k >= 0 and kind == WRITE and s.slots[k].flags & READONLY:
+        vcpu.pf_emulate += 1
+        return EXIT_MMIO
+    vcpu.slow_faults += 1 - again
     args = t, s, h, v, m, k, address, kind, False
     reason = shadow_map_gfn(*args) if m.shadow else direct_map_gfn(*args, row, i, level)
-    return emulate_write(t, s, v, m, address) if reason == cx.EMULATED else reason
+    return emulate_write(t, s, v, m, address) if reason == EMULATED else reason

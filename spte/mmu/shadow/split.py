@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import helper, kernel_apart
-from spte.arrays.context import FLUSHES, SPLITS_1G, SPLITS_2M, SPTES_WRITTEN
 from spte.bits import ACC_EXEC, LARGE, MMU_PRESENT, ROLE_ACCESS, ROLE_ACCESS_SHIFT, ROLE_IS_DIRECT, ROLE_LEVEL, SHIFT_PAGE, U64, ZERO
 from spte.mmu.arena import count_leaf
 from spte.mmu.make_spte import set_executable
@@ -19,11 +18,12 @@ def _split_page(t, s, m, k, row, i):
 
     The page may be there already, filled by another alias of the same gfns: what it maps stays.
     """
+    kvm = t.kvm[0]
     huge = t.sptes[row, i]
-    level = np.int64(t.level[row]) - 1
+    level = np.int64(t.pages[row].level) - 1
     gfn = entry_gfn(t, row, i)
     access = entry_access(t, row, i)
-    above = np.int64(t.role[row]) & ~(ROLE_LEVEL | ROLE_ACCESS)
+    above = np.int64(t.pages[row].role) & ~(ROLE_LEVEL | ROLE_ACCESS)
     role = above | ROLE_IS_DIRECT | level | (access << ROLE_ACCESS_SHIFT)
     child = find_page(t, s, m, gfn, level, role)
     if child < 0:
@@ -39,11 +39,11 @@ def _split_page(t, s, m, k, row, i):
             t.sptes[child, j] = small + (U64(j) << step)
             rmap_add(s, k, gfn + (np.int64(j) << (9 * (level - 1))), level, child * 512 + j)
             count_leaf(t, level, 1)
-            t.meta[SPTES_WRITTEN] += 1
+            kvm.sptes_written += 1
     drop_leaf(t, s, m, row, i)
     link_page(t, s, m, row, i, child)
-    t.meta[SPLITS_2M if level == 1 else SPLITS_1G] += 1
-    t.meta[FLUSHES] += 1
+    kvm.splits[level] += 1
+    kvm.remote_tlb_flush_requests += 1
     return True
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import helper, kernel_apart, kernel_called
-from spte.arrays import context as cx
+from spte._numba.jit import helper, kernel_apart
+from spte.arrays.slots import LOG_DIRTY_PAGES
 from spte.bits import ACC_EXEC, ACC_USER, ACC_WRITE, MMU_PRESENT, PFN_MASK, SHIFT_PAGE, WRITABLE, ZERO
 from spte.host.guest_memory import read_word
 from spte.mmu.make_spte import make_leaf
@@ -23,7 +23,7 @@ def read_gpte(s, h, gfn, i):
     k = find_slot(s, gfn)
     if k < 0:
         return ZERO
-    return read_word(h, s.table[k, cx.HPAGE] + gfn - s.table[k, cx.BASE], i)
+    return read_word(h, s.slots[k].hpage + gfn - s.slots[k].base_gfn, i)
 
 
 @helper
@@ -68,7 +68,7 @@ def needs_flush(m, old, new):
 def _sync_entry(t, s, h, v, m, row, i):
     """Bring one entry of a level-1 page in step with the guest's; returns whether the caller must flush."""
     spte = t.sptes[row, i]
-    gpte = read_gpte(s, h, t.gfn[row], i)
+    gpte = read_gpte(s, h, t.pages[row].gfn, i)
     present = (spte & MMU_PRESENT) != ZERO
     if not may_map_early(m, gpte):
         if present:
@@ -81,7 +81,7 @@ def _sync_entry(t, s, h, v, m, row, i):
         if gfn != entry_gfn(t, row, i):
             t.sptes[row, i] = m.lay.nonpresent
         return False
-    role = np.int64(t.role[row])
+    role = np.int64(t.pages[row].role)
     access = clean_access(m, gpte, gpte_access(m, gpte) & (role >> 8))
     if gfn != entry_gfn(t, row, i) or (access == 0 and (m.lay.present & m.lay.readable) == ZERO):
         drop_leaf(t, s, m, row, i)
@@ -94,11 +94,11 @@ def _sync_entry(t, s, h, v, m, row, i):
     if write and (spte & WRITABLE) == ZERO:
         write = may_write(t, gfn, False, True)
     k = find_slot(s, gfn)
-    if write and s.table[k, cx.FLAGS] & cx.LOG_DIRTY_PAGES:
+    if write and s.slots[k].flags & LOG_DIRTY_PAGES:
         mark_dirty(t, s, v, k, gfn)
     new = make_leaf(m, np.int64(1), (spte & PFN_MASK) >> SHIFT_PAGE, spte, True, host_writable, role, access, write)
     t.sptes[row, i] = new
-    t.meta[cx.SPTES_WRITTEN] += 1
+    t.kvm[0].sptes_written += 1
     return needs_flush(m, spte, new)
 
 
@@ -112,38 +112,39 @@ def sync_page(t, s, h, v, m, row):
     return flush
 
 
-@kernel_called
+@kernel_apart
 def sync_children(t, s, h, v, m, root):
     """Bring every unsync page below `root` in step and write-protect its table, with the flushes that this needs.
 
     A flush for tables that are protected serves what was synced before them too.
     """
+    kvm = t.kvm[0]
     flush = False
-    while t.meta[cx.UNSYNC] > 0:
+    while kvm.mmu_unsync > 0:
         count = unsync_below(t, root, 0, BATCH, True)
         if count == 0:
             break
         protected = False
         for n in range(count):
-            if protect_gfn(t, s, m, t.gfn[t.doomed[n]]):
+            if protect_gfn(t, s, m, t.pages[t.doomed[n]].gfn):
                 protected = True
-        t.meta[cx.FLUSHES] += protected
+        kvm.remote_tlb_flush_requests += protected
         flush = flush and not protected
         for n in range(count):
             set_synced(t, t.doomed[n])
             if sync_page(t, s, h, v, m, np.int64(t.doomed[n])):
                 flush = True
-    t.meta[cx.FLUSHES] += flush
+    kvm.remote_tlb_flush_requests += flush
 
 
-@kernel_called
+@kernel_apart
 def get_page(t, s, h, v, m, gfn, level, role):
     """Return the shadow page of `gfn` with `role`, a new one if there is none; -1 if the arena is full."""
     row = find_page(t, s, m, gfn, level, role)
     if row < 0:
         return new_page(t, s, m, gfn, level, role)
     # An unsync page is brought in step and stays unsync: its table is protected only when the guest flushes.
-    if t.unsync[row] and sync_page(t, s, h, v, m, row):
-        t.meta[cx.FLUSHES] += 1
-    t.flood[row] = 0
+    if t.pages[row].unsync and sync_page(t, s, h, v, m, row):
+        t.kvm[0].remote_tlb_flush_requests += 1
+    t.pages[row].write_flooding_count = 0
     return row

@@ -1,1 +1,1 @@
-"""One module an operation on a whole memslot."""
+"""Operations on all of a memslot, one a module."""

@@ -1,6 +1,6 @@
-"""After logging, make huge mappings of a slot possible again: by dropping tables or leaves, or in place.
+"""After logging, make huge mappings of a slot possible again: KVM's kvm_mmu_recover_huge_pages.
 
-KVM's kvm_mmu_recover_huge_pages.
+In place from 6.13 on; before, kvm_mmu_zap_collapsible_sptes dropped tables or leaves.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import helper, kernel, prefetch
-from spte.arrays.context import BASE, COLLAPSED, FLUSHES, NPAGES, ROWS, SLOT, SPTES_WRITTEN
-from spte.bits import LARGE, MMU_PRESENT, SHIFT_PAGE, U64, ZERO, child_of, is_leaf, is_link
+from spte.bits import ZERO, child_of, is_leaf, is_link
+from spte.kernels._collapse import first_leaf, make_huge_spte
 from spte.mmu.arena import count_leaf
 from spte.mmu.make_spte import set_executable
 from spte.mmu.memslot import max_mapping_level, may_collapse
@@ -17,61 +17,41 @@ from spte.mmu.slot.sweep import place
 from spte.mmu.tdp_mmu import drop_entry, free_table
 from spte.mmu.walk import index_of, table_at
 
-AHEAD = 16  # entries; the first leaf of a table that far on is asked for
-
-
-@helper
-def _first_leaf(t, row):
-    """Return the first present leaf below table `row`, 0 if there is none."""
-    level = np.int64(t.level[row])
-    for i in range(512):
-        spte = t.sptes[row, i]
-        if is_leaf(spte, level):
-            return spte
-        if level == 2 and is_link(spte):
-            child = child_of(spte)
-            for j in range(512):
-                if (t.sptes[child, j] & MMU_PRESENT) != ZERO:
-                    return t.sptes[child, j]
-    return ZERO
-
-
-@helper
-def _huge_from(m, small, level):
-    """Return `small` as a leaf of `level`: its bits, the address rounded down, not executable under the NX mitigation."""
-    huge = (small | LARGE) & ~((U64(1) << (SHIFT_PAGE + U64(9 * (level - 1)))) - (U64(1) << SHIFT_PAGE))
-    return set_executable(huge, m.lay, False) if m.nx else huge
+AHEAD = 16  # entries; the first leaf of a table that far on is prefetched
 
 
 @helper
 def _collapse_entry(t, m, row, i):
-    """Drop the table linked at entry `i` of `row`, or put a huge leaf in its place; returns whether the entry changed."""
-    level = np.int64(t.level[row])
+    """Drop the table linked at entry `i` of `row`, or put a huge leaf in its place; tells whether the entry changed."""
+    kvm = t.kvm[0]
+    level = np.int64(t.pages[row].level)
     if not m.recover:
         drop_entry(t, m, row, i)
     else:
         child = child_of(t.sptes[row, i])
-        small = _first_leaf(t, child)
+        small = first_leaf(t.flat, np.int64(0), child, level - 1)
         if small == ZERO:
             return False
-        t.sptes[row, i] = _huge_from(m, small, level)
+        huge = make_huge_spte(small, level)
+        t.sptes[row, i] = set_executable(huge, m.lay, False) if m.nx else huge
         free_table(t, child)
         count_leaf(t, level, 1)
-        t.meta[SPTES_WRITTEN] += 1
-    t.meta[COLLAPSED] += 1
+        kvm.sptes_written += 1
+    kvm.collapsed += 1
     if m.flush_each:
-        t.meta[FLUSHES] += 1
+        kvm.remote_tlb_flush_requests += 1
     return True
 
 
 @kernel
-def collapse_slot(t, s, h, m, roots, k):
-    """Collapse every table of slot `k` whose gfns may be mapped by one larger leaf, 1 GiB before 2 MiB; returns entries changed.
+def collapse_slot(t, s, h, mode, roots, k):
+    """Collapse every table of slot `k` whose gfns one larger leaf may map, 1 GiB before 2 MiB: KVM's kvm_tdp_mmu_recover_huge_pages.
 
-    With one flush a table they are counted here, else the caller flushes the slot if the result is not 0.
+    Returns entries changed. With one flush a table they are counted here, else the caller flushes the slot if the result is not 0.
     """
-    start = s.table[k, BASE]
-    end = start + s.table[k, NPAGES]
+    m = mode[0]
+    start = s.slots[k].base_gfn
+    end = start + s.slots[k].npages
     done = 0
     for r in range(roots.shape[0]):
         for level in range(3, 1, -1):
@@ -93,25 +73,27 @@ def collapse_slot(t, s, h, m, roots, k):
 
 
 @kernel
-def zap_collapsible(t, s, h, m, k):
-    """Drop the leaves of slot `k` that larger ones may replace, rows in arena order; returns leaves dropped.
+def zap_collapsible(t, s, h, mode, k):
+    """Drop the leaves of slot `k` that larger ones may replace, rows in arena order: KVM's kvm_mmu_zap_collapsible_sptes.
 
-    With one flush a leaf they are counted here, else the caller flushes if the result is not 0.
+    Returns leaves dropped. With one flush a leaf they are counted here, else the caller flushes if the result is not 0.
     """
-    start = s.table[k, BASE]
-    end = start + s.table[k, NPAGES]
+    m = mode[0]
+    kvm = t.kvm[0]
+    start = s.slots[k].base_gfn
+    end = start + s.slots[k].npages
     done = 0
-    for row in range(t.meta[ROWS]):
-        if t.level[row] == 0 or t.shadow[row]:
+    for row in range(kvm.rows):
+        if t.pages[row].level == 0 or t.pages[row].shadow:
             continue
-        level = np.int64(t.level[row])
-        lo, hi = place(t, row, s.table[k, SLOT] >> 16, start, end)
+        level = np.int64(t.pages[row].level)
+        lo, hi = place(t, row, s.slots[k].id >> 16, start, end)
         for i in range(lo, hi):
-            gfn = t.gfn[row] + (np.int64(i) << (9 * (level - 1)))
+            gfn = t.pages[row].gfn + (np.int64(i) << (9 * (level - 1)))
             if is_leaf(t.sptes[row, i], level) and gfn >= start and may_collapse(s, h, m, k, gfn, level, m.collapse_pages):
                 drop_entry(t, m, row, i)
                 done += 1
-    t.meta[COLLAPSED] += done
+    kvm.collapsed += done
     if m.flush_each:
-        t.meta[FLUSHES] += done
+        kvm.remote_tlb_flush_requests += done
     return done

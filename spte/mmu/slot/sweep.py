@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import helper, kernel
-from spte.bits import LARGE_SHIFT, ONE, PRESENT_SHIFT, ROLE_IS_DIRECT, U64
+from spte.bits import INDEX_BITS, LARGE_SHIFT, ONE, ROLE_IS_DIRECT, U64, ZERO
+from spte.kernels._entries import clear_entry
 
 AS_SHIFT = 24  # role bits 31:24 name the address space
 GFN_SHIFT = U64(3)  # of an entry of Tables.shadowed
@@ -14,11 +15,11 @@ GFN_SHIFT = U64(3)  # of an entry of Tables.shadowed
 @helper
 def place(t, row, as_id, start, end):
     """Return the half-open index range of `row` whose leaves lie in gfns ``[start, end)``; empty if none may."""
-    level = np.int64(t.level[row])
-    if np.int64(t.role[row]) >> AS_SHIFT != as_id:
+    level = np.int64(t.pages[row].level)
+    if np.int64(t.pages[row].role) >> AS_SHIFT != as_id:
         return 0, 0
     shift = 9 * (level - 1)
-    base = t.gfn[row]
+    base = t.pages[row].gfn
     lo = np.int64(0)
     hi = np.int64(512)
     if start > base:
@@ -29,22 +30,19 @@ def place(t, row, as_id, start, end):
 
 
 @kernel
-def is_scattered(t, row):
+def is_indirect(t, row):
     """Tell whether the entries of `row` map what a guest table says, not gfns one after the other."""
-    return t.shadow[row] == 1 and np.int64(t.role[row]) & ROLE_IS_DIRECT == 0
+    return t.pages[row].shadow == 1 and np.int64(t.pages[row].role) & ROLE_IS_DIRECT == 0
 
 
 @helper
-def clear_scattered(t, row, as_id, start, end, shift):
-    """Clear bit `shift` in the present leaves of a scattered `row` that map gfns ``[start, end)``; returns SPTEs changed."""
-    if np.int64(t.role[row]) >> AS_SHIFT != as_id:
+def clear_indirect(t, row, as_id, start, end, shift):
+    """Clear bit `shift` in the present leaves of an indirect `row` that map gfns ``[start, end)``; returns SPTEs changed."""
+    if np.int64(t.pages[row].role) >> AS_SHIFT != as_id:
         return np.int64(0)
-    changed = np.int64(0)
-    for i in range(512):
-        spte = t.sptes[row, i]
-        leaf = (spte >> PRESENT_SHIFT) & ((spte >> LARGE_SHIFT) | U64(t.level[row] == 1)) & ONE
-        gfn = np.int64(t.shadowed[row, i] >> GFN_SHIFT)
-        if leaf & (spte >> shift) and start <= gfn < end:
-            t.sptes[row, i] = spte ^ (ONE << shift)
-            changed += 1
-    return changed
+    changed, small = ZERO, U64(t.pages[row].level == 1)
+    for i in range(ONE << INDEX_BITS):
+        if start <= np.int64(t.shadowed[row, i] >> GFN_SHIFT) < end:
+            at = (U64(row) << INDEX_BITS) + i
+            changed += clear_entry(t.flat, at, shift, shift, small | (t.flat[at] >> LARGE_SHIFT))
+    return np.int64(changed)

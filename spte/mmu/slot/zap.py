@@ -5,29 +5,30 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import kernel
-from spte.arrays.context import ZAPPED
 from spte.bits import ROLE_INVALID, child_of, is_leaf, is_link
 from spte.mmu.tdp_mmu import drop_entry, free_table
 from spte.mmu.walk import walk
 
 
 @kernel
-def zap_root(t, m, root):
-    """Mark `root` invalid and drop all below it; the row itself stays until no vCPU holds it. Returns leaves dropped."""
-    t.role[root] |= np.uint32(ROLE_INVALID)
+def zap_root(t, mode, root):
+    """Mark `root` invalid and drop all below it: KVM's tdp_mmu_zap_root. The row stays until no vCPU holds it. Returns leaves dropped."""
+    m = mode[0]
+    t.pages[root].role |= np.uint32(ROLE_INVALID)
     dropped = 0
     for i in range(512):
         spte = t.sptes[root, i]
         if is_link(spte):
             t.sptes[root, i] = m.lay.nonpresent
             dropped += free_table(t, child_of(spte))
-    t.meta[ZAPPED] += dropped
+    t.kvm[0].zapped += dropped
     return dropped
 
 
 @kernel
-def zap_range(t, m, roots, start, end):
-    """Drop every leaf that maps a page of gfns ``[start, end)``, huge ones whole; tables stay. Returns leaves dropped."""
+def zap_range(t, mode, roots, start, end):
+    """Drop every leaf that maps a page of gfns ``[start, end)``: KVM's kvm_tdp_mmu_zap_leafs. Tables stay. Returns leaves dropped."""
+    m = mode[0]
     dropped = 0
     for r in range(roots.shape[0]):
         gfn = start

@@ -1,0 +1,209 @@
+"""The state of one VM and of its vCPUs, KVM's struct kvm and struct kvm_vcpu, and what the host's MMU notifiers do to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from spte.arrays.mode import mode_of
+from spte.arrays.slots import READONLY
+from spte.arrays.vcpu import KVM_VCPU, LOG_COLUMNS, WALKS_AHEAD, Vcpu
+from spte.errors import ClosedError
+from spte.host import pages as hostmm
+from spte.host.mmu_notifier import Ranges, invalidate_range
+from spte.mmu.mark_dirty import mark_dirty
+from spte.observe.listing import KeptRoot
+from spte.platform import Platform
+from spte.policy import Policy
+from spte.vm.memslots import Memslots
+from spte.vm.mmu import Mmu
+from spte.vm.root_cache import VcpuMmu
+
+LOG_EVENTS = 1 << 14
+MMIO_GENERATIONS = 1 << 19
+
+
+@dataclass(frozen=True, slots=True)
+class L2:
+    """What L1 told the CPU of its guest; see `VirtualCpu.enter_l2`."""
+
+    ept: int | None
+    ad: bool
+    pml: int | None
+    vmcb: int | None
+
+
+@dataclass(slots=True)
+class NestedState:
+    """What a vCPU keeps for its L2: KVM's struct nested_vmx or nested_svm."""
+
+    l2: L2 | None = None  # None: the vCPU runs L1
+    update_deferred: bool = False  # the PML control of L1 changed while L2 ran: update_vmcs01_cpu_dirty_logging
+
+
+class KvmVcpu:
+    """The state of one vCPU: KVM's struct kvm_vcpu.
+
+    Parameters
+    ----------
+    kvm : Kvm
+        Its VM, which is not kept.
+    index : int
+        Number of the vCPU.
+    """
+
+    def __init__(self, kvm: Kvm, index: int) -> None:
+        self.index = index
+        self.arrays = Vcpu(
+            vcpu=np.zeros(1, KVM_VCPU), pml=np.zeros(512, np.uint64),
+            ring=np.zeros((kvm.ring_entries, 2), np.uint64), log=np.zeros((0, LOG_COLUMNS), np.uint64),
+            walked=np.zeros(2 * WALKS_AHEAD, np.uint64),
+        )  # fmt: skip
+        reg = self.arrays.vcpu[0]
+        reg.l1_pml_gfn, reg.l1_pml_index = -1, 511
+        reg.pml_index, reg.root, reg.pgd, reg.ring_size = 511, -1, -1, kvm.ring_entries
+        reg.soft_limit = kvm.ring_entries - 64 - kvm.platform.cpu_dirty_log_size
+        self.mmu = VcpuMmu(kvm.mmu.first_role, kvm.mmu.mode)
+        self.nested = NestedState()
+        self.cr3: int | None = None  # bytes; None: the guest's paging is off, or its tables do not matter
+        self.pml01 = kvm.pml_wanted  # the PML control while L1 runs
+        self.in_guest = False  # a run has ended without an exit: vcpu->mode is IN_GUEST_MODE
+        self.update_requested = False  # KVM_REQ_UPDATE_CPU_DIRTY_LOGGING
+        self.sync_requested = False  # KVM_REQ_MMU_SYNC
+
+    @property
+    def in_l2(self) -> bool:
+        """The vCPU runs L2: is_guest_mode."""
+        return self.nested.l2 is not None
+
+    def keep_log(self, on: bool) -> None:
+        """Record events of the coming accesses, or stop to."""
+        self.arrays = self.arrays._replace(log=np.zeros((LOG_EVENTS if on else 0, LOG_COLUMNS), np.uint64))
+        self.arrays.vcpu[0].logged = 0
+
+
+class Kvm:
+    """The state of one VM: KVM's struct kvm. What ioctls do with it stands in the modules above.
+
+    Parameters
+    ----------
+    platform : Platform
+        What the CPU gives.
+    policy : Policy
+        What the kernel version does.
+    manual : int
+        Argument of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: manual_dirty_log_protect.
+    ring_entries : int
+        Entries of each vCPU's dirty ring; 0 = bitmaps.
+    """
+
+    def __init__(self, platform: Platform, policy: Policy, manual: int, ring_entries: int) -> None:
+        self.platform = platform
+        self.policy = policy
+        self.manual = manual
+        self.ring_entries = ring_entries
+        self.memslots = Memslots(rmaps=not platform.tdp_mmu)
+        self.mmu = Mmu(platform, mode_of(platform, policy, manual), self.memslots)
+        self.nr_memslots_dirty_logging = 0
+        self.vcpus: tuple[KvmVcpu, ...] = ()
+        self.vcpus_in_guest = 0
+        self.closed = False
+
+    @property
+    def pml_wanted(self) -> bool:
+        """VCPUs that run L1 are to log by PML."""
+        return self.platform.pml and (self.policy.pml_control == "always" or self.nr_memslots_dirty_logging > 0)
+
+    @property
+    def vcpu_arrays(self) -> list[Vcpu]:
+        """The arrays of each vCPU."""
+        return [vcpu.arrays for vcpu in self.vcpus]
+
+    def kept_roots(self) -> Iterator[KeptRoot]:
+        """Yield every root that a vCPU keeps."""
+        for vcpu in self.vcpus:
+            mmu = vcpu.mmu
+            for name, cache in (("root_mmu", mmu.root_mmu), ("guest_mmu", mmu.guest_mmu)):
+                for which, root in cache:
+                    active = cache is mmu.active and which == "cur"
+                    yield KeptRoot(vcpu.index, name, which, active, root.row, root.role, root.pgd)
+
+    def trace(self, *, events: bool | None = None, hardware: bool | None = None) -> None:
+        """Record tracepoints, or what the hardware logs, from now on, or stop to; None: as before."""
+        log = self.mmu.log
+        log.tracing = log.tracing if events is None else events
+        log.hardware = log.hardware if hardware is None else hardware
+        for vcpu in self.vcpus:
+            vcpu.keep_log(log.on)
+
+    def check_alive(self) -> None:
+        """Raise ClosedError if the VM was closed."""
+        if self.closed:
+            raise ClosedError("the VM was closed; make a new one")
+
+    def change(self, *, manual: int | None = None, policy: Policy | None = None) -> None:
+        """Replace manual protect or the policy; vCPUs take it over at their next entry."""
+        self.manual = self.manual if manual is None else manual
+        self.policy = policy or self.policy
+        self.mmu.set_mode(mode_of(self.platform, self.policy, self.manual))
+
+    def count_logging(self, change: int) -> None:
+        """Count a slot in or out of the logging ones: kvm_mmu_update_cpu_dirty_logging.
+
+        Between 0 and 1 every vCPU is asked to update its PML control.
+        """
+        self.nr_memslots_dirty_logging += change
+        first_or_last = change != 0 and self.nr_memslots_dirty_logging == max(change, 0)
+        if first_or_last and self.platform.pml and self.policy.pml_control == "logging-slots":
+            self.mmu.tables.kvm[0].cpu_dirty_logging_requests += len(self.vcpus)
+            for vcpu in self.vcpus:
+                vcpu.update_requested = True
+
+    def advance_generation(self, as_id: int, step: int) -> None:
+        """Move the generation of memslots on: kvm_mmu_invalidate_mmio_sptes. Every SPTE is dropped when that of MMIO SPTEs wraps."""
+        if self.memslots.advance_generation(as_id, step) % MMIO_GENERATIONS == 0:
+            self.mmu.zap_all()
+
+    # -- MMU notifiers ----------------------------------------------------------------------------------------------------
+
+    def invalidate_range(self, ranges: Ranges) -> bool:
+        """Drop every SPTE of `ranges` of host pages; returns whether there was one: kvm_mmu_notifier_invalidate_range_start.
+
+        One flush for all of them.
+        """
+        mapped = (part for hpage, count in ranges for part in self.memslots.mapping(hpage, count))
+        dropped = sum(self.mmu.zap_gfns(*part) for part in mapped)
+        if dropped:
+            self.mmu.flush()
+        return dropped > 0
+
+    def clear_young(self, hpage: int, count: int) -> None:
+        """Take the accessed state of host pages, page by page: kvm_mmu_notifier_clear_flush_young.
+
+        A flush for each page that had it, if the policy flushes.
+        """
+        for page in range(hpage, hpage + count):
+            young = sum(self.mmu.age_gfns(*part, clear=True) for part in self.memslots.mapping(page, 1))
+            if young and self.policy.aging_flush:
+                self.mmu.flush()
+
+    def write_guest_page(self, gfn: int, vcpu: int) -> None:
+        """Write page `gfn` as KVM does: dirty in the log of its slot, no SPTE: kvm_vcpu_write_guest_page.
+
+        Without a writable slot and host page nothing happens.
+        """
+        slot = self.memslots.at(gfn)
+        if slot is None or slot.flags & READONLY:
+            return
+        hpage = slot.hpage_of(gfn)
+        code = hostmm.write_page(np.int64(hpage))
+        if code == hostmm.HOST_EFAULT:
+            return
+        if code == hostmm.HOST_COW and slot.backing is not None:
+            invalidate_range(slot.backing.users, [(hpage, 1)])
+        s, k = self.memslots.row_of(slot)
+        v = self.vcpus[vcpu].arrays
+        mark_dirty(self.mmu.tables, s, v, np.int64(k), np.int64(gfn))
+        self.mmu.log.collect(vcpu, v)

@@ -1,0 +1,204 @@
+"""Into the guest and out of it: a run of accesses until it stops, prefault, and the kick that every ioctl of the VM begins with."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from spte.access import Access
+from spte.arrays.mode import replace
+from spte.arrays.records import I64s
+from spte.arrays.vcpu import (
+    DONE,
+    EXEC,
+    EXIT_EFAULT,
+    EXIT_GUEST_FAULT,
+    EXIT_GUEST_PML_FULL,
+    EXIT_HOST,
+    EXIT_INTERNAL,
+    EXIT_LOG,
+    EXIT_MMIO,
+    EXIT_NOMEM,
+    EXIT_RING_FULL,
+    EXIT_ROOT,
+    READ,
+    WRITE,
+    Vcpu,
+)
+from spte.bits import GUEST_EPT, GUEST_EPT_NO_AD, GUEST_LONG, PFN_MASK, WRITABLE, is_leaf
+from spte.cpu.prefault import prefault
+from spte.cpu.run import STAYED, STAYS, run_shadow
+from spte.cpu.run import run as run_guest
+from spte.errors import OutOfTablesError, PrefaultError, PrefaultHoleError, PrefaultHostError, PrefaultUnsupportedError, SlotRangeError
+from spte.exits import Exit
+from spte.host.mmu_notifier import host_write
+from spte.host.pages import the_host
+from spte.mmu.walk import walk
+from spte.platform import EPT, SHADOW
+from spte.vm.kvm import Kvm, KvmVcpu
+
+Kinds = npt.NDArray[np.uint8]
+PAGED_BITS = 48  # what four levels of guest tables reach
+ONE_KIND = {kind: np.array([kind], np.uint8) for kind in (READ, WRITE, EXEC)}
+_NO_GFNS = np.zeros(0, np.int64)
+_INT64 = np.dtype(np.int64)
+_REASONS = {
+    EXIT_RING_FULL: "dirty_ring_full", EXIT_MMIO: "mmio", EXIT_EFAULT: "efault", EXIT_GUEST_FAULT: "page_fault",
+    EXIT_GUEST_PML_FULL: "pml_full", EXIT_INTERNAL: "internal_error",
+}  # fmt: skip
+
+
+def kick(kvm: Kvm) -> None:
+    """Let every vCPU leave the guest, as an ioctl finds them; ClosedError if the VM was closed."""
+    kvm.check_alive()
+    if kvm.vcpus_in_guest:
+        for vcpu in kvm.vcpus:
+            leave_guest(kvm, vcpu)
+
+
+def leave_guest(kvm: Kvm, vcpu: KvmVcpu) -> None:
+    """Leave the guest, if the last run has not: an exit, which drains the PML buffer."""
+    if vcpu.in_guest:
+        vcpu_run(kvm, vcpu, _NO_GFNS, ONE_KIND[READ])
+
+
+def _set_in_guest(kvm: Kvm, vcpu: KvmVcpu, value: bool) -> None:
+    kvm.vcpus_in_guest += value - vcpu.in_guest
+    vcpu.in_guest = value
+
+
+def enter_guest(kvm: Kvm, vcpu: KvmVcpu) -> None:
+    """Before a guest entry take over the PML control and load a valid root: vcpu_enter_guest.
+
+    While the vCPU runs L2, a new PML control waits for L1.
+    """
+    kvm.check_alive()
+    mmu = vcpu.mmu
+    if mmu.loaded == kvm.mmu.generation and not vcpu.update_requested:
+        return
+    if vcpu.update_requested:
+        vcpu.update_requested = False
+        vcpu.nested.update_deferred |= vcpu.in_l2
+        if not vcpu.in_l2:
+            vcpu.pml01 = kvm.pml_wanted
+    _take_mode(kvm, vcpu)
+    kvm.mmu.load(mmu, vcpu.arrays)
+    if vcpu.sync_requested:
+        vcpu.sync_requested = False
+        kvm.mmu.sync(mmu, vcpu.arrays)
+    # Pages of the shadow MMU are zapped at any time, roots of the TDP MMU only where the generation moves on.
+    mmu.loaded = -1 if kvm.mmu.has_shadow_pages else kvm.mmu.generation
+
+
+def _take_mode(kvm: Kvm, vcpu: KvmVcpu) -> None:
+    """Bring what kernels know of the vCPU in step with what it runs."""
+    base, l2 = kvm.mmu.mode, vcpu.nested.l2
+    if l2 is None:
+        vcpu.mmu.mode = base
+    elif kvm.platform.paging == EPT:
+        gpte = GUEST_EPT if l2.ad else GUEST_EPT_NO_AD
+        # Without L1's EPT, KVM turns A/D bits off for L2 on a root whose entries say that they are on.
+        vcpu.mmu.mode = replace(base, hw_ad=np.int64(l2.ept is not None and l2.ad), gpte=gpte)
+    else:
+        vcpu.mmu.mode = replace(base, gpte=GUEST_LONG)
+    pml_in_l2 = kvm.policy.pml_in_l2
+    vcpu.arrays.vcpu[0].pml_enabled = vcpu.pml01 and (l2 is None or pml_in_l2)
+    vcpu.arrays.vcpu[0].pml_barred = l2 is not None and not pml_in_l2
+
+
+def frames(kvm: Kvm, vcpu: KvmVcpu, gfns: npt.ArrayLike) -> I64s:
+    """Return guest frame numbers as the kernels take them; refuses what the running guest can not address."""
+    array = np.asarray(gfns)
+    size = array.size
+    if array.ndim == 1 and size == 0:
+        return _NO_GFNS
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise TypeError(f"gfns has dtype {array.dtype} and shape {array.shape}; pass a one-dimensional array of integers")
+    low, high = (int(array.min()), int(array.max())) if size > 1 else (array.item(),) * 2
+    bits = PAGED_BITS if vcpu.cr3 is not None or vcpu.nested.l2 is not None else kvm.platform.reach_bits
+    if low < 0 or high >> (bits - 12):
+        bad = low if low < 0 else high
+        raise SlotRangeError(f"gfn {bad:#x} is outside the {bits} bits that the guest can address")
+    if array.dtype != _INT64:
+        array = array.view(np.int64) if array.dtype == np.uint64 else array.astype(np.int64)
+    return array if array.flags.carray else array.copy()  # contiguous and writable: one type for the kernels
+
+
+def vcpu_run(kvm: Kvm, vcpu: KvmVcpu, gfns: I64s, kinds: Kinds, *, stays: bool = False) -> Exit | None:
+    """Access each of `gfns` in order until one stops the run: KVM_RUN. `stays`: the guest is not left after the last."""
+    at, v, mmu, stayed = 0, vcpu.arrays, kvm.mmu, vcpu.in_guest
+    v.vcpu[0].stay = (STAYS if stays else 0) | (STAYED if stayed else 0)
+    if not stayed or mmu.is_invalid(int(v.vcpu[0].root)):
+        enter_guest(kvm, vcpu)
+    if stays or stayed:
+        _set_in_guest(kvm, vcpu, False)
+    run = run_shadow if mmu.has_shadow_pages else run_guest
+    while True:
+        at = run(mmu.tables, kvm.memslots.spaces[0], the_host(), v, vcpu.mmu.mode, gfns, kinds, at)
+        if mmu.log.on:
+            mmu.log.collect(vcpu.index, v)
+        reason = int(v.vcpu[0].exit_reason)
+        if reason == DONE:
+            if stays:
+                _set_in_guest(kvm, vcpu, True)
+            return None
+        if reason == EXIT_HOST:
+            v.vcpu[0].counted = not _copy_page(kvm, v, int(v.vcpu[0].exit_gfn))
+        elif reason == EXIT_NOMEM:
+            raise OutOfTablesError(f"no page-table page left for gfn {v.vcpu[0].exit_gfn:#x}; delete slots or close the VM")
+        elif reason == EXIT_ROOT:
+            mmu.load(vcpu.mmu, v)
+        elif reason != EXIT_LOG:
+            kind = int(kinds[at] if len(kinds) > 1 and at < len(kinds) else kinds[0]) if len(kinds) else READ
+            return Exit(_REASONS[reason], int(at), int(v.vcpu[0].exit_gfn), Access(kind))
+
+
+def _copy_page(kvm: Kvm, v: Vcpu, gfn: int) -> bool:
+    """Let the host copy the zero page under `gfn`; returns whether an SPTE was dropped, so that the guest faults again."""
+    if v.vcpu[0].pgd >= 0:
+        gfn = int(v.vcpu[0].walker.gfn)
+    return _host_write(kvm, gfn)[1]
+
+
+def _host_write(kvm: Kvm, gfn: int) -> tuple[int, bool]:
+    """Make the host map page `gfn` writable; returns the host page and whether an SPTE was dropped."""
+    slot = kvm.memslots.at(gfn)
+    assert slot is not None
+    assert slot.backing is not None
+    hpage = slot.hpage_of(gfn)
+    return hpage, host_write(slot.backing.users, hpage)
+
+
+def written_page(kvm: Kvm, vcpu: KvmVcpu, gfn: int) -> int:
+    """Return the host page of a page that the guest has just written."""
+    t, v = kvm.mmu.tables, vcpu.arrays
+    row, i, level = walk(t, v.vcpu[0].root, np.int64(gfn))
+    spte = t.sptes[row, i]
+    if is_leaf(spte, level) and spte & WRITABLE:
+        return (int(spte & PFN_MASK) >> 12) + (gfn & ((1 << (9 * (int(level) - 1))) - 1))
+    return _host_write(kvm, gfn if v.vcpu[0].pgd < 0 else int(v.vcpu[0].walker.gfn))[0]  # KVM did the write itself
+
+
+def pre_fault_memory(kvm: Kvm, vcpu: KvmVcpu, gpa: int, size: int, flags: int) -> tuple[int, int]:
+    """Map ``[gpa, gpa + size)`` before the guest asks for it; see `VirtualCpu.prefault`: KVM_PRE_FAULT_MEMORY."""
+    inside = 0 <= gpa < gpa + size <= 1 << kvm.platform.gpa_bits
+    if not kvm.policy.prefault or flags or gpa % 4096 or size % 4096 or not inside:
+        raise PrefaultError(f"gpa={gpa:#x}, size={size:#x}, flags={flags}: take page multiples, flags 0, a policy with prefault")
+    if kvm.platform.paging == SHADOW or vcpu.mmu.active is vcpu.mmu.guest_mmu:
+        raise PrefaultUnsupportedError("shadowed guest tables have no prefault; take a platform with EPT or NPT, and L1")
+    enter_guest(kvm, vcpu)
+    at, end = gpa >> 12, (gpa + size) >> 12
+    while at < end:
+        args = kvm.mmu.tables, kvm.memslots.spaces[0], the_host(), vcpu.arrays, vcpu.mmu.mode, np.int64(at)
+        reason, level = prefault(*args)
+        if reason != DONE and at << 12 == gpa:
+            if reason == EXIT_NOMEM:
+                raise OutOfTablesError(f"no page-table page left for gfn {at:#x}; delete slots or close the VM")
+            if reason == EXIT_MMIO:
+                raise PrefaultHoleError(f"gpa {gpa:#x} is in no memslot; create one first")
+            raise PrefaultHostError(f"the host has no memory for gpa {gpa:#x}")
+        if reason != DONE:
+            break
+        at = (at | ((1 << (9 * (level - 1))) - 1)) + 1
+    at = min(at, end)
+    return at << 12, (end - at) << 12
