@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from spte.convert import bitmap, ftrace, lackey, npy, pagemap, ring, text
+from spte.convert.formats import bitmap, ftrace, lackey, npy, pagemap, ring, text
 from spte.convert.source import Source, shown
 from spte.convert.writes import Writes
 from spte.trace import TraceError

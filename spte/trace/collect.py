@@ -17,7 +17,7 @@ GFN_BITS = 40
 MAX_EPOCHS = 1 << 23
 MAX_WRITES = (MAX_BYTES - 16 * MAX_EPOCHS) // 4
 """Page writes that a file of `MAX_BYTES` holds beside the bounds of `MAX_EPOCHS` epochs."""
-MAX_RUNS = 4096
+MAX_RUNS = 1 << 12
 """Most runs of pages that `meta` names; a trace that was squeezed into more says only how many."""
 _SHIFT = np.uint64(GFN_BITS)
 _GFN = np.uint64((1 << GFN_BITS) - 1)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spte.convert import Slot
-from spte.convert.ring import ENTRY
+from spte.convert.formats.ring import ENTRY
 from spte.convert.slots import Slots
 from spte.trace import TraceError
 from tests.convert.reading import SLOTS, Stream, epochs, read, refusal

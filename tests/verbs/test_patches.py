@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from spte._numba import jit as _jit
-from spte.cli import patches as verb
 from spte.cli.app import run
+from spte.cli.verbs import patches as verb
 from spte.patches import logging as patch_logging
 from spte.patches import mapping as patch_mapping
 from spte.patches.groups import of_patches, of_versions

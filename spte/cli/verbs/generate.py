@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from spte.cli.convert import describe
 from spte.cli.exit_codes import EXIT_OK
 from spte.cli.params import duration, rate, size, target
+from spte.cli.verbs.convert import describe
 from spte.generate import PATTERNS, Pattern, perf_test
 from spte.generate import generate as run_generate
 from spte.profile.perf_test import PerfTest

@@ -17,7 +17,7 @@ NS_PER_INSTRUCTION = 1
 """Lackey knows no time: an instruction counts as 1 ns."""
 ADDRESS = 3
 """Column of the address in a line such as ` S 1ffefffe40,8`."""
-TAIL = 4096
+TAIL = 1 << 12
 """Bytes at the end that hold lackey's summary."""
 _PAGE_SHIFT = np.uint64(12)
 _BANNER = re.compile(rb"^==\d+== Lackey", re.MULTILINE)
