@@ -12,10 +12,10 @@ import pytest
 
 from spte import __version__, policy
 from spte._numba import jit as _jit
-from spte.cli import policies as policies_verb
-from spte.cli import profile as profile_verb
 from spte.cli.app import VERBS, cli, run
 from spte.cli.metrics import COUNTS, MEASURED, RATES, SCHEMA
+from spte.cli.verbs import policies as policies_verb
+from spte.cli.verbs import profile as profile_verb
 from spte.platform import NAMES
 from spte.profile.run import DIRECT
 from spte.trace import Trace, save
@@ -89,7 +89,7 @@ def in_process(code, *argv):
 def test_help_imports_neither_matplotlib_nor_the_verbs():
     done = in_process(
         "import sys; from spte.cli.app import run; run(['--help']);"
-        "sys.exit([m for m in sys.modules if m in ('matplotlib', 'spte.cli.profile', 'rich')] or 0)"
+        "sys.exit([m for m in sys.modules if m in ('matplotlib', 'spte.cli.verbs.profile', 'rich')] or 0)"
     )
     assert (done.returncode, done.stderr) == (0, "")
 

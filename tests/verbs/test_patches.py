@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from spte._numba import jit as _jit
-from spte.cli import patches as verb
 from spte.cli.app import run
+from spte.cli.verbs import patches as verb
 from spte.patches import logging as patch_logging
 from spte.patches import mapping as patch_mapping
 from spte.patches import recorded
