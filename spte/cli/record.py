@@ -14,7 +14,8 @@ from spte.cli import EXIT_MISSING, EXIT_OK
 from spte.cli.params import spell_size, target
 from spte.record.errors import MissingPieceError, RecordError
 from spte.record.journal import SUFFIX, finish
-from spte.record.recorder import MAX_INTERVAL_S, MIN_INTERVAL_S, Recorded, record as run_record
+from spte.record.recorder import MAX_INTERVAL_S, MIN_INTERVAL_S, Recorded
+from spte.record.recorder import record as run_record
 from spte.record.session import Progress
 from spte.trace import PAGE_SIZE, Trace
 
@@ -82,11 +83,12 @@ def _recover(journal: Path, output: Path | None) -> int:
     return EXIT_OK
 
 
+class _Missing(click.UsageError):
+    exit_code = EXIT_MISSING
+
+
 def _refusal(error: Exception) -> click.ClickException:
-    refusal = click.UsageError(str(error))
-    if isinstance(error, MissingPieceError):
-        refusal.exit_code = EXIT_MISSING
-    return refusal
+    return (_Missing if isinstance(error, MissingPieceError) else click.UsageError)(str(error))
 
 
 def _report(done: Recorded, output: Path) -> int:

@@ -14,6 +14,7 @@ import platform
 from spte.record import ptrace
 from spte.record.errors import MissingPieceError
 from spte.record.inject import NR_USERFAULTFD, UFFD_USER_MODE_ONLY
+from spte.trace import PAGE_SIZE
 
 _UFFD_API = 0xAA
 _UFFDIO_API, _UFFDIO_REGISTER, _UFFDIO_WRITEPROTECT = 0xC018AA3F, 0xC020AA00, 0xC018AA06
@@ -79,7 +80,7 @@ def register(uffd: int, start: int, end: int) -> None:
     Raises
     ------
     OSError
-        EINVAL, EPERM or EBUSY if a mapping there can not be tracked, ENOMEM or ESRCH if it, or the process's memory, is gone.
+        EINVAL, EPERM or EBUSY if a mapping there can not be tracked; ENOMEM also if the process's memory is gone.
     """
     fcntl.ioctl(uffd, _UFFDIO_REGISTER, _UffdioRegister(start, end - start, _REGISTER_MODE_WP))
 
@@ -93,6 +94,15 @@ def write_protect(uffd: int, start: int, end: int) -> None:
         ENOENT if not all of it is registered, ESRCH if the process's memory is gone.
     """
     fcntl.ioctl(uffd, _UFFDIO_WRITEPROTECT, _UffdioWriteprotect(start, end - start, _WRITEPROTECT_MODE_WP))
+
+
+def has_memory(uffd: int) -> bool:
+    """Return whether the address space of `uffd` is still there: its process has neither exited nor performed an exec."""
+    try:
+        write_protect(uffd, 0, PAGE_SIZE)  # nothing is mapped at address 0, so this changes nothing
+    except OSError as error:
+        return error.errno != errno.ESRCH
+    return True
 
 
 def pagemap_scan(pagemap: int, argument: PmScanArg) -> int:

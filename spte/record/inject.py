@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from spte.record import ptrace
 from spte.record.errors import MissingPieceError, TargetError
+from spte.record.restart import has_signal, restarted
 
 NR_CLOSE, NR_USERFAULTFD, NR_PIDFD_GETFD = 3, 323, 438
 UFFD_USER_MODE_ONLY = 1
@@ -77,6 +78,7 @@ def _fetch(pid: int, wait: Wait, launched: bool) -> tuple[int, int]:
     if ptrace.dispatches_syscalls(pid):
         raise MissingPieceError(f"pid {pid} dispatches its own system calls (as Wine does); none can be injected there")
     at = _find_syscall(pid)
+    signalled = has_signal(pid)
     suspended = _suspend_seccomp(pid, launched)
     mask = ptrace.get_sigmask(pid)
     rseq = ptrace.get_rseq_address(pid)
@@ -92,7 +94,7 @@ def _fetch(pid: int, wait: Wait, launched: bool) -> tuple[int, int]:
             failure = f"pidfd_getfd: {error.strerror}"
         thread.call(NR_CLOSE, remote)
     status = thread.give_back()
-    ptrace.set_registers(pid, saved)
+    ptrace.set_registers(pid, saved if signalled else restarted(saved))
     ptrace.set_sigmask(pid, mask)
     if rseq:
         _poke(pid, rseq + _RSEQ_CS, sequence)

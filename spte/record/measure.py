@@ -41,8 +41,8 @@ def measure(npages: int, rounds: int) -> Costs:
     memory = mmap.mmap(-1, npages * PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         memory.madvise(mmap.MADV_NOHUGEPAGE)
-        bytes_of_pages = np.frombuffer(memory, np.uint8)[::PAGE_SIZE]
-        start = bytes_of_pages.ctypes.data
+        pages = np.frombuffer(memory, np.uint8)[::PAGE_SIZE]
+        start = pages.ctypes.data
         vec = np.zeros((64, 3), np.uint64)
         wanted = abi.PAGE_IS_PFNZERO | abi.PAGE_IS_WPALLOWED | abi.PAGE_IS_WRITTEN
         argument = abi.PmScanArg(
@@ -52,7 +52,7 @@ def measure(npages: int, rounds: int) -> Costs:
         )  # fmt: skip
 
         def write() -> None:
-            bytes_of_pages[:] = 1
+            pages[:] = 1
 
         def scan() -> None:
             abi.pagemap_scan(pagemap, argument)
@@ -62,12 +62,10 @@ def measure(npages: int, rounds: int) -> Costs:
         scan()
         times = [[_time(step) / npages for step in (write, write, scan, scan)] for _ in range(rounds)]
         first, later, written, idle = np.min(times, axis=0).tolist()
-        del bytes_of_pages
         return Costs(first, later, idle, written)
     finally:
         os.close(uffd)
         os.close(pagemap)
-        memory.close()
 
 
 def _time(step: Callable[[], None]) -> int:

@@ -47,7 +47,8 @@ def pack(ranges: RangeArray) -> Words:
     index = expand(np.zeros(len(ranges), np.int64), pieces)
     starts = np.repeat(ranges[:, 0], pieces) + index * _MAX_LENGTH
     lengths = np.minimum(np.repeat(ranges[:, 1], pieces) - starts, _MAX_LENGTH)
-    return ((starts << _LENGTH_BITS) | (lengths - 1)).astype(np.uint64)
+    words: Words = ((starts << _LENGTH_BITS) | (lengths - 1)).astype(np.uint64)
+    return words
 
 
 def unpack(words: Words) -> RangeArray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
+import datetime as dt
 import json
 import os
 import platform
@@ -92,16 +92,17 @@ class Session:
         """
         with self._signals() as wake, self._tracer() as channel:
             while not self.ended:
-                timeout = self._next_ns() / 1e9 if self._start else None
-                ready, _, _ = select.select([channel, wake], [], [], timeout)
+                # Between two address spaces an epoch has no end: what is written then comes with the next one.
+                timeout = self._next_ns() / 1e9 if self._tracker else None
+                ready, _, _ = select.select((channel.fileno(), wake), (), (), timeout)
                 if wake in ready:
                     os.read(wake, 4096)
                 if self._signal:
                     self.ended = f"{signal.Signals(self._signal).name}; pid {self.pid} ran on"
-                    self._close_epoch()
-                elif channel in ready:
+                    self._close_epoch(last=True)
+                elif channel.fileno() in ready:
                     self._listen(channel)
-                elif self._start and not self._next_ns():
+                elif self._tracker and not self._next_ns():
                     self._close_epoch()
         if not self._start:
             raise TargetError(f"{self.ended}, before the recording had begun")
@@ -118,13 +119,14 @@ class Session:
         end = self._start + ((self._last - self._start) // interval + 1) * interval
         return max(0, end - time.monotonic_ns())
 
-    def _close_epoch(self) -> None:
-        """Scan, and write the epoch; it ends when the scan begins."""
-        if not self._start:
-            return
+    def _close_epoch(self, *, last: bool = False) -> None:
+        """Scan, and write the epoch, which ends when the scan begins; `last`: even if the address space is gone."""
         now = time.monotonic_ns()
-        written = merge([*self._pending, self._scan()])
+        self._pending.append(self._scan())
         after = time.monotonic_ns()
+        if not self._start or not (self._tracker or last):
+            return
+        written = merge(self._pending)
         self._pending = []
         self._write(lambda: self.journal.epoch(now - self._start, written))
         progress = self.progress
@@ -189,7 +191,7 @@ class Session:
             error = kind(message.get("text", "the process that traces the target was killed"))
             if not self._start:
                 raise error
-            self._close_epoch()
+            self._close_epoch(last=True)
             self._stop(error)
 
     def _track(self, uffd: int, pid: int) -> None:
@@ -207,8 +209,8 @@ class Session:
             self.journal.about(self._about())
 
     def _over(self, message: dict[str, Any]) -> None:
-        if self._start and (self._pending or not self.progress.epochs):
-            self._close_epoch()
+        if any(map(len, self._pending)) or not self.progress.epochs:
+            self._close_epoch(last=True)
         if "code" in message:
             self.ended = f"pid {self.pid} exited with {message['code']}"
         elif "signal" in message:
@@ -224,7 +226,7 @@ class Session:
             "interval_s": self.interval_s,
             "page_size": PAGE_SIZE,
             "pid": self.pid,
-            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+            "started": dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds"),
             "start_monotonic_ns": self._start,
             "page_space": "2 MiB regions that held a page in memory, side by side; ranges: first gfn, pages, virtual address",
         }

@@ -18,6 +18,7 @@ The end of the socket, from either side, ends the tracer; the kernel then lets t
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -31,11 +32,13 @@ from typing import Any, NoReturn
 from spte.record import ptrace
 from spte.record.errors import MissingPieceError, RecordError, TargetError
 from spte.record.inject import Ended, fetch_userfaultfd
+from spte.record.restart import has_signal, is_ignored, restarted
 
 GO = b"go"
 STOP_TIMEOUT_S = 10.0
 """How long a target may take to its first stop: a thread in an uninterruptible wait, such as vfork's, does not stop before."""
-_POLL_S = 0.05
+_POLL_S = 0.01
+"""How often to look whether another thread has performed an exec, once the main one is gone."""
 _TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP)
 
 
@@ -52,8 +55,8 @@ class _Tracer:
 
     # -- stops ---------------------------------------------------------------------------------------------------------
 
-    def wait(self, timeout: float | None = None) -> int:
-        """Wait for the next status of the main thread; raises _Left when the recorder goes first, TimeoutError."""
+    def wait(self, timeout: float | None = None, *, leave: bool = True) -> int:
+        """Wait for the next status of the main thread; raises TimeoutError, and with `leave` _Left when the recorder goes first."""
         end = None if timeout is None else time.monotonic() + timeout
         while True:
             found, status = os.waitpid(self.pid, os.WNOHANG | ptrace.WALL)
@@ -62,11 +65,16 @@ class _Tracer:
             left = None if end is None else end - time.monotonic()
             if left is not None and left <= 0:
                 raise TimeoutError
-            ready, _, _ = select.select([self.channel, self.wake], [], [], left)
+            watched = (self.wake, self.channel.fileno()) if leave else (self.wake,)
+            ready, _, _ = select.select(watched, (), (), left)
             if self.wake in ready:
                 os.read(self.wake, 4096)
-            elif self.channel in ready:
+            elif ready:
                 raise _Left  # nothing is asked while the target runs: this is the end
+
+    def wait_borrowed(self) -> int:
+        """Wait for the next status of a thread that must be given back as it was, even if the recorder has gone."""
+        return self.wait(leave=False)
 
     def seize(self) -> None:
         try:
@@ -83,7 +91,7 @@ class _Tracer:
             self.resume(status)
         while True:
             try:
-                status = self.wait(STOP_TIMEOUT_S)
+                status = self.wait(STOP_TIMEOUT_S, leave=False)
             except TimeoutError:
                 raise TargetError(
                     f"pid {self.pid} did not stop in {STOP_TIMEOUT_S:g} s; it waits in the kernel (see /proc/{self.pid}/stack)"
@@ -97,13 +105,20 @@ class _Tracer:
     def resume(self, status: int) -> None:
         """Let the target go on from a stop as if nobody had looked: stopped by job control, or with its signal."""
         event, sig = ptrace.event_of(status), os.WSTOPSIG(status)
-        try:
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # killed in its stop: the next status tells
             if event == ptrace.EVENT_STOP and sig in ptrace.GROUP_STOPS:
                 ptrace.request(ptrace.LISTEN, self.pid)
+            elif event or sig == ptrace.SYSCALL_STOP:
+                ptrace.request(ptrace.CONT, self.pid)
             else:
-                ptrace.request(ptrace.CONT, self.pid, 0, 0 if event or sig == ptrace.SYSCALL_STOP else sig)
-        except ProcessLookupError:
-            pass  # killed in its stop; the next status tells
+                if is_ignored(self.pid, sig) and not has_signal(self.pid):
+                    self.restart_call()  # untraced it would not have been woken
+                ptrace.request(ptrace.CONT, self.pid, 0, sig)
+
+    def restart_call(self) -> None:
+        registers = ptrace.get_registers(self.pid)
+        if registers and (again := restarted(registers)) is not registers:
+            ptrace.set_registers(self.pid, again)
 
     # -- what the recorder is told ---------------------------------------------------------------------------------------
 
@@ -120,7 +135,7 @@ class _Tracer:
     def share_memory(self, status: int | None = None) -> None:
         """Stop the target, hand its userfaultfd to the recorder, and let it go on once that has armed its pages."""
         self.stop(status)
-        descriptor, status = fetch_userfaultfd(self.pid, self.wait, launched=self.launched)
+        descriptor, status = fetch_userfaultfd(self.pid, self.wait_borrowed, launched=self.launched)
         self.tell("memory", descriptor, pid=self.pid)
         os.close(descriptor)
         self.await_go()
@@ -252,10 +267,8 @@ def main(channel_fd: int, pid: int, command: list[str]) -> None:
 
 
 def _last_word(tracer: _Tracer, event: str, **values: Any) -> None:
-    try:
+    with contextlib.suppress(_Left):
         tracer.tell(event, **values)
-    except _Left:
-        pass
 
 
 def _ignore(*_: Any) -> None:

@@ -93,7 +93,7 @@ class Tracker:
             if kind == _PRIVATE_FILE:
                 # What was only read is still the file's page. It is armed now and will not be reported again.
                 ranges = [part for s, e in itertools.chain.from_iterable(r.tolist() for r in ranges)
-                          for part in self._scan(s * PAGE_SIZE, e * PAGE_SIZE, written=False, file=False)]  # fmt: skip
+                          for part in self._scan(s * PAGE_SIZE, e * PAGE_SIZE, written=False, without=abi.PAGE_IS_FILE)]  # fmt: skip
             found += ranges
         return merge(found)
 
@@ -115,7 +115,7 @@ class Tracker:
                         self._call_register(mapping.start, mapping.end)
                         tracked.append(mapping)
                     except OSError as error:
-                        failed[mapping] = error.strerror
+                        failed[mapping] = str(error.strerror)
         # A mapping that goes while it is registered fails once; one that fails twice is refused.
         self.refused |= {m.name or f"{m.start:#x}": why for m, why in failed.items() if m in self._failed}
         self._failed = failed
@@ -125,7 +125,7 @@ class Tracker:
         try:
             abi.register(self._uffd, start, end)
         except OSError as error:
-            if error.errno == errno.ESRCH:
+            if error.errno == errno.ENOMEM and not abi.has_memory(self._uffd):
                 raise MemoryGone from None
             raise
 
@@ -146,16 +146,19 @@ class Tracker:
                 if error.errno == errno.ESRCH:
                     raise MemoryGone from None
                 continue  # it changes just now: its pages come by the scan
-            found += self._scan(mapping.start, mapping.end, written=False)
+            found += self._scan(mapping.start, mapping.end, written=False, where=abi.PAGE_IS_PRESENT)  # the armed holes are swap entries
         return found
 
-    def _scan(self, start: int, end: int, *, written: bool, file: bool = True) -> list[RangeArray]:
-        """Return the pages in memory of the bytes [start, end): only those written, which are re-armed; only those not a file's."""
-        inverted = abi.PAGE_IS_PFNZERO | (0 if file else abi.PAGE_IS_FILE)
+    def _scan(self, start: int, end: int, *, written: bool, where: int = _IN_MEMORY, without: int = 0) -> list[RangeArray]:
+        """Return the pages of the bytes [start, end) of any category in `where` and none in `without`.
+
+        With `written` only those that were written, which are armed again. The page of zeros that a read of new memory maps is none.
+        """
+        inverted = abi.PAGE_IS_PFNZERO | without
         wanted = inverted | (abi.PAGE_IS_WPALLOWED | abi.PAGE_IS_WRITTEN if written else 0)
         argument = abi.PmScanArg(
             size=ctypes.sizeof(abi.PmScanArg), flags=abi.PM_SCAN_WP_MATCHING if written else 0, end=end, vec=self._vec.ctypes.data,
-            vec_len=_VEC_LEN, category_inverted=inverted, category_mask=wanted, category_anyof_mask=_IN_MEMORY,
+            vec_len=_VEC_LEN, category_inverted=inverted, category_mask=wanted, category_anyof_mask=where,
         )  # fmt: skip
         found = []
         while start < end:
