@@ -4,26 +4,15 @@ import shutil
 import subprocess
 
 import pytest
-from record_targets import ROUNDS, compare, descriptors, needs_tracking, program
+from record_targets import MEMORIES, ROUNDS, compare, descriptors, needs_tracking, program
 
 from spte.record.recorder import record
 from spte.trace import load
 
-FILE = """
-with open(sys.argv[0] + ".data", "w+b") as file:
-    file.truncate(512 * 4096)
-    memory = Memory("m", 512, fd=file.fileno(), flags={flags})
-"""
 READ_FIRST = """
 total = sum(memory.map[page * 4096] for page in range(memory.npages))
 time.sleep(0.05)
 """
-MEMORIES = {
-    "private": "memory = Memory('m', 512, flags=PRIVATE)\n",
-    "shared": "memory = Memory('m', 512, flags=SHARED)\n",
-    "private file": FILE.format(flags="mmap.MAP_PRIVATE"),
-    "shared file": FILE.format(flags="mmap.MAP_SHARED"),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -183,7 +172,7 @@ def test_a_32_bit_program_is_refused(tmp_path):
 
 @pytest.mark.long
 def test_gigabytes_are_recorded_in_bounded_memory(recorded):
-    done, out = recorded("""
+    done, _ = recorded("""
         memory = Memory("m", 1 << 19, flags=PRIVATE)
         reserve = mmap.mmap(-1, 1 << 40, flags=PRIVATE | 0x4000)
         for page in range(0, 1 << 19, 64):
