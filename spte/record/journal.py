@@ -25,8 +25,9 @@ SUFFIX = ".journal"
 MAGIC = b"spte-journal/1\n"
 MAX_DESCRIBED = 4000
 """Runs of regions that `meta` describes; a trace's meta may have 1 MiB."""
-_HEADER = struct.Struct("<4sIqI")
-"""Kind, bytes of the payload, time in ns, checksum of the payload."""
+_HEADER = struct.Struct("<4sIq")
+"""Kind, bytes of the payload, time in ns; behind it, the checksum of header and payload, and then the payload."""
+_CHECKSUM = struct.Struct("<I")
 _ABOUT, _POPULATED, _EPOCH = b"ABOU", b"POPU", b"EPOC"
 _MAX_PAYLOAD = MAX_BYTES * 2
 
@@ -77,7 +78,8 @@ class Journal:
         self._file.close()
 
     def _put(self, kind: bytes, t_ns: int, payload: bytes) -> None:
-        self._put_raw(_HEADER.pack(kind, len(payload), t_ns, zlib.crc32(payload)) + payload)
+        header = _HEADER.pack(kind, len(payload), t_ns)
+        self._put_raw(header + _checksum(header, payload) + payload)
 
     def _put_raw(self, data: bytes) -> None:
         view = memoryview(data)
@@ -137,7 +139,7 @@ def _to_trace(file: IO[bytes], name: str) -> Trace:
             times.append(t_ns)
             counts.append(count(ranges))
     if len(times) == 1 or not len(regions[0]):
-        raise TargetError(f"{name!r} holds no epoch that wrote a page; there is nothing to make a trace of: delete it")
+        raise TargetError(f"{name!r} holds no epoch; there is nothing to make a trace of: delete it")
     space = PageSpace(regions[0] * PAGES_PER_2M)
     indptr = np.cumsum(counts)
     gfn = np.empty(indptr[-1], np.uint32)
@@ -157,13 +159,16 @@ def _to_trace(file: IO[bytes], name: str) -> Trace:
 def _records(file: IO[bytes]) -> Iterator[tuple[bytes, int, bytes]]:
     """Yield kind, time and payload of every whole record."""
     while len(header := file.read(_HEADER.size)) == _HEADER.size:
-        kind, length, t_ns, checksum = _HEADER.unpack(header)
-        if kind not in (_ABOUT, _POPULATED, _EPOCH) or length > _MAX_PAYLOAD:
-            return
-        payload = file.read(length)
-        if len(payload) != length or zlib.crc32(payload) != checksum:
+        kind, length, t_ns = _HEADER.unpack(header)
+        checksum = file.read(_CHECKSUM.size)
+        payload = file.read(min(length, _MAX_PAYLOAD))
+        if checksum != _checksum(header, payload):
             return
         yield kind, t_ns, payload
+
+
+def _checksum(header: bytes, payload: bytes) -> bytes:
+    return _CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(header)))
 
 
 def _left_over(path: Path) -> str:
