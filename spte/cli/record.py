@@ -28,7 +28,7 @@ children are named and left alone. It ends when the program exits or with Ctrl-C
 \b
   spte record -o redis.npz -- redis-server --port 7777
   spte record --pid 1234 --interval 50ms
-  timeout 30 spte record --pid 1234
+  timeout --preserve-status 30 spte record --pid 1234
   spte record --recover trace.npz.journal
 
 The file appears at the end, whole, and replaces one of that name. Until then a journal lies beside it; if spte record
