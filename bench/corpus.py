@@ -42,10 +42,10 @@ import random, sqlite3
 random.seed(1)
 db = sqlite3.connect(":memory:")
 db.execute("create table t (k integer, v text)")
-db.executemany("insert into t values (?, ?)", ((random.randrange(1 << 40), "x" * 200) for _ in range(600_000)))
+db.executemany("insert into t values (?, ?)", ((random.randrange(1 << 40), "x" * 200) for _ in range(300_000)))
 db.execute("create index i on t (k)")
-for _ in range(400_000):
-    db.execute("update t set v = ? where rowid = ?", ("y" * 200, random.randrange(1, 600_001)))
+for _ in range(150_000):
+    db.execute("update t set v = ? where rowid = ?", ("y" * 200, random.randrange(1, 300_001)))
 db.execute("update t set v = 1 where rowid between 100000 and 200000")
 '
 """)

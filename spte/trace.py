@@ -34,6 +34,8 @@ MAX_NPAGES = (1 << 31) - 1
 """Pages that one memslot can hold (KVM_MEM_MAX_NR_PAGES), hence the largest page space."""
 MAX_BYTES = 1 << 30
 """Arrays of a file may unpack to 1 GiB in all; more is refused before anything is unpacked."""
+SHIPPED = ("redis", "sqlite")
+"""Recorded programs in the package: redis-server under redis-benchmark, sqlite3 in memory."""
 _MAX_META_BYTES = 1 << 20
 _ARRAYS: Mapping[str, tuple[tuple[str, ...], int]] = {
     "t_ns": (("<i8",), 1),
@@ -176,8 +178,26 @@ def save(trace: Trace, path: str | os.PathLike[str]) -> None:
 
 
 def default_trace() -> Trace:
-    """Return the trace that ships in the package: sqlite3 in memory, 54 epochs of 50 ms."""
-    with (importlib.resources.files("spte") / "data" / "sqlite.npz").open("rb") as stream:
+    """Return the trace of sqlite3 in memory that ships in the package: 54 epochs of 50 ms."""
+    return shipped("sqlite")
+
+
+def shipped(name: str) -> Trace:
+    """Return a trace that ships in the package.
+
+    Parameters
+    ----------
+    name : str
+        One of `SHIPPED`.
+
+    Raises
+    ------
+    TraceError
+        If there is none of that name.
+    """
+    if name not in SHIPPED:
+        raise TraceError(f"no trace {name!a} ships in the package; there are {', '.join(SHIPPED)}")
+    with (importlib.resources.files("spte") / "data" / f"{name}.npz").open("rb") as stream:
         return _read(stream)
 
 
