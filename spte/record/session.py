@@ -198,7 +198,10 @@ class Session:
         """Arm a new address space, whose process stands still."""
         self._close_tracker()
         self.pid = pid
-        self._tracker = Tracker(uffd, pid)
+        try:
+            self._tracker = Tracker(uffd, pid)
+        except MemoryGone:
+            return
         populated = self._scan()
         if self._start or self.command:
             self._pending.append(populated)  # written by exec itself

@@ -15,6 +15,7 @@ import os
 import numpy as np
 
 from spte.record import abi
+from spte.record.errors import MissingPieceError
 from spte.record.maps import Mapping, read_mappings
 from spte.record.ranges import RangeArray, merge
 from spte.trace import PAGE_SIZE
@@ -42,7 +43,9 @@ class Tracker:
     Raises
     ------
     MissingPieceError
-        If the kernel lacks a feature.
+        If the kernel lacks a feature, or the process's pagemap may not be read.
+    MemoryGone
+        If the process is gone.
     """
 
     def __init__(self, uffd: int, pid: int) -> None:
@@ -56,7 +59,7 @@ class Tracker:
         """Mappings that the kernel does not track, by name, and why."""
         try:
             abi.enable(uffd)
-            self._pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+            self._pagemap = _open_pagemap(pid)
         except BaseException:
             self.close()
             raise
@@ -168,6 +171,15 @@ class Tracker:
                 found.append((self._vec[:count, :2] // np.uint64(PAGE_SIZE)).astype(np.int64))
             start = argument.walk_end
         return found
+
+
+def _open_pagemap(pid: int) -> int:
+    try:
+        return os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except PermissionError as error:
+        raise MissingPieceError(f"/proc/{pid}/pagemap: {error.strerror}; run as the user of the process or as root") from None
+    except (FileNotFoundError, ProcessLookupError):
+        raise MemoryGone from None
 
 
 def _kind(mapping: Mapping) -> int:

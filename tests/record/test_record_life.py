@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import time
@@ -246,6 +247,26 @@ def test_a_traced_process_is_refused_with_its_tracer(tmp_path, target):
     assert not list(tmp_path.glob("u.npz*"))
     first.send_signal(signal.SIGINT)
     ended(first)
+
+
+def test_a_killed_tracer_ends_the_recording_whole(tmp_path, target):
+    recorder = run_recorder(tmp_path / "t.npz", 0.02, pid=target.pid)
+    wait_for(has_epochs(tmp_path / "t.npz"), recorder)
+    os.kill(int(status(target.pid, "TracerPid")), signal.SIGKILL)
+    out, _ = ended(recorder)
+    assert out == "the process that traces the target was killed\n"
+    assert is_free(target.pid)
+    compare_since_start(load(tmp_path / "t.npz"), target.end())
+
+
+def test_a_full_disk_ends_the_recording_with_the_last_whole_epoch(tmp_path, target):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    recorder = run_recorder(tmp_path / "t.npz", 0.02, pid=target.pid, preexec_fn=limit)
+    out, _ = ended(recorder)
+    assert "File too large; the recording ends with the last whole epoch" in out
+    compare_since_start(load(tmp_path / "t.npz"), target.end())
 
 
 @pytest.mark.long
