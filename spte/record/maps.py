@@ -65,9 +65,9 @@ def read_children(pid: int) -> dict[int, str]:
 
 
 def read_command(pid: int) -> str:
-    """Return the command line of process `pid`, else its name in brackets."""
+    """Return the command line of process `pid` in one line, else its name in brackets."""
     words = [word.decode(errors="replace") for word in _read(f"/proc/{pid}/cmdline").split(b"\0") if word]
-    return " ".join(words) or f"[{_read(f'/proc/{pid}/comm').decode(errors='replace').strip()}]"
+    return " ".join(" ".join(words).split()) or f"[{_read(f'/proc/{pid}/comm').decode(errors='replace').strip()}]"
 
 
 def check_target(pid: int) -> None:

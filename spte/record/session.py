@@ -210,6 +210,7 @@ class Session:
         if not self._start:
             self._start = self._last = time.monotonic_ns()
             self.journal.about(self._about())
+        self.journal.about({"command": maps.read_command(pid)})  # after an exec: what the wrapper became
 
     def _over(self, message: dict[str, Any]) -> None:
         if any(map(len, self._pending)) or not self.progress.epochs:
@@ -224,7 +225,6 @@ class Session:
     def _about(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
-            "command": " ".join(self.command) or maps.read_command(self.pid),
             "how": f"spte record {__version__}: userfaultfd WP_ASYNC and PAGEMAP_SCAN, Linux {platform.release()}, one scan an epoch",
             "interval_s": self.interval_s,
             "page_size": PAGE_SIZE,

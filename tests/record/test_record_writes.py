@@ -128,8 +128,10 @@ def test_a_program_that_ends_within_its_first_epoch_is_recorded(recorded):
 
 @pytest.mark.parametrize("wrapper", [["sh", "-c", 'exec "$@"', "sh"], ["env", "A=1", "nice", "-n", "1"]], ids=["sh", "env nice"])
 def test_a_wrapper_that_performs_exec_does_not_end_the_recording(recorded, tmp_path, wrapper):
-    done, out = recorded("", command=[*wrapper, *program(tmp_path, MEMORIES["private"] + ROUNDS)])
+    command = program(tmp_path, MEMORIES["private"] + ROUNDS)
+    done, out = recorded("", command=[*wrapper, *command])
     compare(done.trace, out)
+    assert done.trace.command == " ".join(command)
 
 
 def test_an_exec_in_the_middle_by_another_thread_is_followed(recorded, tmp_path):
