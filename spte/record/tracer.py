@@ -173,7 +173,7 @@ class _Tracer:
             with open(f"/proc/{self.pid}/status", "rb") as file:
                 text = file.read()
         except OSError:
-            return False
+            return _exists(self.pid)  # just as the exec exchanges the threads there is nothing to read
         if re.search(rb"^TracerPid:\t0$", text, re.MULTILINE) and not re.search(rb"^State:\t[ZX]", text, re.MULTILINE):
             self.seize()
             self.leader_gone = False
@@ -218,6 +218,14 @@ def _become(command: list[str], ready: int, fail: int) -> NoReturn:
         os.write(fail, str(error.errno).encode())
     finally:
         os._exit(127)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return error.errno != errno.ESRCH
+    return True
 
 
 def _why_not(pid: int, error: OSError) -> str:
