@@ -17,6 +17,8 @@ import numpy.typing as npt
 from spte.trace.model import ARRAYS, FORMAT, MAX_BYTES, Trace, TraceError
 
 _MAX_META_BYTES = 1 << 20
+SHIPPED = ("redis", "sqlite")
+"""Recorded programs in the package: redis-server under redis-benchmark, sqlite3 in memory."""
 
 
 def load(path: str | os.PathLike[str]) -> Trace:
@@ -77,8 +79,26 @@ def save(trace: Trace, path: str | os.PathLike[str]) -> None:
 
 
 def default_trace() -> Trace:
-    """Return the trace that ships in the package: sqlite3 in memory, 54 epochs of 50 ms."""
-    with (importlib.resources.files("spte") / "data" / "sqlite.npz").open("rb") as stream:
+    """Return the trace of sqlite3 in memory that ships in the package: 54 epochs of 50 ms."""
+    return shipped("sqlite")
+
+
+def shipped(name: str) -> Trace:
+    """Return a trace that ships in the package.
+
+    Parameters
+    ----------
+    name : str
+        One of `SHIPPED`.
+
+    Raises
+    ------
+    TraceError
+        If there is none of that name.
+    """
+    if name not in SHIPPED:
+        raise TraceError(f"no trace {name!a} ships in the package; there are {', '.join(SHIPPED)}")
+    with (importlib.resources.files("spte") / "data" / f"{name}.npz").open("rb") as stream:
         return _read(stream)
 
 
