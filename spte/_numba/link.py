@@ -30,6 +30,12 @@ from numba.core.typed_passes import NativeLowering
 
 BOUNDSCHECK = bool(getattr(config, "BOUNDSCHECK", False))
 _WRAPPER = "_ZN7cpython"  # begins the name of what Python calls
+# What numba does for closures, `with`, literals, array expressions and raised exceptions: kernels have none, each costs a pass over them.
+NEEDLESS = {
+    "DeadBranchPrune", "DumpParforDiagnostics", "FindLiterallyCalls", "GenericRewrites", "InlineClosureLikes", "InlineInlinables",
+    "InlineOverloads", "LiteralPropagationSubPipelinePass", "LiteralUnroll", "MakeFunctionToJitFunction", "NopythonRewrites",
+    "NoPythonSupportedFeatureValidation", "RewriteDynamicRaises", "RewriteSemanticConstants", "WithLift",
+}  # fmt: skip
 NEEDS: dict[Any, tuple[str, ...]] = {
     JITCodeLibrary: ("_finalized", "_get_module_for_linking", "finalize", "enable_object_caching"),
     DefaultPassBuilder: ("define_untyped_pipeline", "define_typed_pipeline", "define_nopython_lowering_pipeline"),
@@ -122,11 +128,13 @@ class _Compiler(CompilerBase):
     lowering: Any
 
     def define_pipelines(self) -> list[Any]:
-        """Return numba's passes with another one for lowering."""
-        state, numbas = self.state, DefaultPassBuilder
+        """Return the passes of numba that kernels need, with another one for lowering."""
+        numbas = DefaultPassBuilder
         passes = PassManager(self.lowering._name)
         for build in (numbas.define_untyped_pipeline, numbas.define_typed_pipeline, numbas.define_nopython_lowering_pipeline):
-            passes.passes.extend((self.lowering if p is NativeLowering else p, text) for p, text in build(state).passes)
+            for each, text in build(self.state).passes:
+                if each.__name__ not in NEEDLESS:
+                    passes.passes.append((self.lowering if each is NativeLowering else each, text))
         passes.finalize()
         return [passes]
 
