@@ -45,7 +45,7 @@ def test_every_written_page_is_in_its_epoch_and_no_other_page(recorded, kind):
 
 @pytest.mark.parametrize("kind", ["private", "private file", "shared file"])
 def test_pages_that_are_only_read_are_not_reported(recorded, kind):
-    done, out = recorded("time.sleep(0.05)\n" + MEMORIES[kind] + "time.sleep(0.05)\n" + READ_FIRST + ROUNDS)
+    done, out = recorded("time.sleep(0.5)\n" + MEMORIES[kind] + "time.sleep(0.5)\n" + READ_FIRST + ROUNDS)
     compare(done.trace, out)
 
 
