@@ -18,14 +18,14 @@ FIRST = VERSIONS[0]
 COLLAPSE_PAGES = ("thp", "thp-or-device", "compound-or-device")
 
 
-def _decision(doc: str, first: Any, source: str, *later: tuple[str, Any, str], choices: tuple[Any, ...] = (), shown: bool = True) -> Any:
+def _decision(doc: str, first: Any, source: str, *later: tuple[str, Any, str], choices: tuple[Any, ...] = ()) -> Any:
     """Declare a decision: its value in 5.10 and where that is from, then ``(version, value, source)`` of each change.
 
-    `choices` are all values, by default those it had and both of a flag; `shown`: recordings tell one value from another.
+    `choices` are all values, by default those it had and both of a flag.
     """
     changes = (Change(FIRST, first, source), *(Change(*change) for change in later))
     values = (False, True) if isinstance(first, bool) else tuple(dict.fromkeys(change.value for change in changes))
-    return field(metadata={"doc": doc, "changes": changes, "choices": choices or values, "shown": shown})
+    return field(metadata={"doc": doc, "changes": changes, "choices": choices or values})
 
 
 RECORDED_5_10 = "recordings 5.10"
@@ -77,7 +77,7 @@ class Policy:
         "mprotect to writable makes own pages writable at once; else their next write copies them",
         False, "recordings 5.10/h3_notifier", ("5.19", True, "64fe24a3e05e; recordings 6.1/h3_notifier"),
     )  # fmt: skip
-    nx_huge_pages: bool = _decision("no huge leaf is executable; an exec fault splits it", False, "b8e8c8303ff2, 5.4", shown=False)
+    nx_huge_pages: bool = _decision("no huge leaf is executable; an exec fault splits it", False, "b8e8c8303ff2, 5.4")
     nx_marks: str = _decision(
         "tables an exec fault links that count as held down: all, or with EPT and NPT those in a huge page's place",
         "possible", "recordings 6.1/b8_nx_huge_pages", ("6.2", "linked", "55c510e26ab6; recordings 6.12/b8_nx_huge_pages"),
@@ -111,7 +111,7 @@ class Policy:
         ("5.13", True, "patch 2; dbb6964e4c38"),
     )  # fmt: skip
     one_write_protect: bool = _decision(
-        "PML hardware uses the generic write-protect", False, "before patch 13", ("5.12", True, "patch 13; a1419f8b5bab"), shown=False
+        "PML hardware uses the generic write-protect", False, "before patch 13", ("5.12", True, "patch 13; a1419f8b5bab")
     )
     tdp_rewrites: bool = _decision(
         "the TDP MMU's slot-wide walks write entries again that need no change", True, "recordings 5.10/y_bitmap_9024",
@@ -136,7 +136,7 @@ class Policy:
         ("5.12", "compound-or-device", "patch 1; c060c72ffeb4"), choices=COLLAPSE_PAGES,
     )  # fmt: skip
     mapping_level_clamped: bool = _decision(
-        "the host's level counts up to what slot and CPU allow", False, "patch 3: raw", ("6.0", True, "6.0"), shown=False
+        "the host's level counts up to what slot and CPU allow", False, "patch 3: raw", ("6.0", True, "6.0")
     )
     collapse_flush: str = _decision(
         "flushes of a collapse: once, or each entry", "once", "recordings 5.10/b1_thp_eager",
@@ -167,11 +167,11 @@ class Policy:
         ("6.4", False, "e6722d9211b2; recordings 6.12-nested/n60-pml-in-l2"),
     )  # fmt: skip
     sync_keeps_accessed: bool = _decision(
-        "a leaf made anew by that has A", False, "recordings 5.10-nested/n60-pml-in-l2", ("6.13", True, "4e44ab0a7786"), shown=False
+        "a leaf made anew by that has A", False, "recordings 5.10-nested/n60-pml-in-l2", ("6.13", True, "4e44ab0a7786")
     )
     sync_kicks_without_pml: bool = _decision(
         "GET and CLEAR kick every vCPU on hardware without PML too", False, "before patch 9", ("5.12", True, "patch 9; a018eba53870"),
-        ("6.1", False, "6.12 does not; version not known"), shown=False,
+        ("6.1", False, "6.12 does not; version not known"),
     )  # fmt: skip
     pml_order: str = _decision(
         "order in which a PML drain marks", "newest-first", "recordings 5.10/00-smoke",
@@ -187,7 +187,7 @@ class Policy:
         ("6.13", True, "53510b912518, 7971801b5618; recordings 7.2/intel-noad"),
     )  # fmt: skip
     aging_flush: bool = _decision(
-        "a notifier that finds a leaf accessed flushes", True, "recordings 5.10/h4_cold_free", ("6.13", False, "b9883ee40d7e"), shown=False
+        "a notifier that finds a leaf accessed flushes", True, "recordings 5.10/h4_cold_free", ("6.13", False, "b9883ee40d7e")
     )
     aging_clears_dirty: bool = _decision(
         "aging in the TDP MMU takes D with A", True, "recordings 5.10/h4_cold_free",
@@ -213,7 +213,7 @@ class Policy:
         "each table of the TDP MMU that is freed flushes", True, "recordings 5.10/b7_hugetlb1g_noeager", ("5.18", False, "bb95dfb9e2df")
     )
     warn_on_destroy: bool = _decision(
-        "closing a VM while a slot logs warns", False, "proposed in the series' cover letter, not merged", shown=False
+        "closing a VM while a slot logs warns", False, "proposed in the series' cover letter, not merged"
     )
 
     def __post_init__(self) -> None:

@@ -55,11 +55,3 @@ def as_of(changes: tuple[Change, ...], version: str) -> Change:
     """Return the change in force at `version`: the last that is not later."""
     at = VERSIONS.index(version)
     return [change for change in changes if VERSIONS.index(change.version) <= at][-1]
-
-
-def around(version: str) -> tuple[str | None, str | None]:
-    """Return the recorded versions next to `version`, itself if it is one: ``(not later, not earlier)``, None where there is none."""
-    at = VERSIONS.index(version)
-    before = [v for v in RECORDED if VERSIONS.index(v) <= at]
-    after = [v for v in RECORDED if VERSIONS.index(v) >= at]
-    return before[-1] if before else None, after[0] if after else None
