@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 CONFIG: Any = numba.config
 PLAIN = bool(CONFIG.DISABLE_JIT)  # NUMBA_DISABLE_JIT=1: every kernel is its plain-Python twin
 HERE = Path(__file__).parent.parent
-WITHOUT_KERNELS = ("bits.py", "_numba/", "arrays/")  # what kernels are made of beside the files with kernels
+WITHOUT_KERNELS = ("access.py", "bits.py", "_numba/", "arrays/")  # what kernels are made of beside the files with kernels
 
 
 class Kernel(NamedTuple):

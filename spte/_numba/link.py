@@ -191,16 +191,16 @@ class Entry(CPUDispatcher):
     def __init__(self, func: Callable[..., Any], options: dict[str, Any], part: Part) -> None:
         super().__init__(func, targetoptions=options, pipeline_class=KernelCompiler)
         self.part = part
-        self._code: Callable[..., Any] | None = None
+        self.code: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
-        if self._code is not None:
-            return self._code(*args)
+        if self.code is not None:
+            return self.code(*args)
         with _collection_paused():
             result = super().__call__(*args)
         if not BOUNDSCHECK:
             (compiled,) = self.overloads.values()  # one signature
-            self._code = compiled.entry_point  # type: ignore[attr-defined]
+            self.code = compiled.entry_point  # type: ignore[attr-defined]
         return result
 
     @property

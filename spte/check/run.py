@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -155,7 +156,7 @@ def matrix(reports: Iterable[Report]) -> list[list[str]]:
         cell[0] += report.finding is None
         cell[1] += 1
     machines, columns = (list(dict.fromkeys(key[n] for key in sorted(cells))) for n in (0, 1))
-    columns.sort(key=lambda column: (len(column), column))
+    columns.sort(key=lambda column: (column.endswith("guests"), [int(n) for n in re.findall(r"\d+", column)]))
     rows = [[f"{cells[m, c][0]} of {cells[m, c][1]}" if (m, c) in cells else "" for c in columns] for m in machines]
     return [["recorded on, platform", *columns], *([m, *row] for m, row in zip(machines, rows, strict=True))]
 

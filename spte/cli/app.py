@@ -14,14 +14,18 @@ import click
 from spte._version import __version__
 from spte.cli.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MISSING, EXIT_OK
 
-# A verb is the command of that name in the module of that name; modules are imported when their verb is called, so that
+# A verb is the command of that name in the module of that name in `verbs`; modules are imported when their verb is called, so that
 # --help costs no more than this file.
 VERBS = {
     "check": "Compare recordings of real KVM with the model.",
+    "convert": "A write trace from what other tools record.",
+    "generate": "A write trace by a known pattern: zipf, hot-cold, append-log, ...",
     "patches": "Each of the 14 patches of the series, before and after.",
     "policies": "List every decision of every kernel version, with its source.",
     "profile": "What dirty logging costs for a program's recorded writes.",
+    "record": "Record which pages a program writes.",
     "replay": "Perform a recording of real KVM on the model.",
+    "show": "What a write trace holds, and its picture.",
 }
 
 
@@ -32,7 +36,7 @@ class _Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
-        command = getattr(importlib.import_module(f"spte.cli.{cmd_name}"), cmd_name)
+        command = getattr(importlib.import_module(f"spte.cli.verbs.{cmd_name}"), cmd_name)
         assert isinstance(command, click.Command)
         return command
 

@@ -12,6 +12,8 @@ import click
 from spte._numba import jit as _jit
 
 _SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50}
+_NS = {"s": 1e9, "ms": 1e6, "us": 1e3, "ns": 1.0}
+_POWERS_OF_1000 = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def size(text: str) -> int:
@@ -20,6 +22,14 @@ def size(text: str) -> int:
     if match is None or not int(match[1]):
         raise click.BadParameter(f"{text[:40]!r} is no size above 0; take a number and K, M, G or T, like 512M")
     return int(match[1]) << _SHIFTS[match[2].upper()]
+
+
+def address(text: str) -> int:
+    """Return the guest-physical address that `text` spells: 0x and hexadecimal digits, 0, or a size such as 4G."""
+    spelled = text.strip().lower()
+    if re.fullmatch(r"0x[0-9a-f]{1,16}|0", spelled):
+        return int(spelled, 16)
+    return size(text)
 
 
 def target(*suffixes: str) -> Callable[[str], Path]:
@@ -47,6 +57,33 @@ def spell_size(count: float) -> str:
             return f"{count:.4g} {unit}"
         count /= 1024
     return f"{count:.4g} TiB"
+
+
+def duration(text: str) -> int:
+    """Return the ns that `text` spells: a number and one of s, ms, us, ns."""
+    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)(s|ms|us|ns)", text.strip(), re.ASCII)
+    ns = round(float(match[1]) * _NS[match[2]]) if match else 0
+    if not ns:
+        raise click.BadParameter(f"{text[:40]!r} is no time above 0; take a number and s, ms, us or ns, like 100ms")
+    return ns
+
+
+def rate(text: str) -> int:
+    """Return the bytes a second that `text` spells: a number and KB/s, MB/s or GB/s (powers of 1000), or KiB/s and so on."""
+    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)([KMGT]?)(i?)B/s", text.strip(), re.ASCII | re.IGNORECASE)
+    power = _POWERS_OF_1000[match[2].upper()] if match else 0
+    bytes_per_s = round(float(match[1]) * (1024 if match[3] else 1000) ** power) if match else 0
+    if not bytes_per_s:
+        raise click.BadParameter(f"{text[:40]!r} is no rate above 0; take a number and MB/s or GB/s, like 500MB/s")
+    return bytes_per_s
+
+
+def spell_time(seconds: float) -> str:
+    """Return `seconds` in the largest unit that keeps the number at 1 or more, such as ``"49.5 ms"``."""
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:.4g} {unit}"
+    return f"{seconds * 1e9:.4g} ns"
 
 
 def announce_compilation() -> None:

@@ -80,7 +80,8 @@ def _check_place(slots: Memslots, gpa_bits: int, new: Memslot) -> None:
             f"slot={new.slot:#x} gfns {new.base_gfn:#x}..{new.end_gfn - 1:#x} overlap slot {other.slot:#x} "
             f"({other.base_gfn:#x}..{other.end_gfn - 1:#x}); move or delete that first"
         )
-    if new.end_gfn > 1 << (gpa_bits - 12):
+    beyond = new.end_gfn > 1 << (gpa_bits - 12)
+    if beyond and (slots.gpa_limit or new.base_gfn < 1 << (gpa_bits - 12)):
         raise SlotRangeError(f"slot={new.slot:#x} ends at gpa {new.end_gfn * PAGE_SIZE:#x}, beyond {gpa_bits} bits of guest-physical width")
 
 

@@ -31,7 +31,7 @@ class VM:
         What the CPU gives: ``ept-pml``, ``ept-nopml``, ``ept-noad``, ``npt``, ``npt-pml``; with ``-rmap`` direct roots are the shadow
         MMU's (``tdp_mmu=N``); ``shadow``: neither EPT nor NPT.
     policy : str or Policy
-        What the kernel version does: ``6.12`` or ``6.1``, or a value with single decisions replaced.
+        What the kernel version does: a mainline version (``5.10`` to ``7.2``), ``series``, or a value with single decisions replaced.
     vcpus : int
         Number of vCPUs, 1..1024.
     manual : int

@@ -21,8 +21,7 @@ REPORT = """
 import json, operator, sys
 import numba
 from numba.core import ir
-from conftest import PLATFORMS, typical_run
-from spte import policy
+from conftest import PLATFORMS, VERSIONS, typical_run
 from spte._numba import jit as _jit
 from spte.warm import warmup
 
@@ -70,7 +69,7 @@ def report():
 warmup()
 after_warm_up = list(report())
 for platform in PLATFORMS:
-    for name in policy.NAMES:
+    for name in VERSIONS:
         typical_run(platform, name)
 json.dump([after_warm_up, list(report())], sys.stdout)
 """

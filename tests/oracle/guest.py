@@ -66,7 +66,7 @@ class Guest:
 
     def drain(self, vcpu):
         while vcpu.pml:
-            self.mark(vcpu, vcpu.pml.pop())
+            self.mark(vcpu, vcpu.pml.pop(0 if self.rules.oldest_first else -1))
 
     def mark(self, vcpu, gfn):
         slot = self.slot_of(gfn)
@@ -82,7 +82,7 @@ class Guest:
         if leaf is None:
             return False
         mends_w = kind == WRITE and leaf.mw and not leaf.w
-        if mends_w and level > 1 and self.slot_of(gfn).flags & LOG:
+        if mends_w and level > 1 and (self.slot_of(gfn).flags & LOG or not self.rules.fast_huge):
             return False
         enough = {READ: True, WRITE: leaf.mw, EXEC: leaf.x}[kind]
         if not enough or not (mends_w or leaf.parked):
@@ -120,7 +120,8 @@ class Guest:
         if page is None:
             return "efault"
         writable, zero, copied = page
-        if copied and self.unmap([(slot.host, slot.hpage(gfn), 1)]):
+        if copied:
+            self.unmap([(slot.host, slot.hpage(gfn), 1)])
             return "retry"
         fixed = self.map(vcpu, slot, gfn, kind, writable and not slot.flags & RO, zero)
         stats["pf_fixed" if fixed else "pf_spurious"] += 1
@@ -168,14 +169,16 @@ class Guest:
         old = self.leafs.get((level, first))
         over_table = (level - 1, first) in self.tables
         bit1 = over_table or (old is not None and old.w) or (level == 1 and gfn in self.mmio)
+        if prefetch and old is not None and not self.rules.prefault_remakes:
+            return False
         new = self.new_leaf(level, gfn, writable, zero, prefetch, bit1)
-        if writable:
+        if new.w:
             self.mark(vcpu, gfn)
         if new == old:
             return False
         if over_table:
-            self.drop_table(level - 1, first)
-            self.flush("link replaced")
+            freed = self.drop_table(level - 1, first)
+            self.flush("link replaced", freed if self.rules.table_flush else 1)
         self.mmio.pop(gfn, None)
         self.leafs[level, first] = new
         return True

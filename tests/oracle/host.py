@@ -40,6 +40,7 @@ class Host:
         self.kind, self.npages, self.first = kind, npages, Host.serial * PAGES[4]
         self.huge = self.HUGE.get(kind, 1)
         self.pte, self.blocks, self.page_tables, self.read_only = {}, set(), set(), set()
+        self.compound = set()  # pages that are part of a huge page, mapped huge or not
         for page in range(npages if populate else 0):
             self.touch(page, write=True)
 
@@ -60,6 +61,7 @@ class Host:
         if before is None and self.may_be_huge(page):
             self.blocks.add(align(page, self.huge))
             self.pte[self.at(page)] = "own"
+            self.compound.update(range(align(page, self.huge), align(page, self.huge) + PAGES[self.huge]))
         elif before is None:
             self.page_tables.add(align(page, 2))
             self.pte[page] = "own" if write or self.kind == "shm" else "zero"
@@ -71,6 +73,10 @@ class Host:
     def in_large_block(self, page):
         """`page` lies where the backing may have a huge page, whether or not it has one now."""
         return self.huge > 1 and align(page, self.huge) + PAGES[self.huge] <= self.npages
+
+    def is_compound(self, page):
+        """The struct page is one of a transparent or HugeTLB page, or of device memory."""
+        return page in self.compound
 
     def may_be_huge(self, page):
         block = align(page, self.huge)
@@ -103,10 +109,11 @@ class Host:
             self.split(block)
         if advice == DONTNEED:
             self.blocks.difference_update(range(first, end))
+            self.compound.difference_update(range(first, end))
             for page in range(first, end):
                 self.pte.pop(page, None)
         blocks = [(b, 512) for b in cut]
-        return [[(first, count), *blocks]] if advice in (DONTNEED, FREE) else [[b] for b in blocks]
+        return [[each] for each in ([(first, count), *blocks] if advice in (DONTNEED, FREE) else blocks)]
 
     def mprotect(self, first, count, protect):
         """Protect or unprotect, VMA by VMA; returns passes, or an errno."""

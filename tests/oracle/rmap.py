@@ -14,6 +14,7 @@ class RmapOracle(Oracle):
     """Tables are found again by gfn: one that a huge leaf replaced stays, its leaves in the rmaps, until everything is zapped."""
 
     top = 4
+    tdp = False
     clears_dirty_of_huge = False
     root, roots_made = None, 0
 
@@ -118,8 +119,10 @@ class RmapOracle(Oracle):
             self.flush("link replaced")
         old = self.leafs.get(key)
         bit1 = (old is not None and old.w) or (level == 1 and at in self.mmio)
+        if prefetch and old is not None and not self.rules.prefault_remakes:
+            return False
         new = self.new_leaf(level, at, writable, zero, prefetch, bit1)
-        if writable:
+        if new.w:
             self.mark(vcpu, at)
         if new == old:
             return False
@@ -136,6 +139,8 @@ class RmapOracle(Oracle):
             if gfn < align_group(at) + GROUP and gfn != at and (1, gfn) not in self.leafs:
                 run.append(gfn)
                 continue
+            if gfn == align_group(at) + GROUP and not self.rules.prefetch_tail:
+                return
             if run and not self.prefetch_run(vcpu, run):
                 return
             run = []
@@ -176,12 +181,13 @@ class RmapOracle(Oracle):
         if gfn >= SPAN:
             return False
         if self.rules.by_page:
-            return slot.host.in_large_block(slot.hpage(gfn))
+            return slot.host.is_compound(slot.hpage(gfn))
         first = align(gfn, level + 1)
         return first in slot.gfns and super().may_be_larger(slot, level, first)
 
-    def links_of(self, slot):
-        return set()
+    def set_dirty_flushes(self, slot, leafs):
+        """For leaves that a fast fault could make writable."""
+        return any(leaf.mw and not leaf.w for leaf in leafs)
 
     def d_may_lag(self, at):
         return False

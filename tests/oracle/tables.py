@@ -15,6 +15,7 @@ class Tables:
     # How many addresses each gfn has, one a view: the direct root's, and what maps the gfn once more, another guest address under
     # shadow paging, or L2. Each has leaves and translations of its own, and no fast faults; of L2, hardware logs nothing.
     views = 1
+    tdp = True  # the tables are the TDP MMU's
 
     def does(self, step):
         return step not in self.mutants
@@ -26,7 +27,6 @@ class Tables:
     def clear_tables(self):
         self.leafs, self.tables, self.mmio = {}, set(), {}
         self.nx_marks = {}  # table -> 1: linked by an exec fault under the NX mitigation, 2: where a huge page would fit
-        self.dirty_links = set()  # tables whose link has D set
 
     def find(self, gfn):
         return next(((lv, self.leafs[lv, align(gfn, lv)]) for lv in (1, 2, 3) if (lv, align(gfn, lv)) in self.leafs), None)
@@ -72,13 +72,13 @@ class Tables:
                 self.split(level, gfn)
 
     def drop_table(self, level, first):
-        """Unlink the table of `level` at gfn `first`, with all below it."""
-        span = range(first, first + PAGES[level + 1])
+        """Unlink the table of `level` at gfn `first`, with all below it; returns the tables freed."""
+        before, span = len(self.tables), range(first, first + PAGES[level + 1])
         self.leafs = {k: v for k, v in self.leafs.items() if k[1] not in span or k[0] > level}
         self.tables = {t for t in self.tables if t[1] not in span or t[0] > level}
         self.nx_marks = {t: mark for t, mark in self.nx_marks.items() if t in self.tables}
-        self.dirty_links &= self.tables
         self.mmio = {g: v for g, v in self.mmio.items() if g not in span}
+        return before - len(self.tables)
 
     def flush(self, why, requests=1):
         if self.does(why):
@@ -112,17 +112,25 @@ class Tables:
     # -- notifiers
 
     def unmap(self, ranges_by_host):
-        """One notifier pass over [(host, first page, pages)]; tells whether an SPTE was dropped."""
-        gone = 0
+        """One notifier pass over [(host, first page, pages)]."""
+        gone = freed = 0
         for host, first, count in ranges_by_host:
             for slot in self.slots_on(host):
+                for table in self.covered(slot.gfns_of(first, count)):
+                    freed += self.drop_table(*table)
+                    gone += 1
                 for gfn in slot.gfns_of(first, count):
                     for key in self.each("unmap: aliases", self.places(gfn)):
                         del self.leafs[key]
                         gone += 1
         if gone:
-            self.flush("unmap")
-        return gone > 0
+            self.flush("unmap", 1 + freed)
+
+    def covered(self, gfns):
+        """Tables, larger ones first, that map gfns of a range alone, where a notifier drops those."""
+        for level, first in sorted(self.tables, reverse=True) if self.tdp and self.rules.unmaps_tables else ():
+            if (level, first) in self.tables and gfns.start <= first and first + PAGES[level + 1] <= gfns.stop:
+                yield level, first
 
     def slots_on(self, host):
         return [s for s in self.slots.values() if s.host is host and not s.as_id]
@@ -137,6 +145,7 @@ class Tables:
                     if leaf.a if self.has_accessed else not leaf.parked:
                         young += 1
                         leaf.a = False
+                        leaf.d &= not (self.tdp and self.rules.ages_dirty)
                         if not self.kind.ad:
                             leaf.parked, leaf.w = True, False
         if young and self.rules.aging_flushes:

@@ -84,8 +84,9 @@ class Oracle(Tables, Guest, DirtyLog):
     def zap_all(self, as_id=None):
         if as_id == 0:
             self.gen += 4
+        freed = len(self.tables) if self.rules.table_flush else 0
         self.clear_tables()
-        self.flush("zap-all", requests=0)  # vCPUs load new roots
+        self.flush("zap-all", requests=freed + (freed > 0))  # vCPUs load new roots, or the old ones are empty
         return 0
 
     # -- parameters and capabilities
@@ -116,13 +117,14 @@ class Oracle(Tables, Guest, DirtyLog):
         level = self.start_level(2 if self.cdls or all_set else 1)
         protected = [leaf for lv, leaf in found if lv >= level and leaf.w]
         protected = [leaf for leaf in protected if self.does("enable: write-protect")]
+        rewritten = self.tdp and rules.rewrites and any(lv >= level for lv, _ in found)
         for leaf in protected:
             leaf.w = False
         if not rules.flush_if_changed:
             self.flush("enable")
         if rules.flush_if_changed and any(cleared):
             self.flush("enable: after clear dirty")
-        if rules.flush_if_changed and protected:
+        if rules.flush_if_changed and (protected or rewritten):
             self.flush("enable: after write-protect")
 
     clears_dirty_of_huge = True
@@ -148,6 +150,8 @@ class Oracle(Tables, Guest, DirtyLog):
             self.flush("collapse")
 
     def may_be_larger(self, slot, level, gfn):
+        if self.rules.by_page == "compound":
+            return slot.host.is_compound(slot.hpage(gfn))
         if self.rules.by_page:
             return slot.host.kind == "thp" and slot.host_level(gfn) > 1
         allowed = slot.allowed_level(gfn)
@@ -179,14 +183,15 @@ class Oracle(Tables, Guest, DirtyLog):
             self.flush("collapse")
 
     def set_dirty(self, slot):
-        """Set D in everything present that maps the slot or leads to it."""
-        leafs = [leaf for _, _, leaf in self.leafs_of(slot) if not leaf.d]
-        links = self.links_of(slot) - self.dirty_links
+        """Set D in everything present that maps the slot or leads to it: written again in any case."""
+        leafs = [leaf for _, _, leaf in self.leafs_of(slot)]
+        if self.set_dirty_flushes(slot, leafs):
+            self.flush("disable: set dirty")
         for leaf in leafs:
             leaf.d = True
-        self.dirty_links |= links
-        if leafs or links:
-            self.flush("disable: set dirty")
+
+    def set_dirty_flushes(self, slot, leafs):
+        return bool(leafs or self.links_of(slot))
 
     def links_of(self, slot):
         """Tables that lead to what the slot maps."""

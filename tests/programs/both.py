@@ -11,23 +11,25 @@ import spte
 from spte import mm
 
 PAGE = 4096
-LAYOUTS = {  # (A, D, HOST_WRITABLE, MMU_WRITABLE, R and what else every leaf has) as the recordings show them
-    True: (1 << 8, 1 << 9, 1 << 57, 1 << 58, 1 << 11 | 0x70 | 1),
-    False: (1 << 5, 1 << 6, 1 << 9, 1 << 10, 1 << 11 | 0b101),
-}
+# (A, D, HOST_WRITABLE, MMU_WRITABLE, what every leaf has with R, X, type without A/D, how far up R and X are parked), of EPT and without
+OLD_EPT = (1 << 8, 1 << 9, 1 << 10, 1 << 11, 0x70 | 1, 1 << 2, 1 << 52, 54)
+EPT = (1 << 8, 1 << 9, 1 << 57, 1 << 58, 1 << 11 | 0x70 | 1, 1 << 2, 1 << 52, 54)
+NEW_EPT = (1 << 8, 1 << 9, 1 << 53, 1 << 55, 1 << 11 | 0x70 | 1, 1 << 2 | 1 << 10, 1 << 60, 52)
+NPT = (1 << 5, 1 << 6, 1 << 9, 1 << 10, 1 << 11 | 0b101, 0, 0, 0)
+OLD_NPT = (1 << 5, 1 << 6, 1 << 10, 1 << 11, 0b101, 0, 0, 0)
+LAYOUTS = {"5.10": (OLD_NPT, OLD_EPT), "6.1": (NPT, EPT), "6.12": (NPT, EPT), "7.2": (NPT, NEW_EPT)}  # as the recordings show them
 VM_STATS = ("pages_4k", "pages_2m", "pages_1g", "remote_tlb_flush_requests", "nx_lpage_splits")
-X, NX, SUPPRESS_VE, TYPE_DISABLED = 1 << 2, 1 << 63, 1 << 63, 1 << 52
-PARK = 54  # R and X of an access-tracked leaf rest that much further up
+NX, SUPPRESS_VE, MMIO_TYPE = 1 << 63, 1 << 63, 3 << 52
 
 
 def leaf_flags(oracle, level, leaf):
-    a, d, hw, mw, flags = LAYOUTS[oracle.kind.ept]
+    a, d, hw, mw, flags, x, disabled, park = LAYOUTS[oracle.rules.layout][oracle.kind.ept]
     if oracle.kind.ept:
-        flags |= X * leaf.x | SUPPRESS_VE * oracle.rules.suppress_ve | TYPE_DISABLED * (not oracle.kind.ad)
+        flags |= x * leaf.x | SUPPRESS_VE * (oracle.rules.layout in ("6.12", "7.2")) | disabled * (not oracle.kind.ad)
     else:
         flags |= NX * (not leaf.x)
     if leaf.parked:
-        flags = flags & ~0b101 | (flags & 0b101) << PARK
+        flags = flags & ~(x | 1) | (flags & (x | 1)) << park
     return f"{flags | a * leaf.a | d * leaf.d | hw * leaf.hw | mw * leaf.mw | leaf.w << 1 | (level > 1) << 7:x}"
 
 
@@ -46,6 +48,8 @@ def leaf_runs(oracle, leafs):
 
 def mmio_sptes(oracle, mmio):
     fixed = 6 if oracle.kind.ept else 1 << 51 | 7
+    if oracle.rules.layout == "5.10":
+        return {g: f"{fixed | MMIO_TYPE | g << 12 | (gen & 0x1FF) << 3 | (gen >> 9 & 0x1FF) << 54:x}" for g, gen in mmio.items()}
     return {g: f"{fixed | g << 12 | (gen & 0xFF) << 3 | (gen >> 8 & 0x7FF) << 52:x}" for g, gen in mmio.items()}
 
 

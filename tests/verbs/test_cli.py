@@ -12,10 +12,10 @@ import pytest
 
 from spte import __version__, policy
 from spte._numba import jit as _jit
-from spte.cli import policies as policies_verb
-from spte.cli import profile as profile_verb
 from spte.cli.app import VERBS, cli, run
 from spte.cli.metrics import COUNTS, MEASURED, RATES, SCHEMA
+from spte.cli.verbs import policies as policies_verb
+from spte.cli.verbs import profile as profile_verb
 from spte.platform import NAMES
 from spte.profile.run import DIRECT
 from spte.trace import Trace, save
@@ -89,7 +89,7 @@ def in_process(code, *argv):
 def test_help_imports_neither_matplotlib_nor_the_verbs():
     done = in_process(
         "import sys; from spte.cli.app import run; run(['--help']);"
-        "sys.exit([m for m in sys.modules if m in ('matplotlib', 'spte.cli.profile', 'rich')] or 0)"
+        "sys.exit([m for m in sys.modules if m in ('matplotlib', 'spte.cli.verbs.profile', 'rich')] or 0)"
     )
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -224,7 +224,7 @@ def test_options_of_a_trace_reach_the_workload(capsys, trace):
         ([__file__], "not a whole .npz file"),
         (["--platform", "vmx"], f"'vmx' is not known; take one of {', '.join(NAMES)}"),
         (["--platform", "shadow-rmap"], "'shadow-rmap' is not known"),
-        (["--policy", "7"], "'7' is not known; take one of"),
+        (["--policy", "7"], "'7' is not known; known are series"),
         (["--policy", "6.12,eager=N"], "'eager=N'"),
         (["--policy", "6.12,eager_page_split=maybe"], "eager_page_split='maybe'; take one of"),
         (["--vcpus", "0"], "vcpus=0"),
@@ -325,8 +325,10 @@ def test_policies_lists_every_decision_with_its_values_and_source(capsys):
     listed = json.loads(out)
     assert (code, err) == (0, "")
     assert listed["policies"] == list(policy.NAMES)
-    for entry, (field, _, meaning, source) in zip(listed["decisions"], policy.Policy.named("6.12").describe(), strict=True):
-        assert (entry["decision"], entry["meaning"], entry["source"]) == (field, meaning, source)
+    for entry, (field, _, meaning, _) in zip(listed["decisions"], policy.Policy.named("6.12").describe(), strict=True):
+        assert (entry["decision"], entry["meaning"]) == (field, meaning)
+        told = [{"version": c.version, "value": policy.spell(c.value), "source": c.source} for c in policy.changes(field)]
+        assert entry["changes"] == told
         for name, value in entry["values"].items():
             assert policy.parse(f"{name},{field}={value}").describe() == policy.Policy.named(name).describe()
 
@@ -341,9 +343,8 @@ def test_the_table_of_policies_holds_every_value_unbroken_and_at_100_columns_eac
     words = " ".join(lines).split()
     ref = []
     for field in policy.decisions():
-        values = {name: policy.spell(getattr(policy.Policy.named(name), field.name)) for name in policy.NAMES}
-        first, *later = policies_verb.history(values)
-        ref += [field.name, first[1], *(word for version, value in later for word in (f"{version}:", value))]
+        first, *later = policy.changes(field.name)
+        ref += [field.name, policy.spell(first.value), *(word for c in later for word in (f"{c.version}:", policy.spell(c.value)))]
     assert words == ref
     if columns == 100:
         assert len(lines) == len(policy.decisions())
@@ -360,21 +361,31 @@ def test_a_row_too_long_for_the_terminal_goes_on_below_at_a_whole_value():
     ]
 
 
-def test_a_history_names_the_versions_that_changed_a_value():
-    assert policies_verb.history({"1": "N", "2": "N", "3": "Y", "4": "Y", "5": "N"}) == [("1", "N"), ("3", "Y"), ("5", "N")]
+def test_a_version_tells_since_when_each_decision_holds_and_what_it_rests_on(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    code, out, err = spte(capsys, "policies", "6.8")
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 100
+    rows = dict(line.split(maxsplit=1) for line in out.splitlines() if not line.startswith(" "))
+    assert list(rows) == ["decision", *(f.name for f in policy.decisions())]
+    assert rows["fault_split"].split() == ["in-place", "6.3", "c4b33d28ea7b;", "recordings", "6.12"]
+    assert rows["binary_stats"].split() == ["Y", "5.14", "recordings", "6.1", "and", "6.12"]
+    listed = json.loads(spte(capsys, "policies", "6.8.12", "--json")[1])["decisions"]
+    assert [tuple(entry.values()) for entry in listed] == [tuple(row) for row in policy.evidence("6.8")]
+    assert "the nearest is 7.2" in refused(capsys, "policies", "9.1")
 
 
 def test_a_field_is_told_with_its_meaning_choices_values_and_source(capsys):
     code, out, err = spte(capsys, "policies", "--field", "collapse", "--field", "prefault")
     assert (code, err) == (0, "")
     assert max(map(len, out.splitlines())) <= 80
-    told = {field: (meaning, source) for field, _, meaning, source in policy.Policy.named("6.12").describe()}
+    told = {field: meaning for field, _, meaning, _ in policy.Policy.named("6.12").describe()}
     folded = " ".join(out.split())
     for field in ("collapse", "prefault"):
-        assert f"{field}: {told[field][0]} 5.11 " in folded
-        assert f"source {told[field][1]}" in folded
+        assert f"{field}: {told[field]} 5.10 " in folded
+        assert all(f"{c.version} {policy.spell(c.value)} ({c.source})" in folded for c in policy.changes(field))
     assert "choices zap-leaf, zap-table, recover" in folded
-    assert re.search(r"^  6.13 +recover$", out, re.MULTILINE)
+    assert re.search(r"^  6.13 +recover ", out, re.MULTILINE)
     assert [e["decision"] for e in json.loads(spte(capsys, "policies", "--field", "prefault", "--json")[1])["decisions"]] == ["prefault"]
     assert "eager_page_split" in refused(capsys, "policies", "--field", "eager")
 

@@ -4,22 +4,26 @@ import dataclasses
 import functools
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from spte._numba import jit as _jit
-from spte.cli import patches as verb
 from spte.cli.app import run
+from spte.cli.verbs import patches as verb
 from spte.patches import logging as patch_logging
 from spte.patches import mapping as patch_mapping
+from spte.patches import recorded
 from spte.patches.groups import of_patches, of_versions
 from spte.patches.states import PATCHES, STATES, around
 from spte.patches.trial import COUNTS, Outcome, Scenario, perform
 from spte.patches.versions import MATRIX, VERSIONS, on_trace
 from spte.policy import Policy, decisions, spell
+from spte.recording.file import RecordingError
 from spte.trace import Trace
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 SCENARIOS = patch_mapping.SCENARIOS | patch_logging.SCENARIOS
 ALL = [scenario for scenarios in SCENARIOS.values() for scenario in scenarios]
 
@@ -140,7 +144,7 @@ def test_the_page_shows_every_patch_and_scenario_in_the_terminals_width(capsys, 
     assert all(f"{s.name}:" in folded for s in ALL)
     lines = [line for line in out.splitlines() if re.search(r"(yes|NO)$", line)]
     assert len(lines) == len(ALL) + len(MATRIX) + len(on_trace(toy_trace()))
-    assert re.search(r"P5-c: .*1024→512  1024→512     2→1        1  yes\n", out)
+    assert re.search(r"P5-c: .*1024→512  1024→512     2→1        1 +yes\n", out)
     assert "a toy; 4 MiB, 3 epochs" in out
 
 
@@ -192,7 +196,8 @@ def test_the_json_holds_every_value_with_its_policy_and_expectation(capsys):
         assert set(group) == {"title", "patch", "commit", "decision", "scenarios"}
         for s in group["scenarios"]:
             assert set(s) == {
-                "scenario", "claim", "platform", "manual", "vcpus", "policies", "seen", "expected", "as_specified", "differences",
+                "scenario", "claim", "platform", "manual", "vcpus", "policies", "seen", "expected", "recorded", "as_specified",
+                "differences",
             }  # fmt: skip
             assert s["as_specified"] is (s["differences"] == [])
             assert len(s["seen"]) == len(s["policies"])
@@ -209,3 +214,28 @@ def test_two_runs_see_the_same():
 
 def test_an_outcome_without_differences_is_as_specified():
     assert Outcome(Scenario("X", "", VERSIONS[:1], lambda t: None, {"zapped": (1,)}), ({"zapped": 1},)).as_specified
+
+
+# -- what was recorded
+
+
+def test_the_recorded_values_are_those_of_the_recordings():
+    stored = json.loads(recorded.DATA.read_text())
+    assert recorded.extract([GOLDEN]) == stored
+
+
+def test_every_place_belongs_to_a_scenario_and_every_patch_that_shows_has_one():
+    by_patch = {number: {s.name for s in scenarios} for number, scenarios in SCENARIOS.items()}
+    assert recorded.PLACES.keys() <= set().union(*by_patch.values())
+    assert {n for n, names in by_patch.items() if names & recorded.PLACES.keys()} >= {1, 2, 5, 6, 9, 10, 11, 12, 13}
+
+
+def test_a_recording_that_is_missing_is_named(tmp_path):
+    with pytest.raises(RecordingError, match=r"no recording of 5\.10-nested/intel-pml/n01-basic-ept, "):
+        recorded.extract([tmp_path])
+
+
+@pytest.mark.skipif(_jit.PLAIN, reason="minutes in plain Python")
+def test_the_page_of_the_series_is_what_its_command_prints(capsys):
+    assert run(["patches", "--markdown"]) == 0
+    assert capsys.readouterr().out == (GOLDEN.parents[1] / "docs" / "series.md").read_text()

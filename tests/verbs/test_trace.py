@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spte import trace as traces
-from spte.trace import FORMAT, Trace, TraceError, default_trace, load, save
+from spte.trace import FORMAT, Trace, TraceError, default_trace, load, npz, save
 
 META = {"format": FORMAT, "page_size": 4096, "command": "toy"}
 
@@ -191,7 +190,7 @@ def test_a_damaged_header_is_refused(tmp_path, content):
 
 
 def test_a_file_that_unpacks_beyond_the_limit_is_refused_before_unpacking(tmp_path, monkeypatch):
-    monkeypatch.setattr(traces, "MAX_BYTES", 500)
+    monkeypatch.setattr(npz, "MAX_BYTES", 500)
     assert "more than the 500 allowed" in refusal(tmp_path, packed())
 
 

@@ -279,8 +279,8 @@ def test_a_prefault_with_ad_bits_makes_a_write_protected_page_writable_and_dirty
 # -- a fault that the host has to help with, and a full ring
 
 
-def test_a_page_copied_in_a_fault_that_fills_the_ring_is_pushed_before_the_exit():
-    """448 entries are the soft limit: the drain reaches it at the fault, whose page is mapped all the same."""
+def test_a_page_copied_in_a_fault_that_fills_the_ring_is_mapped_after_the_exit():
+    """448 entries are the soft limit: the drain reaches it at the fault, and the entry that would try that again exits."""
     vm = spte.VM("ept-pml", ring_bytes=1024 * 16)
     full, fresh = spte.Backing("4k", 512 * PAGE, populate=True), spte.Backing("4k", PAGE)
     other = spte.Backing("4k", PAGE)
@@ -294,5 +294,11 @@ def test_a_page_copied_in_a_fault_that_fills_the_ring_is_pushed_before_the_exit(
         vm.set_memory_region(slot, gpa, backing.size, backing, flags=LOG)
     stop = vm.vcpus[0].write([*range(448), 1 << 18])
     assert (stop.reason, stop.index) == ("dirty_ring_full", 448)
-    assert vm.vcpus[0].ring["slot"][448] == 1
-    assert vm.stats()["vcpu0"]["pf_taken"] == vm.stats()["vcpu0"]["pf_fixed"] == 514
+    ring = vm.vcpus[0].ring
+    assert (ring["flags"] == 1).sum() == 448
+    assert (vm.stats()["vcpu0"]["pf_taken"], vm.stats()["vcpu0"]["pf_fixed"]) == (514, 513)
+    ring["flags"][:448] = 3
+    assert vm.reset_dirty_rings() == 448
+    assert vm.vcpus[0].write([1 << 18]) is None
+    assert ring["slot"][448] == 1
+    assert (vm.stats()["vcpu0"]["pf_taken"], vm.stats()["vcpu0"]["pf_fixed"]) == (515, 514)

@@ -14,15 +14,16 @@ import click
 from spte._version import __version__
 from spte.cli.exit_codes import EXIT_DIFFERENCE, EXIT_OK
 from spte.cli.params import announce_compilation
+from spte.cli.series import ARROW, change, markdown, places_text, recorded_text, value_of
 from spte.cli.table import FALLBACK_WIDTH
 from spte.patches.groups import Group, of_patches, of_versions
+from spte.patches.recorded import recorded
 from spte.patches.states import PATCHES, around
 from spte.patches.trial import COUNTS, Outcome, Value
 from spte.policy import spell
 from spte.trace import default_trace
 
 SCHEMA = "spte-patches/1"
-ARROW = "→"
 
 HELP = """Each of the 14 patches, before and after: what the one decision changes, and whether it is what is specified.
 
@@ -36,6 +37,7 @@ number where nothing changes:
   flushes    TLB flushes that the step requests
   requests   vCPUs that it asks to update their PML control
   entries    PML entries of the accesses after the step
+  recorded   what real kernels did in the same situation, at other sizes: Linux 5.10 before the series, 6.12 after it
 
 Columns in which nothing is counted and nothing specified are left out. Without --patch follow what enabling and disabling
 do in each version, and the series as a whole on the recorded trace that ships in the package; there, all counts are those
@@ -56,12 +58,19 @@ _LABELS = {
 @click.command(help=HELP, short_help="Each of the 14 patches, before and after.")
 @click.option("--patch", type=click.IntRange(1, len(PATCHES)), metavar="N", help=f"Only patch N, 1 to {len(PATCHES)}.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; `schema` names its version.")
-def patches(patch: int | None, as_json: bool) -> int:
+@click.option("--markdown", "as_page", is_flag=True, help="Print the patches as a page of Markdown: docs/series.md.")
+def patches(patch: int | None, as_json: bool, as_page: bool) -> int:
     """Run the scenarios, print them, and return the exit code."""
+    if as_json and as_page:
+        raise click.UsageError("--json and --markdown exclude each other; take one")
     announce_compilation()
-    groups = of_patches() + of_versions(default_trace()) if patch is None else of_patches([patch])
+    groups = of_patches() if patch is None else of_patches([patch])
+    if patch is None and not as_page:
+        groups += of_versions(default_trace())
     if as_json:
         click.echo(json.dumps(_as_json(groups), indent=1))
+    elif as_page:
+        click.echo(markdown(groups), nl=False)
     else:
         _print(groups)
     wrong = [(outcome.scenario.name, text) for outcome in _outcomes(groups) for text in outcome.differences]
@@ -103,6 +112,7 @@ def _scenario_json(outcome: Outcome) -> dict[str, Any]:
         "policies": [policy.name for policy in scenario.policies],
         "seen": list(outcome.seen),
         "expected": dict(scenario.expected),
+        "recorded": [{**row.place._asdict(), "values": [row.before, row.after]} for row in recorded(scenario.name)],
         "as_specified": outcome.as_specified,
         "differences": outcome.differences,
     }
@@ -152,11 +162,16 @@ def _table(group: Group) -> Any:
         table.add_column("policy", no_wrap=True)
     for name in counts:
         table.add_column(_LABELS[name], justify="right", no_wrap=True)
+    has_recorded = any(recorded(outcome.scenario.name) for outcome in group.outcomes)
+    if has_recorded:
+        table.add_column("recorded", overflow="fold")
     table.add_column("spec", no_wrap=True)
     for outcome in group.outcomes:
         cells = [_cell([seen[name] for seen in outcome.seen], join) for name in counts]
         if stacked:
             cells.insert(0, "\n".join(policy.name for policy in outcome.scenario.policies) if outcome.seen else "")
+        if has_recorded:
+            cells.append("\n".join(map(recorded_text, recorded(outcome.scenario.name))))
         verdict = Text("yes") if outcome.as_specified else Text("NO", style="bold red")
         table.add_row(_about(outcome), *map(Text, cells), verdict, end_section=stacked)
     return table
@@ -175,9 +190,10 @@ def _about(outcome: Outcome) -> Any:
         if name not in COUNTS:
             values = _cell([seen[name] for seen in outcome.seen], f" {ARROW} ")
             text.append(f"\n{name.replace('_', ' ')} {values}", style="not bold dim")
+    if rows := recorded(outcome.scenario.name):
+        text.append(f"\nrecorded: {places_text(rows)}", style="not bold dim")
     return text
 
 
 def _cell(values: Sequence[Value], join: str) -> str:
-    spelled = [",".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in values]
-    return spelled[0] if ARROW in join and len(set(spelled)) == 1 else join.join(spelled)
+    return change(values, join) if ARROW in join else join.join(map(value_of, values))

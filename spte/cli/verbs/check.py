@@ -56,6 +56,7 @@ def check(paths: tuple[str, ...], as_json: bool, markdown: bool) -> int:
             "ops": sums.ops,
             "fields": sums.fields,
             "differing": sums.differing,
+            "passing": sums.files - sums.differing,
             "not_recordings": bad,
             "recordings": [report.as_dict() for report in reports],
         }
@@ -65,7 +66,8 @@ def check(paths: tuple[str, ...], as_json: bool, markdown: bool) -> int:
             head, *rows = model.matrix(reports)
             lines = [head, [":--", *("--:" for _ in head[1:])], *rows]
             click.echo("\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")
-        click.echo(f"{sums.files} recordings, {sums.ops} ops, {sums.fields} fields compared; {sums.differing} differ")
+        passed = sums.files - sums.differing
+        click.echo(f"{passed} of {sums.files} recordings pass: {sums.ops} ops, {sums.fields} fields compared; {sums.differing} differ")
         if not sums.files and not bad:
             click.echo("spte check: no recording found; name a file, an archive or a directory", err=True)
     if bad:

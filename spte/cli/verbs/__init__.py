@@ -1,0 +1,1 @@
+"""One module a verb; it is imported when its verb is called."""
