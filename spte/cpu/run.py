@@ -41,7 +41,7 @@ from spte.mmu.dirty_log.pml import drain
 from spte.mmu.first_touch import first_touches
 from spte.mmu.mark_dirty import U32_MASK, note
 from spte.mmu.memslot import find_slot
-from spte.mmu.page_fault import allowed, begin_fault, fast_fault, map_gfn
+from spte.mmu.page_fault import Fault, allowed, begin_fault, fast_page_fault, map_gfn
 from spte.mmu.shadow.page_fault import shadow_fault
 from spte.mmu.walk import forget_leaf_rows, list_leaf_rows, walk
 
@@ -104,14 +104,15 @@ def _fault(t, s, h, v, m, gfn, kind, row, i, level):
     if mmio:
         return EXIT_MMIO
     k = find_slot(s, gfn)
+    f = Fault(gfn, gfn, k, kind, False, present, row, i, level)
     may_be_fast = k >= 0 and m.fast_fault and ((present and kind == WRITE) or (not m.ad and not present))
-    if may_be_fast and fast_fault(t, s, v, m, k, gfn, kind, False, row, i, level):
+    if may_be_fast and fast_page_fault(t, s, v, m, f):
         return DONE
     if k >= 0 and kind == WRITE and s.slots[k].flags & READONLY:
         vcpu.pf_emulate += 1
         return EXIT_MMIO
     vcpu.slow_faults += 1
-    return map_gfn(t, s, h, v, m, k, gfn, kind, False, row, i, level)
+    return map_gfn(t, s, h, v, m, f)
 
 
 @helper
