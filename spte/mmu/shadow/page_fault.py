@@ -32,29 +32,36 @@ from spte.mmu.walk import index_of
 
 
 @kernel_apart
-def _next_page(t, s, h, v, m, row, i, gfn, direct, access):
-    """Return the page below entry `i` of `row`, found or made and linked, and whether it was not linked before; -1: arena full.
+def _make_page(t, s, h, v, m, row, i, gfn, direct, access):
+    """Find or make the page below entry `i` of `row`, which links to none, and link it; returns it, -1: arena full.
 
     A huge leaf there is dropped with a flush. A page that shadows a guest table is in step with it before it is linked.
     """
-    old = t.sptes[row, i]
-    if is_link(old):
-        return child_of(old), False
     level = np.int64(t.pages[row].level) - 1
     role = (np.int64(t.pages[row].role) & ~(ROLE_LEVEL | ROLE_IS_DIRECT | ROLE_ACCESS)) | level | (access << ROLE_ACCESS_SHIFT)
     child = get_page(t, s, h, v, m, gfn, level, role | ROLE_IS_DIRECT if direct else role)
     if child < 0:
-        return child, False
+        return child
     if not direct and level > 1:
         sync_children(t, s, h, v, m, child)
     if (t.sptes[row, i] & MMU_PRESENT) != ZERO:
         drop_leaf(t, s, m, row, i)
         t.kvm[0].remote_tlb_flush_requests += 1
     link_page(t, s, m, row, i, child)
-    return child, True
+    return child
 
 
-@kernel_apart
+@helper
+def _next_page(t, s, h, v, m, row, i, gfn, direct, access):
+    """Return the page below entry `i` of `row`: KVM's kvm_mmu_get_child_sp; and whether it was not linked before. -1: arena full."""
+    old = t.sptes[row, i]
+    if is_link(old):
+        return child_of(old), False
+    child = _make_page(t, s, h, v, m, row, i, gfn, direct, access)
+    return child, child >= 0
+
+
+@helper
 def _finish(t, s, v, m, f, page, row, i, access):
     """Put the leaf that fault `f` is after at entry `i` of `row`, or an MMIO SPTE where no slot is; returns an exit reason."""
     vcpu = v.vcpu[0]
@@ -95,7 +102,7 @@ def shadow_map_gfn(t, s, h, v, m, f):
     return reason
 
 
-@kernel_apart
+@helper
 def _descend(t, s, h, v, m, f, page, row, most, access):
     """Go down from `row` over direct pages, to a leaf of level `most` or below; returns row (-1: arena full) and index."""
     kvm = t.kvm[0]

@@ -23,7 +23,7 @@ from spte.mmu.walk import walk
 PREFETCH = 8  # SPTEs of the aligned group that a fault fills
 
 
-@kernel_apart
+@helper
 def set_leaf(t, s, v, m, row, i, gfn, page, access, prefetch):
     """Put the leaf of `gfn` at entry `i` of `row`: KVM's mmu_set_spte; returns whether the entry changed, and whether W was refused."""
     kvm = t.kvm[0]
