@@ -178,7 +178,7 @@ class Part:
 
 
 @contextlib.contextmanager
-def _collection_paused() -> Iterator[None]:
+def collection_paused() -> Iterator[None]:
     """Collect no garbage: a compilation makes so many objects that looking for cycles among them took a seventh of its time."""
     was_on = gc.isenabled()
     gc.disable()
@@ -204,7 +204,7 @@ class Entry(CPUDispatcher):
     def __call__(self, *args: Any) -> Any:
         if self.code is not None:
             return self.code(*args)
-        with _collection_paused():
+        with collection_paused():
             result = super().__call__(*args)
         if not BOUNDSCHECK:
             (compiled,) = self.overloads.values()  # one signature
