@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import kernel_apart, kernel_called
+from spte._numba.jit import kernel_apart, kernel_called, publish
 from spte.arrays.slots import LOG_DIRTY_PAGES
 from spte.arrays.vcpu import EV_MARK, EV_PUSH, LOG_COLUMNS
 from spte.bits import ONE, U64
@@ -40,7 +40,7 @@ def ring_push(v, slot, offset):
     dirty = vcpu.dirty_index
     i = dirty & (vcpu.ring_size - 1)
     v.ring[i, 1] = U64(offset)
-    v.ring[i, 0] = (U64(slot) << SLOT_SHIFT) | RING_GFN_DIRTY
+    publish(v.ring, 2 * i, (U64(slot) << SLOT_SHIFT) | RING_GFN_DIRTY)  # userspace reads the ring while the guest runs
     dirty = (dirty + 1) & U32_MASK
     vcpu.dirty_index = dirty
     used = (dirty - vcpu.reset_index) & U32_MASK
