@@ -227,6 +227,7 @@ def _leave(t, s, v, m, gfns, at, reason):
     interrupted = reason == EXIT_LOG or reason == EXIT_SHADOW or reason == EXIT_NEEDBREAK
     if not interrupted and not (reason == DONE and vcpu.run_flags & NO_EXIT):
         vcpu.exits += reason == DONE
+        vcpu.run_flags &= NO_EXIT
         drain(t, s, v, m)
     if reason != EXIT_SHADOW:
         vcpu.ahead = vcpu.asked = 0
