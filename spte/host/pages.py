@@ -20,7 +20,7 @@ import threading
 
 import numpy as np
 
-from spte._numba.jit import exchange, helper, kernel, kernel_called
+from spte._numba.jit import exchange, helper, kernel, kernel_noinline_entry
 from spte.arrays import reserve as memory
 from spte.arrays.host import BLOCK, HOST_ROWS, MIXED_BLOCK, Host
 from spte.bits import U64, ZERO
@@ -89,7 +89,7 @@ def _take_row(h):
     return row
 
 
-@kernel_called
+@kernel_noinline_entry
 def make_mixed(h, block):
     """Give `block` a state a page, all as the block was; returns the row, -1 if there is none."""
     if h.blocks[block].state == MIXED:
@@ -116,7 +116,7 @@ def make_mixed(h, block):
     return row
 
 
-@kernel_called
+@kernel_noinline_entry
 def drop_mixed(h, block, state):
     """Put the whole block into `state`; its row of single pages, if any, is given back."""
     if h.blocks[block].state == MIXED:
@@ -167,7 +167,7 @@ def fault_in_huge(h, block, kind, state):
             h.alone[block, w] = ZERO
 
 
-@kernel_called
+@kernel_noinline_entry
 def host_fault(h, hpage, write):
     """Make the host map `hpage` as an access needs it; returns ``(code, writable, zero)``.
 
