@@ -31,7 +31,6 @@ from spte.cpu.run import STAYED, STAYS, run_shadow
 from spte.cpu.run import run as run_guest
 from spte.errors import OutOfTablesError, PrefaultError, PrefaultHoleError, PrefaultHostError, PrefaultUnsupportedError, SlotRangeError
 from spte.exits import Exit
-from spte.host.mmu_notifier import host_write
 from spte.host.pages import the_host
 from spte.mmu.walk import walk
 from spte.platform import EPT, SHADOW
@@ -164,9 +163,8 @@ def _host_write(kvm: Kvm, gfn: int) -> int:
     """Make the host map page `gfn` writable; returns the host page."""
     slot = kvm.memslots.at(gfn)
     assert slot is not None
-    assert slot.backing is not None
     hpage = slot.hpage_of(gfn)
-    host_write(slot.backing.users, hpage)
+    kvm.host_write(hpage)
     return hpage
 
 

@@ -95,7 +95,7 @@ class VM:
         flags : int
             1 LOG_DIRTY_PAGES, 2 READONLY.
         hva : int, optional
-            Host virtual address instead of `backing` and `offset`.
+            Host virtual address instead of `backing` and `offset`, of any memory; what comes there later is without MMU notifiers.
 
         Raises
         ------
