@@ -7,7 +7,8 @@ of the ioctl. Either is one line that holds the value and the way out, and nothi
 from __future__ import annotations
 
 import operator
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -47,11 +48,11 @@ def integer(value: Any, name: str, error: type[Exception] = ArgumentError, least
     return number
 
 
-def instance(value: Any, name: str, kind: type[T], what: str) -> T:
-    """Return `value` if it is of `kind`; else TypeError says to pass `what`."""
-    if not isinstance(value, kind):
+def instance(value: Any, name: str, kind: Callable[..., T], what: str) -> T:
+    """Return `value` if it is of `kind`, a class; else TypeError says to pass `what`."""
+    if not isinstance(value, cast(type, kind)):
         raise TypeError(f"{name}={spell(value)} is of type {type(value).__name__}; pass {what}")
-    return value
+    return cast(T, value)
 
 
 def flag(value: Any, name: str) -> bool:

@@ -197,7 +197,23 @@ class Backing:
             host_write(self.users, hpage)
 
     def pages(self, first: int, count: int) -> tuple[int, int]:
-        """Return pages ``[first, first + count)`` of this memory as ints; HostRangeError (EINVAL) if some lie outside."""
+        """Return pages of this memory as ints, if they are there.
+
+        Parameters
+        ----------
+        first, count : int
+            Pages.
+
+        Returns
+        -------
+        tuple of int
+            The same.
+
+        Raises
+        ------
+        HostRangeError
+            EINVAL: some lie outside this memory.
+        """
         first, count = arguments.integer(first, "first", HostRangeError), arguments.integer(count, "count", HostRangeError)
         if first < 0 or count < 0 or (first + count) * PAGE_SIZE > self.size:
             raise HostRangeError(f"pages {first}..{first + count - 1} are outside {self!r} of {self.size // PAGE_SIZE} pages")

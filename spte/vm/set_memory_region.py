@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from spte._arguments import instance, integer
 from spte.arrays.slots import READONLY
-from spte.errors import NoSuchSlotError, SlotAlignmentError, SlotChangeError, SlotFlagsError, SlotOverlapError, SlotRangeError
+from spte.errors import (
+    NoSuchSlotError,
+    SlotAlignmentError,
+    SlotChangeError,
+    SlotFlagsError,
+    SlotIdError,
+    SlotOverlapError,
+    SlotRangeError,
+)
 from spte.host.backing import Backing, backings_at
 from spte.platform import PAGE_SIZE
 from spte.vm import dirty_log
@@ -12,6 +21,7 @@ from spte.vm.memslots import ADDRESS_SPACES, MAX_PAGES, VALID_FLAGS, Memslot, Me
 
 USER_END = (1 << 47) - PAGE_SIZE
 TSS_PAGES = 3
+TSS_END = (1 << 32) - TSS_PAGES * PAGE_SIZE  # the last address that KVM_SET_TSS_ADDR takes
 CREATE, DELETE, MOVE, FLAGS_ONLY, NOTHING = "create", "delete", "move", "flags-only", "nothing"
 
 
@@ -31,6 +41,18 @@ def _check_numbers(slot: int, gpa: int, size: int, hva: int, flags: int, user_me
         raise SlotRangeError(f"gpa={gpa:#x} + size={size:#x} wraps; lower one of them")
     if size // PAGE_SIZE > MAX_PAGES:
         raise SlotRangeError(f"size={size:#x} is more than {MAX_PAGES} pages; use several slots")
+
+
+def typed(
+    slot: int, gpa: int, size: int, backing: Backing | None, hva: int | None, offset: int, flags: int
+) -> tuple[int, int, int, Backing | None, int | None, int, int]:
+    """Return the arguments of a call as ints of 64 bits and a Backing; else TypeError or KvmError."""
+    return (
+        integer(slot, "slot", SlotIdError), integer(gpa, "gpa", SlotAlignmentError), integer(size, "size", SlotAlignmentError),
+        None if backing is None else instance(backing, "backing", Backing, "a Backing"),
+        None if hva is None else integer(hva, "hva", SlotAlignmentError), integer(offset, "offset", SlotAlignmentError),
+        integer(flags, "flags", SlotFlagsError),
+    )  # fmt: skip
 
 
 def plan(
