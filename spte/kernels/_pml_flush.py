@@ -7,11 +7,12 @@ from typing import Any, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
+from spte._arguments import spell
 from spte._numba.jit import helper, kernel, kernel_noinline, prefetch
 from spte.arrays.records import U64s
 from spte.bits import ONE, SHIFT_PAGE, U64, ZERO
 from spte.kernels._bitmap import WORD_MASK, WORD_SHIFT
-from spte.kernels._check import GFN_END, PAGE_ENTRIES, changed, integer, only_read, separate, spell
+from spte.kernels._check import GFN_END, PAGE_ENTRIES, changed, integer, only_read, separate
 
 AHEAD = U64(32)  # entries
 EMPTY, FULL = 511, 0xFFFF  # PML index
