@@ -57,7 +57,7 @@ def test_limits_are_what_the_capabilities_say(version):
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_ring_is_there_from_5_11_on(version):
     if not expected(RING, version):
-        with pytest.raises(CapabilityError, match="EINVAL: policy 5.10 has no dirty rings"):
+        with pytest.raises(CapabilityError, match=r"EINVAL: policy 5\.10 has no dirty rings"):
             spte.VM("npt", version, ring_bytes=4096)
         return
     assert len(spte.VM("npt", version, ring_bytes=4096).vcpus[0].ring) == 256
@@ -89,5 +89,5 @@ def test_a_ring_has_32_bits_of_size(high):
 @pytest.mark.parametrize("size", [1 << 64, -(1 << 63) - 1, 10**5000], ids=int.bit_length)
 def test_no_ring_has_more_than_the_64_bits_of_an_argument(size):
     for call in (lambda: spte.VM("npt", ring_bytes=size), lambda: spte.VM("npt").enable_cap("dirty_log_ring", size)):
-        with pytest.raises(CapabilityError, match="EINVAL: .*=.* does not fit 64 bits; no call of KVM takes it"):
+        with pytest.raises(CapabilityError, match=r"EINVAL: .*=.* does not fit 64 bits; no call of KVM takes it"):
             call()

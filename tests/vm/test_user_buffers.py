@@ -80,9 +80,9 @@ NO_BUFFER = [5, "x", [0, 0, 0], (0,), object(), np.zeros(64, np.uint64)[::2], np
 @pytest.mark.parametrize("given", NO_BUFFER, ids=lambda given: type(given).__name__)
 def test_what_is_no_buffer_is_refused_before_anything_is_taken(given):
     vm = logging_vm()
-    with pytest.raises(TypeError, match="out=.* is no C-contiguous buffer; pass an array of uint64"):
+    with pytest.raises(TypeError, match=r"out=.* is no C-contiguous buffer; pass an array of uint64"):
         vm.get_dirty_log(0, given)
-    with pytest.raises(TypeError, match="bitmap=.* is no C-contiguous buffer; pass an array of uint64"):
+    with pytest.raises(TypeError, match=r"bitmap=.* is no C-contiguous buffer; pass an array of uint64"):
         vm.clear_dirty_log(0, 0, PAGES, given)
     assert vm.get_dirty_log(0).tobytes() == bitmap(DIRTY)
 
