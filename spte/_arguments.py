@@ -7,10 +7,11 @@ of the ioctl. Either is one line that holds the value and the way out, and nothi
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from spte.errors import ArgumentError
 
@@ -34,7 +35,7 @@ def index(value: Any, name: str) -> int:
     """Return `value` as an int if it is an integer, NumPy's too; else TypeError."""
     try:
         return operator.index(value)
-    except TypeError:
+    except Exception:  # TypeError, or a foreign object's own
         raise TypeError(f"{name}={spell(value)} is of type {type(value).__name__}; pass an integer") from None
 
 
@@ -53,6 +54,22 @@ def instance(value: Any, name: str, kind: Callable[..., T], what: str) -> T:
     if not isinstance(value, cast(type, kind)):
         raise TypeError(f"{name}={spell(value)} is of type {type(value).__name__}; pass {what}")
     return cast(T, value)
+
+
+def as_array(values: Any, name: str, error: type[Exception] = TypeError) -> npt.NDArray[Any]:
+    """Return what is array-like as an array; else `error`."""
+    try:
+        return np.asarray(values)
+    except Exception as why:  # ragged lists, and what a foreign object raises that is asked for its array
+        raise error(f"{name}={spell(values)} is no array ({spell(why)}); pass one of NumPy") from None
+
+
+def items(values: Any, name: str, what: str) -> Iterator[Any]:
+    """Return what iterates over `values`; else TypeError says to pass `what`."""
+    try:
+        return iter(values)
+    except Exception:  # TypeError, or a foreign object's own
+        raise TypeError(f"{name}={spell(values)} is of type {type(values).__name__}; pass {what}") from None
 
 
 def flag(value: Any, name: str) -> bool:

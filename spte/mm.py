@@ -226,9 +226,8 @@ def _write_protect(backing: Backing) -> None:
 
 
 def _all(backings: Iterable[Backing]) -> list[Backing]:
-    if not isinstance(backings, Iterable):
-        raise TypeError(f"backings={arguments.spell(backings)} is of type {type(backings).__name__}; pass a list of Backing")
-    return [arguments.instance(backing, "backing", Backing, "a Backing") for backing in backings]
+    given = arguments.items(backings, "backings", "a list of Backing")
+    return [arguments.instance(backing, "backing", Backing, "a Backing") for backing in given]
 
 
 def fork(backings: Iterable[Backing]) -> None:

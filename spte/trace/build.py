@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spte._arguments import flag, integer, spell
+from spte._arguments import as_array, flag, integer, items
 from spte.trace.collect import MAX_EPOCHS, Collector
-from spte.trace.model import Int64Array, Trace, TraceError, as_array, mapping
+from spte.trace.model import Int64Array, Trace, TraceError, mapping
 
 INTERVAL_NS = 100_000_000
 """Length of an epoch where none is given: 100 ms."""
@@ -57,11 +57,9 @@ def from_bitmaps(
     [0, 2]
     """
     interval_ns, npages, squeeze, more = _options(interval_ns, npages, squeeze, meta)
-    if not isinstance(bitmaps, Iterable):
-        raise TypeError(f"bitmaps={spell(bitmaps)} is of type {type(bitmaps).__name__}; pass an array [epochs, words] or a list of arrays")
     collected, space = Collector(), 0
-    for epoch, given in enumerate(bitmaps):
-        bitmap = as_array(given, f"bitmap {epoch}")
+    for epoch, given in enumerate(items(bitmaps, "bitmaps", "an array [epochs, words] or a list of arrays")):
+        bitmap = as_array(given, f"bitmap {epoch}", TraceError)
         collected.add(epoch, pages_of(bitmap, f"bitmap {epoch}"))
         space = max(space, _pages_in(bitmap))
     return collected.trace(
@@ -114,7 +112,7 @@ def from_gfns(
     [0, 1, 2]
     """
     interval_ns, npages, squeeze, more = _options(interval_ns, npages, squeeze, meta)
-    times, pages = as_array(t_ns, "t_ns"), as_array(gfn, "gfn")
+    times, pages = as_array(t_ns, "t_ns", TraceError), as_array(gfn, "gfn", TraceError)
     for name, array in (("t_ns", times), ("gfn", pages)):
         if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
             raise TraceError(f"{name} is {array.dtype} of shape {array.shape}; it must be integers in one dimension")

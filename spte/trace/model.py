@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spte._arguments import instance, integer, spell
+from spte._arguments import as_array, instance, integer, spell
 from spte.platform import PAGE_SIZE
 
 FORMAT = "spte-trace/1"
@@ -36,14 +36,6 @@ class TraceError(ValueError):
 
 class EpochError(TraceError, IndexError):
     """An epoch that a trace does not have."""
-
-
-def as_array(values: Any, name: str) -> npt.NDArray[Any]:
-    """Return what is array-like as an array; else TraceError."""
-    try:
-        return np.asarray(values)
-    except Exception as error:  # ragged lists, and what a foreign object raises that is asked for its array
-        raise TraceError(f"{name}={spell(values)} is no array ({spell(error)}); pass one of NumPy") from None
 
 
 def mapping(value: Any, name: str) -> Mapping[str, Any]:
@@ -88,7 +80,7 @@ class Trace:
         object.__setattr__(self, "meta", meta)
         _check_meta(meta)
         for name in ("t_ns", "indptr", "gfn"):
-            own = np.array(as_array(getattr(self, name), name), order="C")
+            own = np.array(as_array(getattr(self, name), name, TraceError), order="C")
             own.setflags(write=False)
             object.__setattr__(self, name, own)
         object.__setattr__(self, "npages", integer(self.npages, "npages", TraceError))

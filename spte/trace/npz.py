@@ -20,6 +20,7 @@ from spte.trace.model import ARRAYS, FORMAT, MAX_BYTES, Trace, TraceError
 _MAX_META_BYTES = 1 << 20
 SHIPPED = ("redis", "sqlite")
 """Recorded programs in the package: redis-server under redis-benchmark, sqlite3 in memory."""
+_MAX_NAME = 1 << 12  # no file has a longer one
 
 
 def load(path: str | os.PathLike[str]) -> Trace:
@@ -41,6 +42,7 @@ def load(path: str | os.PathLike[str]) -> Trace:
         If the file can not be read, or is not a whole and valid trace; one line that begins with the path.
     """
     name = ascii(_checked(path))[1:-1]
+    name = name if len(name) < _MAX_NAME else spell(name)
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise TraceError("not a regular file")
@@ -54,9 +56,10 @@ def load(path: str | os.PathLike[str]) -> Trace:
 
 
 def _checked(path: Any) -> str:
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"path={spell(path)} is of type {type(path).__name__}; pass a path")
-    name = os.fsdecode(path)
+    try:
+        name = os.fsdecode(path)
+    except Exception:  # TypeError, or a foreign object's own
+        raise TypeError(f"path={spell(path)} is of type {type(path).__name__}; pass a path") from None
     if "\0" in name:
         raise TraceError(f"path={spell(name)} has a NUL byte; no file has such a name")
     return name

@@ -7,7 +7,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from spte._arguments import spell
+from spte._arguments import as_array, spell
 from spte.access import Access
 from spte.arrays.mode import replace
 from spte.arrays.records import I64s
@@ -117,12 +117,8 @@ def _take_mode(kvm: Kvm, vcpu: KvmVcpu) -> None:
 
 def integers(values: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
     """Return what is array-like as an array of integers in one dimension, of objects if some do not fit 64 bits; else TypeError."""
-    try:
-        array = np.asarray(values)
-        good = array.ndim == 1 and (array.dtype.kind in "iu" or not array.size or _are_large(array))
-    except Exception as error:  # what a foreign object raises that is asked for its array
-        raise TypeError(f"{name}={spell(values)} is no array ({spell(error)}); pass a one-dimensional array of integers") from None
-    if not good:
+    array = as_array(values, name)
+    if array.ndim != 1 or not (array.dtype.kind in "iu" or not array.size or _are_large(array)):
         dtype = "object" if array.dtype.hasobject else spell(array.dtype)
         raise TypeError(f"{name} has dtype {dtype} and shape {array.shape}; pass a one-dimensional array of integers")
     return array
