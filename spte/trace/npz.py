@@ -117,8 +117,8 @@ def shipped(name: str) -> Trace:
     TraceError
         If there is none of that name.
     """
-    if name not in SHIPPED:
-        raise TraceError(f"no trace {name!a} ships in the package; there are {', '.join(SHIPPED)}")
+    if instance(name, "name", str, "the name of a trace") not in SHIPPED:
+        raise TraceError(f"no trace {spell(name)} ships in the package; there are {', '.join(SHIPPED)}")
     with (importlib.resources.files("spte") / "data" / f"{name}.npz").open("rb") as stream:
         return _read(stream)
 

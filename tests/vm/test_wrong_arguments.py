@@ -86,8 +86,8 @@ CALLS = {
     "vCPU.read": call(lambda w: w.vcpu.read, gfns=[1]),
     "vCPU.write": call(lambda w: w.vcpu.write, gfns=[1]),
     "vCPU.exec": call(lambda w: w.vcpu.exec, gfns=[1]),
-    "vCPU.run": call(lambda w: w.vcpu.run, gfns=[1], kinds=[1], stays=False),
-    "vCPU.store": call(lambda w: w.vcpu.store, gpa=8, value=3, stays=False),
+    "vCPU.run": call(lambda w: w.vcpu.run, gfns=[1], kinds=[1], leave=False),
+    "vCPU.store": call(lambda w: w.vcpu.store, gpa=8, value=3, leave=False),
     "vCPU.prefault": call(lambda w: w.vcpu.prefault, gpa=0, size=4096, flags=0),
     "vCPU.l1_pml_index": call(lambda w: lambda value: setattr(w.vcpu, "l1_pml_index", value), value=3),
     "vCPU.load_cr3": call(lambda w: w.vcpu.load_cr3, gpa=0),
@@ -130,6 +130,7 @@ CALLS = {
     ),
     "trace.from_gfns": call(lambda w: trace.from_gfns, t_ns=[0], gfn=[1], interval_ns=5, npages=512, squeeze=False, meta=None),
     "trace.load": call(lambda w: trace.load, path=GONE),
+    "trace.shipped": call(lambda w: trace.shipped, name="sqlite"),
     "trace.save": call(lambda w: trace.save, trace=lambda w: w.trace, path=GONE),
     "kernels.layout": call(lambda w: kernels.layout, platform="npt", policy="6.12"),
     "kernels.write_protect": call(lambda w: kernels.write_protect, sptes=WORDS["sptes"], level=1),
@@ -249,7 +250,7 @@ def test_wrong_arguments_are_refused_with_one_clear_line_and_nothing_has_changed
 ])  # fmt: skip
 def test_kernel_write_checks_its_arguments_while_the_guest_runs_on(arguments, error, text):
     world = World()
-    world.vcpu.run([1], [spte.WRITE], stays=True)
+    world.vcpu.run([1], [spte.WRITE], leave=False)
     before = world.state()
     with pytest.raises(error, match=text.replace("..", r"\.\.")):
         world.vm.kernel_write(**{"gfn": 1} | arguments)
