@@ -22,7 +22,7 @@ from numba.extending import intrinsic
 CONFIG: Any = numba.config
 PLAIN = bool(CONFIG.DISABLE_JIT)  # NUMBA_DISABLE_JIT=1: every kernel is its plain-Python twin
 HERE = Path(__file__).parent.parent
-WITHOUT_KERNELS = ("bits.py", "_numba/", "arrays/")  # what kernels are made of beside the files with kernels
+WITHOUT_KERNELS = ("access.py", "bits.py", "_numba/", "arrays/")  # what kernels are made of beside the files with kernels
 
 
 class Kernel(NamedTuple):
@@ -119,13 +119,13 @@ def kernel(func: Callable[..., Any], *, noinline: bool = False, inner: bool = Fa
     return cast(Callable[..., Any], made)
 
 
-def kernel_apart(func: Callable[..., Any]) -> Callable[..., Any]:
+def kernel_noinline(func: Callable[..., Any]) -> Callable[..., Any]:
     """As `kernel`, for work on a block: a call stays a call, because loops inlined beside large code ran 1.5 times as long."""
     return kernel(func, noinline=True, inner=True)
 
 
-def kernel_called(func: Callable[..., Any]) -> Callable[..., Any]:
-    """As `kernel_apart`, for work that Python asks for too."""
+def kernel_noinline_entry(func: Callable[..., Any]) -> Callable[..., Any]:
+    """As `kernel_noinline`, for work that Python asks for too."""
     return kernel(func, noinline=True)
 
 

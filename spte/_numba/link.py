@@ -14,7 +14,9 @@ Where one is missing, the import of this module fails, and `spte._numba.jit` has
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -30,6 +32,12 @@ from numba.core.typed_passes import NativeLowering
 
 BOUNDSCHECK = bool(getattr(config, "BOUNDSCHECK", False))
 _WRAPPER = "_ZN7cpython"  # begins the name of what Python calls
+# What numba does for closures, `with`, literals, array expressions and raised exceptions: kernels have none, each costs a pass over them.
+NEEDLESS = {
+    "DeadBranchPrune", "DumpParforDiagnostics", "FindLiterallyCalls", "GenericRewrites", "InlineClosureLikes", "InlineInlinables",
+    "InlineOverloads", "LiteralPropagationSubPipelinePass", "LiteralUnroll", "MakeFunctionToJitFunction", "NopythonRewrites",
+    "NoPythonSupportedFeatureValidation", "RewriteDynamicRaises", "RewriteSemanticConstants", "WithLift",
+}  # fmt: skip
 NEEDS: dict[Any, tuple[str, ...]] = {
     JITCodeLibrary: ("_finalized", "_get_module_for_linking", "finalize", "enable_object_caching"),
     DefaultPassBuilder: ("define_untyped_pipeline", "define_typed_pipeline", "define_nopython_lowering_pipeline"),
@@ -79,7 +87,15 @@ class KernelLibrary(JITCodeLibrary):
         for library in self._linking_libraries:
             visit(library)
         self._linking_libraries = list(reversed(below))
+        self._exported = {f.name for f in self._final_module.functions}
         super().finalize()
+
+    def _optimize_final_module(self) -> None:
+        """Let LLVM know that nobody else calls the parts: it then passes only those of a group's arrays that a part uses."""
+        for function in self._final_module.functions:
+            if not function.is_declaration and function.name not in self._exported:
+                function.linkage = "internal"
+        super()._optimize_final_module()
 
     def _get_module_for_linking(self) -> Any:
         """Return what the cache keeps beside the machine code: only the names that numba looks up in it, as no kernel links another."""
@@ -122,11 +138,13 @@ class _Compiler(CompilerBase):
     lowering: Any
 
     def define_pipelines(self) -> list[Any]:
-        """Return numba's passes with another one for lowering."""
-        state, numbas = self.state, DefaultPassBuilder
+        """Return the passes of numba that kernels need, with another one for lowering."""
+        numbas = DefaultPassBuilder
         passes = PassManager(self.lowering._name)
         for build in (numbas.define_untyped_pipeline, numbas.define_typed_pipeline, numbas.define_nopython_lowering_pipeline):
-            passes.passes.extend((self.lowering if p is NativeLowering else p, text) for p, text in build(state).passes)
+            for each, text in build(self.state).passes:
+                if each.__name__ not in NEEDLESS:
+                    passes.passes.append((self.lowering if each is NativeLowering else each, text))
         passes.finalize()
         return [passes]
 
@@ -159,6 +177,18 @@ class Part:
         return self.dispatcher._numba_type_
 
 
+@contextlib.contextmanager
+def collection_paused() -> Iterator[None]:
+    """Collect no garbage: a compilation makes so many objects that looking for cycles among them took a seventh of its time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 class Entry(CPUDispatcher):
     """A function that Python calls; other kernels see its `part`.
 
@@ -169,15 +199,16 @@ class Entry(CPUDispatcher):
     def __init__(self, func: Callable[..., Any], options: dict[str, Any], part: Part) -> None:
         super().__init__(func, targetoptions=options, pipeline_class=KernelCompiler)
         self.part = part
-        self._code: Callable[..., Any] | None = None
+        self.code: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
-        if self._code is not None:
-            return self._code(*args)
-        result = super().__call__(*args)
+        if self.code is not None:
+            return self.code(*args)
+        with collection_paused():
+            result = super().__call__(*args)
         if not BOUNDSCHECK:
             (compiled,) = self.overloads.values()  # one signature
-            self._code = compiled.entry_point  # type: ignore[attr-defined]
+            self.code = compiled.entry_point  # type: ignore[attr-defined]
         return result
 
     @property

@@ -38,7 +38,7 @@ KVM_VCPU = record("kvm_vcpu", [
     *columns("i8", "exit_reason", "exit_gfn"),
     ("run_flags", "i8"),
     ("store_offset", "i8"),  # bytes into the page of a write
-    *columns("i8", "ahead", "asked"),  # accesses up to which none is walked ahead, and whose faults' lines were asked for
+    *columns("i8", "ahead", "prefetched"),  # accesses up to which none is walked ahead, and whose faults' lines were prefetched
     *columns("i8", "piece", "due"),  # accesses between two looks at `needbreak`; the one before which the next is due
     ("logged", "i8"),  # events in the log
     *columns("i8", "pf_taken", "pf_fixed", "pf_fast", "pf_emulate", "pf_spurious", "pf_mmio_spte_created", "exits"),

@@ -9,6 +9,7 @@ from typing import Any
 
 from spte.check.compare import InForce, differences, fields_of
 from spte.check.difference import Difference
+from spte.policy import Policy
 from spte.recording.file import Recording
 from spte.recording.ops import RUN_OPS
 from spte.replay.guest import UnsupportedOp
@@ -78,8 +79,20 @@ class Report:
         return asdict(self)
 
 
-def check(recording: Recording) -> Report:
+def check(recording: Recording, policy: Policy | None = None) -> Report:
     """Replay `recording` and compare it with the model; ends at the first difference.
+
+    Parameters
+    ----------
+    recording : Recording
+        What a kernel did.
+    policy : Policy, optional
+        What the model does, in place of what the header's kernel does.
+
+    Returns
+    -------
+    Report
+        Counts, and the first difference if there is one.
 
     Raises
     ------
@@ -87,12 +100,12 @@ def check(recording: Recording) -> Report:
         The recording can not be performed as written, or is of a machine that the model does not have.
     """
     nested = any("nested" in record["args"] for record in recording.records)
-    ops, fields, finding = _compare(recording)
+    ops, fields, finding = _compare(recording, policy)
     return Report(recording.name, ops, fields, finding, recording.header["kernel"], recording.header["config"], nested)
 
 
-def _compare(recording: Recording) -> tuple[int, int, Finding | None]:
-    run = Replay(recording.header)
+def _compare(recording: Recording, policy: Policy | None) -> tuple[int, int, Finding | None]:
+    run = Replay(recording.header, policy=policy)
     force, model = InForce(), InForce()
     fields = 0
     traced = True

@@ -23,6 +23,7 @@ VERBS = {
     "patches": "Each of the 14 patches of the series, before and after.",
     "policies": "List every decision of every kernel version, with its source.",
     "profile": "What dirty logging costs for a program's recorded writes.",
+    "record": "Record which pages a program writes.",
     "replay": "Perform a recording of real KVM on the model.",
     "show": "What a write trace holds, and its picture.",
 }

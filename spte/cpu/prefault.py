@@ -7,7 +7,7 @@ import numpy as np
 from spte._numba.jit import kernel
 from spte.arrays.vcpu import DONE, READ
 from spte.mmu.memslot import find_slot
-from spte.mmu.page_fault import fast_fault, map_gfn
+from spte.mmu.page_fault import Fault, fast_page_fault, map_gfn
 from spte.mmu.shadow.page_fault import shadow_map_gfn
 from spte.mmu.walk import walk
 
@@ -21,11 +21,12 @@ def prefault(t, s, h, v, mode, gfn):
     # Without A/D bits a fault on an absent entry may be fast, and a prefault counts as one: what may be read stays as it is.
     may_be_fast = k >= 0 and (m.fast_fault or m.shadow) and not m.ad
     row, i, level = walk(t, vcpu.root, gfn)
-    if may_be_fast and fast_fault(t, s, v, m, k, gfn, np.int64(READ), True, row, i, level):
+    f = Fault(gfn, gfn, k, np.int64(READ), True, False, row, i, level)
+    if may_be_fast and fast_page_fault(t, s, v, m, f):
         reason = DONE
     elif m.shadow:
-        reason = shadow_map_gfn(t, s, h, v, m, k, gfn, np.int64(READ), True)
+        reason = shadow_map_gfn(t, s, h, v, m, f)
     else:
-        reason = map_gfn(t, s, h, v, m, k, gfn, np.int64(READ), True, row, i, level)
+        reason = map_gfn(t, s, h, v, m, f)
     _, _, level = walk(t, vcpu.root, gfn)
     return reason, level

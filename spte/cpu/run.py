@@ -10,7 +10,7 @@ State of an access, tried again after each exit that KVM handles by itself:
 | not present | violation | slow path |
 | MMIO | misconfiguration | exit to userspace |
 
-The caller must be alone on the VM's tables.
+The caller must be exclusive on the VM's tables.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from spte.arrays.vcpu import (
     WRITE,
 )
 from spte.bits import ROLE_INVALID, SHIFT_PAGE, TYPE_DISABLED, TYPE_MASK, U64, ZERO, is_leaf
-from spte.cpu.walk_ahead import AHEAD, APART, ASK, ASK_BEFORE, NEAR, ask_for_faults, run_ahead
+from spte.cpu.walk_ahead import AHEAD, NEAR, ONE_BY_ONE, PREFETCH_BEFORE, PREFETCH_BLOCK, prefetch_for_faults, run_ahead
 from spte.mmu.dirty_log.pml import drain
 from spte.mmu.first_touch import first_touches
 from spte.mmu.mark_dirty import U32_MASK, note
 from spte.mmu.memslot import find_slot
-from spte.mmu.page_fault import allowed, begin_fault, fast_fault, map_gfn
+from spte.mmu.page_fault import Fault, allowed, begin_fault, fast_page_fault, map_gfn
 from spte.mmu.shadow.page_fault import shadow_fault
 from spte.mmu.walk import forget_leaf_rows, list_leaf_rows, walk
 
@@ -107,14 +107,15 @@ def _fault(t, s, h, v, m, gfn, kind, row, i, level):
     if mmio:
         return EXIT_MMIO
     k = find_slot(s, gfn)
+    f = Fault(gfn, gfn, k, kind, False, present, row, i, level)
     may_be_fast = k >= 0 and m.fast_fault and ((present and kind == WRITE) or (not m.ad and not present))
-    if may_be_fast and fast_fault(t, s, v, m, k, gfn, kind, False, row, i, level):
+    if may_be_fast and fast_page_fault(t, s, v, m, f):
         return DONE
     if k >= 0 and kind == WRITE and s.slots[k].flags & READONLY:
         vcpu.pf_emulate += 1
         return EXIT_MMIO
     vcpu.slow_faults += 1
-    return map_gfn(t, s, h, v, m, k, gfn, kind, False, row, i, level)
+    return map_gfn(t, s, h, v, m, f)
 
 
 @helper
@@ -138,7 +139,7 @@ def run(t, s, h, v, mode, gfns, kinds, start):
     kind = np.int64(kinds[0]) if kinds.shape[0] else np.int64(READ)
     reason = DONE
     at = start
-    asked = max(start, vcpu.asked)
+    prefetched = max(start, vcpu.prefetched)
     ahead, resumed = max(start, vcpu.ahead), vcpu.ahead > 0
     due = vcpu.due if resumed else start + vcpu.piece
     listed, unlisted = forget_leaf_rows(t), start if resumed else start - n
@@ -157,14 +158,14 @@ def run(t, s, h, v, mode, gfns, kinds, start):
             if listed == 0 and most >= LEAST_TO_LIST:
                 listed = list_leaf_rows(t, vcpu.root, most)
             at = run_ahead(t, s, v, m, gfns, kinds, first, end, listed)
-            ahead = at if at == end else at + 1 if at - first >= AHEAD else at + APART
-            asked = max(asked, at)
+            ahead = at if at == end else at + 1 if at - first >= AHEAD else at + ONE_BY_ONE
+            prefetched = max(prefetched, at)
             continue
-        if ahead > at + 1 and at + ASK_BEFORE >= asked and asked < n and v.log.shape[0] == 0:
-            end = min(n, asked + ASK)
-            if abs(gfns[end - 1] - gfns[asked]) >= NEAR:
-                ask_for_faults(t, s, h, vcpu.root, gfns, asked, end)
-            asked = end
+        if ahead > at + 1 and at + PREFETCH_BEFORE >= prefetched and prefetched < n and v.log.shape[0] == 0:
+            end = min(n, prefetched + PREFETCH_BLOCK)
+            if abs(gfns[end - 1] - gfns[prefetched]) >= NEAR:
+                prefetch_for_faults(t, s, h, vcpu.root, gfns, prefetched, end)
+            prefetched = end
         gfn = np.int64(gfns[at])
         if kinds.shape[0] > 1:
             kind = np.int64(kinds[at])
@@ -193,7 +194,7 @@ def run(t, s, h, v, mode, gfns, kinds, start):
             drain(t, s, v, m)
             count = first_touches(t, s, h, v, m, gfns, at, kind, row, i)
             at += count
-            asked = max(asked, at)
+            prefetched = max(prefetched, at)
             if count > 0:
                 ahead = max(ahead, at + 2)  # the next table and the run in it, before walking ahead again
                 continue
@@ -204,13 +205,13 @@ def run(t, s, h, v, mode, gfns, kinds, start):
         reason = EXIT_SHADOW if shadowed else _fault(t, s, h, v, m, gfn, kind, row, i, level)
         if vcpu.slow_faults != slow:
             listed, unlisted = forget_leaf_rows(t), at
-        ahead = max(ahead, at + ASK_BEFORE)
+        ahead = max(ahead, at + PREFETCH_BEFORE)
         if reason == DONE:
             if soft_full(v):
                 reason = EXIT_RING_FULL
             elif v.log.shape[0] > 0 and vcpu.logged + LOG_ROOM > v.log.shape[0]:
                 reason = EXIT_LOG
-    vcpu.ahead, vcpu.asked, vcpu.due = max(ahead, 1), asked, due
+    vcpu.ahead, vcpu.prefetched, vcpu.due = max(ahead, 1), prefetched, due
     _leave(t, s, v, m, gfns, at, reason)
     return at
 
@@ -229,7 +230,7 @@ def _leave(t, s, v, m, gfns, at, reason):
         vcpu.run_flags &= NO_EXIT
         drain(t, s, v, m)
     if reason != EXIT_SHADOW:
-        vcpu.ahead = vcpu.asked = 0
+        vcpu.ahead = vcpu.prefetched = 0
     vcpu.exit_reason = reason
     vcpu.exit_gfn = np.int64(gfns[at]) if at < gfns.shape[0] else -1
 

@@ -1,7 +1,8 @@
 """The host's side of a page: is it there, may it be written, how large is its mapping.
 
 Host page numbers (hva >> 12, which are also the model's pfns) index 2 MiB blocks. A block is in one state as a whole, or
-MIXED with a state a page; so memory grows with what is irregular, not with the guest.
+MIXED with a state a page; so memory grows with what is irregular, not with the guest. A block that a mapping covers in part
+is MIXED as long as the mapping lasts: its other pages are PAGE_OUTSIDE, and never all are its own or mapped huge.
 
 | block state | meaning |
 |---|---|
@@ -20,7 +21,7 @@ import threading
 
 import numpy as np
 
-from spte._numba.jit import exchange, helper, kernel, kernel_called
+from spte._numba.jit import exchange, helper, kernel, kernel_noinline_entry
 from spte.arrays import reserve as memory
 from spte.arrays.host import BLOCK, HOST_ROWS, MIXED_BLOCK, Host
 from spte.bits import U64, ZERO
@@ -31,6 +32,7 @@ HUGE, HUGE_WP, HUGE_RO, HUGE_WP_RO = 4, 5, 6, 7  # from HUGE on: mapped huge
 PAGE_NONE, PAGE_OWN, PAGE_ZERO, PAGE_WP = 0, 1, 2, 3
 PAGE_COPY = 4  # own, write-protected by an old mprotect: the next write copies it
 PROTECTED = 0x80  # mprotect(PROT_READ), beside the state of a page
+PAGE_OUTSIDE = PROTECTED | 0x40  # of no mapping: every access is refused. Shares PROTECTED's test, so that other pages pay none
 HOST_OK, HOST_COW, HOST_EFAULT, HOST_NOMEM = 0, 1, 2, 3
 
 BLOCKS = 1 << 26  # 2**47 bytes of user address space in 2 MiB blocks
@@ -89,7 +91,7 @@ def _take_row(h):
     return row
 
 
-@kernel_called
+@kernel_noinline_entry
 def make_mixed(h, block):
     """Give `block` a state a page, all as the block was; returns the row, -1 if there is none."""
     if h.blocks[block].state == MIXED:
@@ -116,7 +118,7 @@ def make_mixed(h, block):
     return row
 
 
-@kernel_called
+@kernel_noinline_entry
 def drop_mixed(h, block, state):
     """Put the whole block into `state`; its row of single pages, if any, is given back."""
     if h.blocks[block].state == MIXED:
@@ -167,7 +169,7 @@ def fault_in_huge(h, block, kind, state):
             h.alone[block, w] = ZERO
 
 
-@kernel_called
+@kernel_noinline_entry
 def host_fault(h, hpage, write):
     """Make the host map `hpage` as an access needs it; returns ``(code, writable, zero)``.
 
@@ -198,7 +200,7 @@ def host_fault(h, hpage, write):
     i = hpage & 511
     page = h.page[row, i]
     if page & PROTECTED:
-        if write:
+        if write or page == PAGE_OUTSIDE:
             return HOST_EFAULT, False, False
         if page == PROTECTED | PAGE_NONE and kind != SHM:
             h.page[row, i] = PROTECTED | PAGE_ZERO

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import helper, kernel
+from spte._numba.jit import helper, kernel, kernel_noinline
 from spte.bits import ONE, U64, ZERO
 from spte.host.pages import HUGE, HUGETLB_1G, HUGETLB_2M, THP, host_level
 
@@ -12,16 +12,9 @@ from spte.host.pages import HUGE, HUGETLB_1G, HUGETLB_2M, THP, host_level
 PAGES_THP, PAGES_THP_OR_DEVICE, PAGES_COMPOUND_OR_DEVICE = 0, 1, 2
 
 
-@kernel
-def find_slot(s, gfn):
-    """Return the index of the slot that holds `gfn`, -1 if none does."""
-    last = s.memslots[0].last_used_slot
-    n = s.memslots[0].used_slots
-    if last < n:
-        base = s.slots[last].base_gfn
-        if base <= gfn < base + s.slots[last].npages:
-            return last
-    lo, hi = np.int64(0), n
+@kernel_noinline
+def _search_slot(s, gfn):
+    lo, hi = np.int64(0), s.memslots[0].used_slots
     while lo < hi:
         mid = (lo + hi) >> 1
         if s.slots[mid].base_gfn <= gfn:
@@ -33,6 +26,17 @@ def find_slot(s, gfn):
         s.memslots[0].last_used_slot = k
         return np.int64(k)
     return np.int64(-1)
+
+
+@kernel
+def find_slot(s, gfn):
+    """Return the index of the slot that holds `gfn`, -1 if none does: KVM's gfn_to_memslot."""
+    k = s.memslots[0].last_used_slot
+    if k < s.memslots[0].used_slots:
+        base = s.slots[k].base_gfn
+        if base <= gfn < base + s.slots[k].npages:
+            return k
+    return _search_slot(s, gfn)
 
 
 @helper

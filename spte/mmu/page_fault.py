@@ -5,9 +5,11 @@ The slow path: host page, goal level, walk with splits and links, leaf.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
-from spte._numba.jit import helper, kernel_apart
+from spte._numba.jit import helper, kernel_noinline
 from spte.arrays.slots import LOG_DIRTY_PAGES, READONLY
 from spte.arrays.vcpu import (
     DONE,
@@ -34,6 +36,29 @@ from spte.mmu.memslot import max_mapping_level
 from spte.mmu.page_track import may_write
 from spte.mmu.tdp_mmu import drop_entry, free_table, link, new_child, split_entry
 from spte.mmu.walk import index_of
+
+
+class Fault(NamedTuple):
+    """One fault on its way through the MMU: KVM's struct kvm_page_fault."""
+
+    addr: np.int64  # page number that the guest accessed: an address of tables that KVM shadows, else a gfn
+    gfn: np.int64
+    slot: np.int64  # index of its memslot, -1: none
+    kind: np.int64  # of access
+    prefetch: bool  # no guest asked for the page
+    present: bool  # the entry was present
+    row: np.int64  # entry `i` of `row`, of `level`, is where the walk of KVM's tables ended
+    i: np.int64
+    level: np.int64
+
+
+class HostPage(NamedTuple):
+    """What the host gave for a fault, as struct kvm_page_fault holds it too."""
+
+    pfn: np.uint64
+    map_writable: bool
+    max_level: np.int64  # largest level at which it may be mapped
+
 
 MMIO_GEN_LOW, MMIO_GEN_HIGH = U64(0xFF), U64(0x7FF)
 MMIO_GENERATION = (MMIO_GEN_LOW << U64(3)) | (MMIO_GEN_HIGH << U64(52))
@@ -125,31 +150,29 @@ def nx_holds(t, m, spte, level):
 
 
 @helper
-def nx_mark_of(m, level, fits):
+def nx_mark_of(m, level, max_level):
     """Return how a table that an exec fault links at `level` counts: 2 if a huge leaf would fit there, 1 if not, 0 not at all."""
-    if level <= fits:
+    if level <= max_level:
         return 2 if m.nx_marks else 0
     return 1 if m.nx_marks == 2 else 0
 
 
 @helper
-def fault_page(s, h, m, k, gfn, kind):
-    """Ask the host for the page of `gfn` in slot `k` (-1: none); returns ``(exit reason, pfn, host_writable, largest level)``."""
-    pfn, host_writable, fits = ZERO, False, np.int64(1)
+def faultin_pfn(s, h, m, f):
+    """Ask the host for the page of fault `f`: KVM's kvm_mmu_faultin_pfn; returns ``(exit reason, HostPage)``."""
+    none = HostPage(ZERO, False, np.int64(1))
+    k = f.slot
     if k < 0:
-        return DONE, pfn, host_writable, fits
-    hpage = s.slots[k].hpage + gfn - s.slots[k].base_gfn
-    code, host_writable, zero = host_fault(h, hpage, kind == WRITE)
+        return DONE, none
+    hpage = s.slots[k].hpage + f.gfn - s.slots[k].base_gfn
+    code, writable, zero = host_fault(h, hpage, f.kind == WRITE)
     if code == HOST_COW:
-        return EXIT_HOST, pfn, False, fits
+        return EXIT_HOST, none
     if code != HOST_OK:
-        return EXIT_EFAULT if code == HOST_EFAULT else EXIT_NOMEM, pfn, False, fits
-    pfn = ZERO_PFN if zero else U64(hpage)
-    if s.slots[k].flags & READONLY:
-        host_writable = False
-    if not s.slots[k].flags & LOG_DIRTY_PAGES:
-        fits = max_mapping_level(s, h, k, gfn, m.max_level)
-    return DONE, pfn, host_writable, fits
+        return EXIT_EFAULT if code == HOST_EFAULT else EXIT_NOMEM, none
+    flags = s.slots[k].flags
+    level = np.int64(1) if flags & LOG_DIRTY_PAGES else max_mapping_level(s, h, k, f.gfn, m.max_level)
+    return DONE, HostPage(ZERO_PFN if zero else U64(hpage), writable and not flags & READONLY, level)
 
 
 @helper
@@ -162,49 +185,51 @@ def allowed(m, spte, kind):
     return (spte & m.lay.readable) != ZERO
 
 
-@kernel_apart
-def fast_fault(t, s, v, m, k, gfn, kind, prefetch, row, i, level):
+@kernel_noinline
+def fast_page_fault(t, s, v, m, f):
     """Mend a write-protected or access-tracked leaf, where the walk ended, without mmu_lock; True if the access may go on."""
     vcpu = v.vcpu[0]
-    old = t.sptes[row, i]
-    if not is_leaf(old, level):
+    old = t.sptes[f.row, f.i]
+    if not is_leaf(old, f.level):
         return False
-    if allowed(m, old, kind):
+    if allowed(m, old, f.kind):
         vcpu.pf_fast += 1
-        vcpu.pf_spurious += not prefetch
+        vcpu.pf_spurious += not f.prefetch
         return True
     new = old
     if is_access_tracked(old):
         new = restore_access_tracked(new, m.lay)
-    if kind == WRITE and (old & m.lay.mmu_writable) != ZERO:
+    if f.kind == WRITE and (old & m.lay.mmu_writable) != ZERO:
         new |= WRITABLE
-        if level > 1 and (not m.fast_huge_fault or s.slots[k].flags & LOG_DIRTY_PAGES):
+        if f.level > 1 and (not m.fast_huge_fault or s.slots[f.slot].flags & LOG_DIRTY_PAGES):
             return False
-    fixed = new != old and allowed(m, new, kind)
+    fixed = new != old and allowed(m, new, f.kind)
     if fixed:
         if (new & ~old & WRITABLE) != ZERO:
-            mark_dirty(t, s, v, k, gfn)
-        t.sptes[row, i] = new
+            mark_dirty(t, s, v, f.slot, f.gfn)
+        t.sptes[f.row, f.i] = new
         t.kvm[0].sptes_written += 1
         vcpu.pf_fast += 1
-        vcpu.pf_fixed += not prefetch
+        vcpu.pf_fixed += not f.prefetch
     if v.log.shape[0] > 0:
-        note(v, EV_FAST, gfn, old, new, fixed, 0)
+        note(v, EV_FAST, f.gfn, old, new, fixed, 0)
     return fixed
 
 
-@kernel_apart
-def map_gfn(t, s, h, v, m, k, gfn, kind, prefetch, row, i, level):
-    """Take the slow path from where the walk ended: host page, goal level, tables, leaf. Returns an exit reason, DONE if it is there.
+@kernel_noinline
+def map_gfn(t, s, h, v, m, f):
+    """Take the slow path of fault `f` from where the walk ended: host page, goal level, tables, leaf: KVM's kvm_tdp_mmu_map.
 
-    EMULATED asks the caller to do the write for the guest: the page holds a guest table that must not change unseen.
+    Returns an exit reason, DONE if the leaf is there. EMULATED asks the caller to do the write for the guest: the page holds a
+    guest table that must not change unseen.
     """
     vcpu = v.vcpu[0]
-    reason, pfn, host_writable, fits = fault_page(s, h, m, k, gfn, kind)
+    reason, page = faultin_pfn(s, h, m, f)
     if reason != DONE:
         return reason
-    no_huge = m.nx and kind == EXEC
-    goal = np.int64(1) if no_huge else fits
+    gfn, k, row, i, level = f.gfn, f.slot, f.row, f.i, f.level
+    no_huge = m.nx and f.kind == EXEC
+    goal = np.int64(1) if no_huge else page.max_level
     if level < goal:  # tables below the entry to be set
         row = vcpu.root
         level = np.int64(t.pages[row].level)
@@ -214,7 +239,7 @@ def map_gfn(t, s, h, v, m, k, gfn, kind, prefetch, row, i, level):
             goal -= 1
         if level == goal:
             break
-        nx_mark = nx_mark_of(m, level, fits) if no_huge else 0
+        nx_mark = nx_mark_of(m, level, page.max_level) if no_huge else 0
         row = _next_table(t, v, m, row, i, nx_mark)
         if row < 0:
             return EXIT_NOMEM
@@ -225,26 +250,26 @@ def map_gfn(t, s, h, v, m, k, gfn, kind, prefetch, row, i, level):
         new = mmio_spte(m, s, gfn)
         t.sptes[row, i] = new
         t.kvm[0].sptes_written += 1
-        vcpu.pf_emulate += not prefetch
+        vcpu.pf_emulate += not f.prefetch
         vcpu.pf_mmio_spte_created += 1
         if v.log.shape[0] > 0:
             note(v, EV_SPTE, gfn, level, old, new, 0)
             note(v, EV_MMIO, gfn, 0, 0, 0, 0)
         return EXIT_MMIO
-    if prefetch and m.prefault_leaves and is_leaf(old, level):
+    if f.prefetch and m.prefault_leaves and is_leaf(old, level):
         return DONE
-    first = pfn & ~((ONE << U64(9 * (level - 1))) - ONE)
-    write = host_writable and ((old & WRITABLE) != ZERO or may_write(t, gfn, True, prefetch))
+    first = page.pfn & ~((ONE << U64(9 * (level - 1))) - ONE)
+    write = page.map_writable and ((old & WRITABLE) != ZERO or may_write(t, gfn, True, f.prefetch))
     access = np.int64(ACC_ALL & ~ACC_EXEC if m.nx and level > 1 else ACC_ALL)
-    new = make_leaf(m, level, first, old, prefetch, host_writable, np.int64(t.pages[row].role), access, write)
+    new = make_leaf(m, level, first, old, f.prefetch, page.map_writable, np.int64(t.pages[row].role), access, write)
     if (new & WRITABLE) != ZERO and s.slots[k].flags & LOG_DIRTY_PAGES:
         mark_dirty(t, s, v, k, gfn)
     if new != old:
         _install(t, v, m, row, i, gfn, level, new)
-    if kind == WRITE and host_writable and not write:
+    if f.kind == WRITE and page.map_writable and not write:
         return EMULATED
     if new == old:
-        vcpu.pf_spurious += not prefetch
+        vcpu.pf_spurious += not f.prefetch
         return DONE
-    vcpu.pf_fixed += not prefetch
+    vcpu.pf_fixed += not f.prefetch
     return DONE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte import bits as bt
-from spte._numba.jit import helper, kernel_apart
+from spte._numba.jit import helper, kernel_noinline
 from spte.bits import child_of, is_leaf, is_link
 from spte.kernels._split import fill_table, first_child
 from spte.mmu.arena import alloc_row, count_leaf, free_row, take_row
@@ -39,7 +39,7 @@ def new_child(t, m, row, i):
     return alloc_row(t, level, child_gfn(t, row, i), _child_role(t, row), m.lay.nonpresent)
 
 
-@kernel_apart
+@kernel_noinline
 def split_entry(t, m, row, i):
     """Replace a huge leaf by a table of 512 leaves that inherit its bits: KVM's tdp_mmu_split_huge_page.
 
@@ -89,15 +89,23 @@ def drop_nx_mark(t, row):
     t.pages[row].nx_huge_page_disallowed = 0
 
 
+@kernel_noinline
+def _count_leaves(t, row, level):
+    """Return how many entries of `row` are leaves."""
+    leaves = 0
+    for i in range(512):
+        leaves += is_leaf(t.sptes[row, i], level)
+    return leaves
+
+
 @helper
 def _free_one(t, row):
     """Free one table, its leaves counted out; returns them."""
-    level = np.int64(t.pages[row].level)
-    leaves = 512
-    if not t.pages[row].full:  # a table that a split has filled is not read again: recovery of 2 MiB takes 20 ns, not 470
-        leaves = 0
-        for i in range(512):
-            leaves += is_leaf(t.sptes[row, i], level)
+    page = t.pages[row]
+    level = np.int64(page.level)
+    leaves = 512  # a table that a split has filled is not read again: recovery of 2 MiB takes 20 ns, not 470
+    if not page.full:
+        leaves = _count_leaves(t, row, level)
     if level <= 3:
         count_leaf(t, level, -leaves)
     drop_nx_mark(t, row)
@@ -105,26 +113,32 @@ def _free_one(t, row):
     return leaves
 
 
+@kernel_noinline
+def _free_below(t, row):
+    """Free all tables below `row`; returns the leaves dropped."""
+    dropped = 0
+    for i in range(512):
+        if not is_link(t.sptes[row, i]):
+            continue
+        upper = child_of(t.sptes[row, i])
+        if t.pages[upper].level > 1:
+            for j in range(512):
+                if not is_link(t.sptes[upper, j]):
+                    continue
+                lower = child_of(t.sptes[upper, j])
+                if t.pages[lower].level > 1:
+                    for k in range(512):
+                        if is_link(t.sptes[lower, k]):
+                            dropped += _free_one(t, child_of(t.sptes[lower, k]))
+                dropped += _free_one(t, lower)
+        dropped += _free_one(t, upper)
+    return dropped
+
+
 @helper
 def free_table(t, row):
     """Free table `row` with all below it and count its leaves out; returns the leaves dropped. The caller has unlinked it."""
-    dropped = 0
-    if t.pages[row].level > 1:
-        for i in range(512):
-            if not is_link(t.sptes[row, i]):
-                continue
-            upper = child_of(t.sptes[row, i])
-            if t.pages[upper].level > 1:
-                for j in range(512):
-                    if not is_link(t.sptes[upper, j]):
-                        continue
-                    lower = child_of(t.sptes[upper, j])
-                    if t.pages[lower].level > 1:
-                        for k in range(512):
-                            if is_link(t.sptes[lower, k]):
-                                dropped += _free_one(t, child_of(t.sptes[lower, k]))
-                    dropped += _free_one(t, lower)
-            dropped += _free_one(t, upper)
+    dropped = _free_below(t, row) if t.pages[row].level > 1 else 0
     return dropped + _free_one(t, row)
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from spte._arguments import instance
+from spte._arguments import spell as shown
 from spte.errors import PlatformError
 from spte.policy.versions import VERSIONS, Change, as_of, mainline, unknown
 
@@ -18,14 +20,14 @@ FIRST = VERSIONS[0]
 COLLAPSE_PAGES = ("thp", "thp-or-device", "compound-or-device")
 
 
-def _decision(doc: str, first: Any, source: str, *later: tuple[str, Any, str], choices: tuple[Any, ...] = (), shown: bool = True) -> Any:
+def _decision(doc: str, first: Any, source: str, *later: tuple[str, Any, str], choices: tuple[Any, ...] = ()) -> Any:
     """Declare a decision: its value in 5.10 and where that is from, then ``(version, value, source)`` of each change.
 
-    `choices` are all values, by default those it had and both of a flag; `shown`: recordings tell one value from another.
+    `choices` are all values, by default those it had and both of a flag.
     """
     changes = (Change(FIRST, first, source), *(Change(*change) for change in later))
     values = (False, True) if isinstance(first, bool) else tuple(dict.fromkeys(change.value for change in changes))
-    return field(metadata={"doc": doc, "changes": changes, "choices": choices or values, "shown": shown})
+    return field(metadata={"doc": doc, "changes": changes, "choices": choices or values})
 
 
 RECORDED_5_10 = "recordings 5.10"
@@ -52,9 +54,19 @@ class Policy:
     user_mem_slots: int = _decision(
         "memslots of an address space", 509, "recordings 5.10/g2_create_errors", ("5.12", 32764, "4fc096a99e01; recordings 6.1"),
     )  # fmt: skip
+    max_vcpus: int = _decision(
+        "vCPUs of a VM: KVM_MAX_VCPUS", 288, "682f732ecf73", ("5.15", 1024, "074c82c8f7cf")
+    )
+    max_vcpu_ids: int = _decision(
+        "ids of vCPUs, what KVM_CAP_MAX_VCPU_ID says", 1023, "af1bae5497b9", ("5.15", 4096, "4ddacd525a2f")
+    )
     dirty_ring: bool = _decision(
         "vCPUs may log to dirty rings", False, "recordings 5.10/f1_ring_basic", ("5.11", True, "fb04a1eddb1a; recordings 6.1")
     )
+    dirty_ring_acq_rel: bool = _decision(
+        "and they may ask for acquire and release order: KVM_CAP_DIRTY_LOG_RING_ACQ_REL", False, "recordings 5.10/f5_ring_errors",
+        ("6.1", True, "17601bfed909; recordings 6.1/f5_ring_errors"),
+    )  # fmt: skip
     prefault: bool = _decision(
         "KVM_PRE_FAULT_MEMORY exists", False, "recordings 5.10/k1_prefault", ("6.11", True, "recordings 6.12/k1_prefault")
     )
@@ -77,7 +89,7 @@ class Policy:
         "mprotect to writable makes own pages writable at once; else their next write copies them",
         False, "recordings 5.10/h3_notifier", ("5.19", True, "64fe24a3e05e; recordings 6.1/h3_notifier"),
     )  # fmt: skip
-    nx_huge_pages: bool = _decision("no huge leaf is executable; an exec fault splits it", False, "b8e8c8303ff2, 5.4", shown=False)
+    nx_huge_pages: bool = _decision("no huge leaf is executable; an exec fault splits it", False, "b8e8c8303ff2, 5.4")
     nx_marks: str = _decision(
         "tables an exec fault links that count as held down: all, or with EPT and NPT those in a huge page's place",
         "possible", "recordings 6.1/b8_nx_huge_pages", ("6.2", "linked", "55c510e26ab6; recordings 6.12/b8_nx_huge_pages"),
@@ -111,7 +123,7 @@ class Policy:
         ("5.13", True, "patch 2; dbb6964e4c38"),
     )  # fmt: skip
     one_write_protect: bool = _decision(
-        "PML hardware uses the generic write-protect", False, "before patch 13", ("5.12", True, "patch 13; a1419f8b5bab"), shown=False
+        "PML hardware uses the generic write-protect", False, "before patch 13", ("5.12", True, "patch 13; a1419f8b5bab")
     )
     tdp_rewrites: bool = _decision(
         "the TDP MMU's slot-wide walks write entries again that need no change", True, "recordings 5.10/y_bitmap_9024",
@@ -136,7 +148,7 @@ class Policy:
         ("5.12", "compound-or-device", "patch 1; c060c72ffeb4"), choices=COLLAPSE_PAGES,
     )  # fmt: skip
     mapping_level_clamped: bool = _decision(
-        "the host's level counts up to what slot and CPU allow", False, "patch 3: raw", ("6.0", True, "6.0"), shown=False
+        "the host's level counts up to what slot and CPU allow", False, "patch 3: raw", ("6.0", True, "6.0")
     )
     collapse_flush: str = _decision(
         "flushes of a collapse: once, or each entry", "once", "recordings 5.10/b1_thp_eager",
@@ -167,11 +179,11 @@ class Policy:
         ("6.4", False, "e6722d9211b2; recordings 6.12-nested/n60-pml-in-l2"),
     )  # fmt: skip
     sync_keeps_accessed: bool = _decision(
-        "a leaf made anew by that has A", False, "recordings 5.10-nested/n60-pml-in-l2", ("6.13", True, "4e44ab0a7786"), shown=False
+        "a leaf made anew by that has A", False, "recordings 5.10-nested/n60-pml-in-l2", ("6.13", True, "4e44ab0a7786")
     )
     sync_kicks_without_pml: bool = _decision(
         "GET and CLEAR kick every vCPU on hardware without PML too", False, "before patch 9", ("5.12", True, "patch 9; a018eba53870"),
-        ("6.1", False, "6.12 does not; version not known"), shown=False,
+        ("6.1", False, "6.12 does not; version not known"),
     )  # fmt: skip
     pml_order: str = _decision(
         "order in which a PML drain marks", "newest-first", "recordings 5.10/00-smoke",
@@ -187,7 +199,7 @@ class Policy:
         ("6.13", True, "53510b912518, 7971801b5618; recordings 7.2/intel-noad"),
     )  # fmt: skip
     aging_flush: bool = _decision(
-        "a notifier that finds a leaf accessed flushes", True, "recordings 5.10/h4_cold_free", ("6.13", False, "b9883ee40d7e"), shown=False
+        "a notifier that finds a leaf accessed flushes", True, "recordings 5.10/h4_cold_free", ("6.13", False, "b9883ee40d7e")
     )
     aging_clears_dirty: bool = _decision(
         "aging in the TDP MMU takes D with A", True, "recordings 5.10/h4_cold_free",
@@ -213,13 +225,15 @@ class Policy:
         "each table of the TDP MMU that is freed flushes", True, "recordings 5.10/b7_hugetlb1g_noeager", ("5.18", False, "bb95dfb9e2df")
     )
     warn_on_destroy: bool = _decision(
-        "closing a VM while a slot logs warns", False, "proposed in the series' cover letter, not merged", shown=False
+        "closing a VM while a slot logs warns", False, "proposed in the series' cover letter, not merged"
     )
 
     def __post_init__(self) -> None:
+        instance(self.name, "name", str, "a name")
         for f in decisions():
-            if getattr(self, f.name) not in f.metadata["choices"]:
-                raise PlatformError(f"policy field {f.name}={getattr(self, f.name)!r}; take one of {_spell_all(f.metadata['choices'])}")
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if instance(value, f.name, type(choices[0]), f"one of {spell_all(choices)}") not in choices:
+                raise PlatformError(f"policy field {f.name}={shown(value)}; take one of {spell_all(choices)}")
 
     @staticmethod
     def named(name: str) -> Policy:
@@ -240,7 +254,7 @@ class Policy:
         PlatformError
             EINVAL: not known; names the nearest version.
         """
-        if name == SERIES:
+        if instance(name, "policy", str, "a name") == SERIES:
             return dataclasses.replace(_of(SERIES_BASE), name=SERIES, **_SERIES_DECIDES)
         version = mainline(name)
         if version is None:
@@ -259,8 +273,11 @@ def decisions() -> list[dataclasses.Field[Any]]:
 
 
 def changes(decision: str) -> tuple[Change, ...]:
-    """Return the values that `decision` had, oldest first, each from its version on."""
-    found: tuple[Change, ...] = next(f for f in decisions() if f.name == decision).metadata["changes"]
+    """Return the values that `decision` had, oldest first, each from its version on; PlatformError (EINVAL) if there is none."""
+    known = {f.name: f for f in decisions()}
+    if instance(decision, "decision", str, "a name") not in known:
+        raise PlatformError(f"decision {shown(decision)} is not known; take one of {', '.join(known)}")
+    found: tuple[Change, ...] = known[decision].metadata["changes"]
     return found
 
 
@@ -289,32 +306,11 @@ NAMES = (
 
 def spell(value: Any) -> str:
     """Return `value` as the command line spells it: Y and N for booleans."""
-    return {True: "Y", False: "N"}[value] if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return "Y" if value else "N"
+    return value if isinstance(value, str) else shown(value)
 
 
-def _spell_all(choices: tuple[Any, ...]) -> str:
+def spell_all(choices: tuple[Any, ...]) -> str:
+    """Return the values of a decision as messages list them."""
     return ", ".join(spell(c) for c in choices)
-
-
-def parse(text: str) -> Policy:
-    """Return the policy that `text` spells: ``NAME[,FIELD=VALUE]...``, e.g. ``6.12,eager_page_split=N``.
-
-    Raises
-    ------
-    PlatformError
-        EINVAL: unknown version, field or value; the text lists what there is.
-    """
-    name, *changed = text.split(",")
-    policy = Policy.named(name.strip())
-    known = {f.name: f for f in decisions()}
-    new: dict[str, Any] = {}
-    for change in changed:
-        key, equals, value = (part.strip() for part in change.partition("="))
-        if not equals or key not in known:
-            raise PlatformError(f"policy {text!r}: {change!r} is not FIELD=VALUE; the fields are {', '.join(known)}")
-        choices = known[key].metadata["choices"]
-        match = [c for c in choices if spell(c) == value]
-        if not match:
-            raise PlatformError(f"policy {text!r}: {key}={value!r}; take one of {_spell_all(choices)}")
-        new[key] = match[0]
-    return dataclasses.replace(policy, name=text.strip(), **new) if new else policy

@@ -72,6 +72,8 @@ class Machine:
         First line of the recording.
     events : bool
         The VM records its tracepoints.
+    policy : Policy, optional
+        What the kernel does, in place of what the header's kernel does.
 
     Raises
     ------
@@ -79,11 +81,11 @@ class Machine:
         The header names a config or kernel that the model does not have.
     """
 
-    def __init__(self, header: Mapping[str, Any], *, events: bool = False) -> None:
+    def __init__(self, header: Mapping[str, Any], *, events: bool = False, policy: policies.Policy | None = None) -> None:
         self._events = events
         self.config: str = header["config"]
         self.platform = _platform(self.config)
-        self.policy = _policy(header["kernel"])
+        self.policy = _policy(header["kernel"]) if policy is None else policy
         self.params = {name: header["params"].get(name, "N") == "Y" for name in PARAMS}
         self.backings: dict[str, Backing] = {}
         self.regions: dict[int, Region] = {}

@@ -11,6 +11,7 @@ from spte.errors import KvmError
 from spte.observe import listing
 from spte.observe.stats import RECORDED_STATS, stat_files
 from spte.platform import EPT
+from spte.policy import Policy
 from spte.recording.file import Recording
 from spte.recording.ops import OPS, RecordingError, short, unknown_args, with_defaults
 from spte.replay.guest import UnsupportedOp
@@ -31,6 +32,8 @@ class Replay:
         First line of the recording: config, kernel and module parameters choose the model.
     events : bool
         Write the model's tracepoints into the records, in their kernel names.
+    policy : Policy, optional
+        What the kernel does, in place of what the header's kernel does.
 
     Raises
     ------
@@ -38,8 +41,8 @@ class Replay:
         A config or kernel that the model does not have.
     """
 
-    def __init__(self, header: Mapping[str, Any], *, events: bool = False) -> None:
-        self.machine = Machine(header, events=events)
+    def __init__(self, header: Mapping[str, Any], *, events: bool = False, policy: Policy | None = None) -> None:
+        self.machine = Machine(header, events=events, policy=policy)
         self._events = events
         self._traced = True
         self._stats: dict[str, dict[str, int]] = {}

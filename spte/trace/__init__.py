@@ -13,13 +13,14 @@ array      dtype, shape             meaning
 
 from spte.trace.build import from_bitmaps, from_gfns
 from spte.trace.model import FORMAT, MAX_BYTES, MAX_NPAGES, PAGES_PER_2M, Trace, TraceError
-from spte.trace.npz import default_trace, load, save
+from spte.trace.npz import SHIPPED, default_trace, load, save, shipped
 
 __all__ = [
     "FORMAT",
     "MAX_BYTES",
     "MAX_NPAGES",
     "PAGES_PER_2M",
+    "SHIPPED",
     "Trace",
     "TraceError",
     "default_trace",
@@ -27,4 +28,5 @@ __all__ = [
     "from_gfns",
     "load",
     "save",
+    "shipped",
 ]

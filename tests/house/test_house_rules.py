@@ -17,12 +17,12 @@ MAX_LINES, MAX_FILES = 320, 13
 
 # Floor of each module or subpackage below `spte`; imports point down or stay on the floor.
 FLOORS = {
-    "_version": 0, "errors": 0, "access": 0, "exits": 0, "_numba": 0,
+    "_version": 0, "_arguments": 0, "errors": 0, "access": 0, "exits": 0, "_numba": 0,
     "platform": 1, "policy": 1, "trace": 1, "bits": 2, "kernel_bits": 2,
     "arrays": 3, "kernels": 4, "host": 5, "mm": 5, "mmu": 6,
     "cpu": 7, "guest_tables": 7, "observe": 7,
     "vm": 8, "warm": 8,
-    "recording": 9, "replay": 10, "check": 10, "patches": 10, "profile": 10, "limits": 10, "convert": 10, "generate": 10,
+    "recording": 9, "record": 9, "replay": 10, "check": 10, "patches": 10, "profile": 10, "limits": 10, "convert": 10, "generate": 10,
     "cli": 11,
 }  # fmt: skip
 TOP = 12  # `spte` itself re-exports the public names and may import all but the command line

@@ -204,16 +204,22 @@ def test_a_name_a_platform_and_a_prepared_layout_do_the_same(kernel, platform):
     assert all(result == results[0] for result in results)
 
 
-@pytest.mark.parametrize(("policy", "bit_63"), [("5.12", 0), ("6.1", 0), ("6.12", 1), (spte.Policy.named("6.13"), 1)])
+@pytest.mark.parametrize(("policy", "bit_63"), [("5.13", 0), ("6.1", 0), ("6.12", 1), (spte.Policy.named("6.13"), 1)])
 def test_a_layout_is_that_of_the_era_of_a_policy(policy, bit_63):
     entries, table = np.full(1, LEAF), np.zeros((1, 512), np.uint64)
     assert kernels.split(entries, table, platform=kernels.layout("ept-pml", policy)) == 1
     assert int(entries[0]) >> 63 == bit_63
 
 
+@pytest.mark.parametrize(("platform", "policy"), [("npt", "5.10"), ("ept-pml", "5.12"), ("ept-pml", "7.2")])
+def test_a_version_whose_entries_have_other_bits_is_refused(platform, policy):
+    with pytest.raises(ValueError, match=rf"policy {policy} has other bits than the kernels look at .* take 5\.13 to 7\.1"):
+        kernels.layout(platform, policy)
+
+
 def test_a_layout_of_what_does_not_exist_is_refused():
-    with pytest.raises(PlatformError, match=r"policy '7\.0' is not known"):
-        kernels.layout("npt", "7.0")
+    with pytest.raises(PlatformError, match=r"policy '8\.0' is not known"):
+        kernels.layout("npt", "8.0")
     with pytest.raises(TypeError, match="policy is of type float"):
         kernels.layout("npt", 6.12)
     with pytest.raises(TypeError, match="platform is of type list"):

@@ -196,7 +196,8 @@ def test_the_json_holds_every_value_with_its_policy_and_expectation(capsys):
         assert set(group) == {"title", "patch", "commit", "decision", "scenarios"}
         for s in group["scenarios"]:
             assert set(s) == {
-                "scenario", "claim", "platform", "manual", "vcpus", "policies", "seen", "expected", "as_specified", "differences",
+                "scenario", "claim", "platform", "manual", "vcpus", "policies", "seen", "expected", "recorded", "as_specified",
+                "differences",
             }  # fmt: skip
             assert s["as_specified"] is (s["differences"] == [])
             assert len(s["seen"]) == len(s["policies"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import helper, kernel_apart
+from spte._numba.jit import helper, kernel_noinline
 from spte.arrays.slots import LOG_DIRTY_PAGES, READONLY
 from spte.arrays.vcpu import EV_SET
 from spte.bits import ACC_EXEC, ACC_WRITE, MMU_PRESENT, PFN_MASK, ROLE_ACCESS_SHIFT, SHIFT_PAGE, U64, WRITABLE, ZERO, is_link
@@ -13,6 +13,7 @@ from spte.mmu.arena import count_leaf
 from spte.mmu.make_spte import make_leaf
 from spte.mmu.mark_dirty import mark_dirty, note
 from spte.mmu.memslot import find_slot
+from spte.mmu.page_fault import HostPage
 from spte.mmu.page_track import may_write
 from spte.mmu.rmap import rmap_add
 from spte.mmu.shadow.page import drop_entry_of, drop_leaf, entry_access, entry_gfn, set_shadowed, unlink_page
@@ -22,10 +23,11 @@ from spte.mmu.walk import walk
 PREFETCH = 8  # SPTEs of the aligned group that a fault fills
 
 
-@kernel_apart
-def set_leaf(t, s, v, m, k, row, i, gfn, pfn, host_writable, access, prefetch):
-    """Put the leaf of `gfn` at entry `i` of `row`; returns whether the entry changed, and whether W was refused."""
+@helper
+def set_leaf(t, s, v, m, row, i, gfn, page, access, prefetch):
+    """Put the leaf of `gfn` at entry `i` of `row`: KVM's mmu_set_spte; returns whether the entry changed, and whether W was refused."""
     kvm = t.kvm[0]
+    k = find_slot(s, gfn)
     level = np.int64(t.pages[row].level)
     old = t.sptes[row, i]
     flush = False
@@ -34,7 +36,7 @@ def set_leaf(t, s, v, m, k, row, i, gfn, pfn, host_writable, access, prefetch):
         if level > 1 and is_link(old):  # the page below stays in the hash, with what it maps
             unlink_page(t, s, m, row, i)
             flush = True
-        elif ((old & PFN_MASK) >> SHIFT_PAGE) != pfn:
+        elif ((old & PFN_MASK) >> SHIFT_PAGE) != page.pfn:
             drop_leaf(t, s, m, row, i)
             flush = True
         else:
@@ -42,10 +44,10 @@ def set_leaf(t, s, v, m, k, row, i, gfn, pfn, host_writable, access, prefetch):
                 return False, False
             mapped = True
     old = t.sptes[row, i]
-    wants = host_writable and access & ACC_WRITE != 0
+    wants = page.map_writable and access & ACC_WRITE != 0
     write = wants and ((old & WRITABLE) != ZERO or may_write(t, gfn, True, prefetch))
     allowed = access & ~ACC_EXEC if m.nx and level > 1 else access
-    new = make_leaf(m, level, pfn, old, prefetch, host_writable, np.int64(t.pages[row].role), allowed, write)
+    new = make_leaf(m, level, page.pfn, old, prefetch, page.map_writable, np.int64(t.pages[row].role), allowed, write)
     if (new & WRITABLE) != ZERO and s.slots[k].flags & LOG_DIRTY_PAGES:
         mark_dirty(t, s, v, k, gfn)
     # An entry that keeps its pfn stays in the rmap where it is: only what the guest allows is new.
@@ -63,7 +65,7 @@ def set_leaf(t, s, v, m, k, row, i, gfn, pfn, host_writable, access, prefetch):
     return True, wants and not write
 
 
-@kernel_apart
+@kernel_noinline
 def _prefetch_run(t, s, h, v, m, row, first, end):
     """Fill the empty entries ``[first, end)`` of `row` while the host has a writable page at once; False ends all prefetch."""
     gfn = entry_gfn(t, row, first)
@@ -79,7 +81,7 @@ def _prefetch_run(t, s, h, v, m, row, first, end):
     for i in range(first, end):
         if not writable_now(h, hpage + i - first):
             break
-        set_leaf(t, s, v, m, k, row, i, gfn + i - first, U64(hpage + i - first), True, access, True)
+        set_leaf(t, s, v, m, row, i, gfn + i - first, HostPage(U64(hpage + i - first), True, np.int64(1)), access, True)
     return True
 
 
@@ -116,7 +118,7 @@ def prefetch_shadowed(t, s, h, v, m, row, at):
             return
 
 
-@kernel_apart
+@kernel_noinline
 def invalidate_address(t, s, h, v, m, address):
     """Bring the entry of `address`, which the guest's tables refuse, in step if its page is unsync: a TLB forgets it too."""
     kvm = t.kvm[0]
@@ -136,4 +138,4 @@ def invalidate_address(t, s, h, v, m, address):
     hpage = s.slots[k].hpage + gfn - s.slots[k].base_gfn
     if writable_now(h, hpage):
         access = clean_access(m, gpte, gpte_access(m, gpte) & (np.int64(t.pages[row].role) >> ROLE_ACCESS_SHIFT))
-        set_leaf(t, s, v, m, k, row, i, gfn, U64(hpage), True, access, True)
+        set_leaf(t, s, v, m, row, i, gfn, HostPage(U64(hpage), True, np.int64(1)), access, True)
