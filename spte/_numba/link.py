@@ -87,15 +87,7 @@ class KernelLibrary(JITCodeLibrary):
         for library in self._linking_libraries:
             visit(library)
         self._linking_libraries = list(reversed(below))
-        self._exported = {f.name for f in self._final_module.functions}
         super().finalize()
-
-    def _optimize_final_module(self) -> None:
-        """Let LLVM know that nobody else calls the parts: it then passes only those of a group's arrays that a part uses."""
-        for function in self._final_module.functions:
-            if not function.is_declaration and function.name not in self._exported:
-                function.linkage = "internal"
-        super()._optimize_final_module()
 
     def _get_module_for_linking(self) -> Any:
         """Return what the cache keeps beside the machine code: only the names that numba looks up in it, as no kernel links another."""
