@@ -55,9 +55,7 @@ def typed(
     )  # fmt: skip
 
 
-def memory_of(
-    slot: int, gpa: int, size: int, backing: Backing | None, hva: int | None, offset: int, flags: int
-) -> tuple[Backing, ...]:
+def memory_of(size: int, backing: Backing | None, hva: int | None, offset: int) -> tuple[Backing, ...]:
     """Return the memory that a slot of these arguments maps, as far as they are sound: a VM and those that share it have one lock."""
     start = hva if hva is not None else backing.hva + offset if backing is not None else -1
     return backings_at(start, size) if 0 <= start < USER_END and 0 < size <= USER_END - start else ()

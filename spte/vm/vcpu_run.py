@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,11 +43,7 @@ from spte.host.pages import the_host
 from spte.mmu.walk import walk
 from spte.platform import EPT, SHADOW
 from spte.vm.kvm import Kvm, KvmVcpu
-from spte.vm.observed import Observed
 
-P = ParamSpec("P")
-R = TypeVar("R")
-V = TypeVar("V", bound=Observed)
 Kinds = npt.NDArray[np.uint8]
 PAGED_BITS = 48  # what four levels of guest tables reach
 ONE_KIND = {kind: np.array([kind], np.uint8) for kind in (READ, WRITE, EXEC)}
@@ -63,6 +61,14 @@ def kick(kvm: Kvm) -> None:
     if kvm.vcpus_in_guest:
         for vcpu in kvm.vcpus:
             leave_guest(kvm, vcpu)
+
+
+@contextmanager
+def ioctl(kvm: Kvm) -> Iterator[None]:
+    """Hold the VM's lock, every vCPU out of the guest: what a call does once its arguments are checked."""
+    with kvm.exclusive:
+        kick(kvm)
+        yield
 
 
 def leave_guest(kvm: Kvm, vcpu: KvmVcpu) -> None:

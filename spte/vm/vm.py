@@ -18,7 +18,7 @@ from spte.vm import set_memory_region as region
 from spte.vm.kvm import Kvm
 from spte.vm.observed import Observed
 from spte.vm.vcpu import VirtualCpu
-from spte.vm.vcpu_run import kick
+from spte.vm.vcpu_run import ioctl, kick
 
 Buffer = TypeVar("Buffer")
 MIN_MMU_PAGES = 64  # KVM_MIN_ALLOC_MMU_PAGES
@@ -51,7 +51,7 @@ class VM(Observed):
 
     Notes
     -----
-    Every call takes an argument of a wrong type with TypeError, a number out of range with a subclass of KvmError, and has changed
+    Every call refuses an argument of a wrong type with TypeError, a number out of range with a subclass of KvmError, and has changed
     nothing then.
     """
 
@@ -112,10 +112,8 @@ class VM(Observed):
             The first broken rule in KVM's order: EINVAL, EEXIST (overlap), ENOMEM. Nothing is changed.
         """
         given = region.typed(slot, gpa, size, backing, hva, offset, flags)
-        for memory in region.memory_of(*given):
-            share(self.exclusive, memory.exclusive)
-        with self.exclusive:
-            kick(self.kvm)
+        share(self.exclusive, *(memory.exclusive for memory in region.memory_of(*given[2:6])))
+        with ioctl(self.kvm):
             region.set_memory_region(self.kvm, *given)
 
     # -- dirty log --------------------------------------------------------------------------------------------------------
@@ -150,8 +148,7 @@ class VM(Observed):
             EFAULT: `out` is shorter, or read-only.
         """
         slot, user = integer(slot, "slot", SlotIdError), None if out is None else dirty_log.bytes_of(out, "out")
-        with self.exclusive:
-            kick(self.kvm)
+        with ioctl(self.kvm):
             bitmap = dirty_log.get(self.kvm, slot, user)
         return bitmap if out is None else out
 
@@ -175,11 +172,8 @@ class VM(Observed):
             ENXIO, EINVAL, EINVAL, ENOENT, EFAULT (`bitmap` is shorter); nothing is changed.
         """
         slot, user = integer(slot, "slot", SlotIdError), dirty_log.bytes_of(bitmap, "bitmap")
-        first_page, num_pages = (
-            integer(n, name, ClearRangeError) for n, name in ((first_page, "first_page"), (num_pages, "num_pages"))
-        )
-        with self.exclusive:
-            kick(self.kvm)
+        first_page, num_pages = integer(first_page, "first_page", ClearRangeError), integer(num_pages, "num_pages", ClearRangeError)
+        with ioctl(self.kvm):
             dirty_log.clear(self.kvm, slot, first_page, num_pages, user)
 
     def reset_dirty_rings(self) -> int:
@@ -195,8 +189,7 @@ class VM(Observed):
         RingDisabledError
             EINVAL: the VM has no rings.
         """
-        with self.exclusive:
-            kick(self.kvm)
+        with ioctl(self.kvm):
             return dirty_log.reset_rings(self.kvm)
 
     # -- capabilities and parameters --------------------------------------------------------------------------------------
@@ -216,10 +209,8 @@ class VM(Observed):
         CapabilityError
             EINVAL (E2BIG for a ring that is too large); nothing is changed. A ring is always too late here: vCPUs exist.
         """
-        arg0 = integer(arg0, "arg0", CapabilityError)
-        cap = capabilities.enabled_number(name)
-        with self.exclusive:
-            kick(self.kvm)
+        cap, arg0 = capabilities.enabled_number(name), integer(arg0, "arg0", CapabilityError)
+        with ioctl(self.kvm):
             capabilities.enable_cap(self.kvm, cap, arg0)
 
     def check_extension(self, cap: str | int) -> int:
@@ -231,8 +222,7 @@ class VM(Observed):
         if instance(name, "name", str, "the name of a parameter") not in ("eager_page_split", "nx_huge_pages"):
             raise CapabilityError(f"parameter {spell(name)} can not be set; take eager_page_split or nx_huge_pages")
         value = flag(value, "value")
-        with self.exclusive:
-            kick(self.kvm)
+        with ioctl(self.kvm):
             capabilities.set_param(self.kvm, name, value)
 
     def kernel_write(self, gfn: int, vcpu: int = 0) -> None:
@@ -244,15 +234,13 @@ class VM(Observed):
             EINVAL: a gfn beyond 52 bits of address; no such vCPU; nothing is changed.
         """
         gfn, vcpu = integer(gfn, "gfn", SlotRangeError, 0, 1 << 40), self._index(vcpu)
-        with self.exclusive:
-            kick(self.kvm)
+        with ioctl(self.kvm):
             self.kvm.write_guest_page(gfn, vcpu)
 
     def set_tss_addr(self, gpa: int) -> None:
         """Give KVM three pages at `gpa` (bytes) for a TSS, as internal memslots: KVM_SET_TSS_ADDR; KvmError if they are not free."""
         gpa = integer(gpa, "gpa", SlotRangeError, 0, region.TSS_END + 1)
-        with self.exclusive:
-            kick(self.kvm)
+        with ioctl(self.kvm):
             region.set_tss_addr(self.kvm, gpa)
 
     def set_nr_mmu_pages(self, n: int) -> None:
