@@ -14,6 +14,7 @@ import numpy.typing as npt
 from spte.errors import HostRangeError
 from spte.host import pages as hostmm
 from spte.host.backing import Backing
+from spte.host.lock import all_of
 from spte.host.mmu_notifier import Ranges, clear_young, invalidate_range
 from spte.host.pages import the_host
 
@@ -95,7 +96,11 @@ def madvise(backing: Backing, first: int, count: int, advice: int = DONTNEED, *,
     _check_huge(backing, first, count)
     if advice != DONTNEED and (backing.kind.startswith(("hugetlb", "devdax")) or (backing.kind == "shm" and advice == FREE)):
         raise HostRangeError(f"advice={advice} is not for {backing.kind} memory; take 4 (DONTNEED)")
-    hpage = backing.hpage + first
+    with backing.exclusive:
+        _advise(backing, backing.hpage + first, count, advice, ages)
+
+
+def _advise(backing: Backing, hpage: int, count: int, advice: int, ages: bool) -> None:
     split = _split_partial(hpage, count)
     zapped = [(hpage, count)] if advice in (DONTNEED, FREE) else []
     for part in [*zapped, *split]:
@@ -178,12 +183,13 @@ def mprotect(backing: Backing, first: int, count: int, prot: int = PROT_READ_WRI
         raise HostRangeError(f"prot={prot} is not 1 (read) or 3 (read and write)")
     _check_huge(backing, first, count)
     protect = prot == PROT_READ
-    for start, pages, protected in _mappings(backing.hpage + first, count):
-        if protected != protect:
-            _cut(backing, start)
-            _cut(backing, start + pages)
-            invalidate_range(backing.users, [(start, pages)])
-            _set_protection(start, pages, protect, restores)
+    with backing.exclusive:
+        for start, pages, protected in _mappings(backing.hpage + first, count):
+            if protected != protect:
+                _cut(backing, start)
+                _cut(backing, start + pages)
+                invalidate_range(backing.users, [(start, pages)])
+                _set_protection(start, pages, protect, restores)
 
 
 def _set_protection(hpage: int, count: int, protect: bool, restores: bool) -> None:
@@ -219,8 +225,9 @@ def _write_protect(backing: Backing) -> None:
 
 def fork(backings: Iterable[Backing]) -> None:
     """Fork a process that has `backings`; the child exits at once. Private pages are write-protected; one notifier a mapping."""
-    for backing in backings:
-        if backing.kind != "shm" and not backing.kind.startswith("devdax"):
+    private = [backing for backing in backings if backing.kind != "shm" and not backing.kind.startswith("devdax")]
+    with all_of(*(backing.exclusive for backing in private)):
+        for backing in private:
             for start, pages, _ in _mappings(backing.hpage, backing.size // 4096):
                 invalidate_range(backing.users, [(start, pages)])
             _write_protect(backing)
@@ -229,8 +236,9 @@ def fork(backings: Iterable[Backing]) -> None:
 def clear_refs(backings: Iterable[Backing]) -> None:
     """Write 4 to clear_refs (soft-dirty) of a process that has `backings`: every page is write-protected under one notifier."""
     known = list(backings)
-    users = {user for backing in known for user in backing.users}
-    invalidate_range(users, [(backing.hpage, backing.size // 4096) for backing in known])
-    for backing in known:
-        if not backing.kind.startswith(("hugetlb", "devdax")):
-            _write_protect(backing)
+    with all_of(*(backing.exclusive for backing in known)):
+        users = {user for backing in known for user in backing.users}
+        invalidate_range(users, [(backing.hpage, backing.size // 4096) for backing in known])
+        for backing in known:
+            if not backing.kind.startswith(("hugetlb", "devdax")):
+                _write_protect(backing)

@@ -6,6 +6,7 @@ import hashlib
 import os
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -118,13 +119,13 @@ def kernel(func: Callable[..., Any], *, noinline: bool = False, inner: bool = Fa
     return cast(Callable[..., Any], made)
 
 
-def kernel_apart(func: Callable[..., Any]) -> Callable[..., Any]:
+def kernel_noinline(func: Callable[..., Any]) -> Callable[..., Any]:
     """As `kernel`, for work on a block: a call stays a call, because loops inlined beside large code ran 1.5 times as long."""
     return kernel(func, noinline=True, inner=True)
 
 
-def kernel_called(func: Callable[..., Any]) -> Callable[..., Any]:
-    """As `kernel_apart`, for work that Python asks for too."""
+def kernel_noinline_entry(func: Callable[..., Any]) -> Callable[..., Any]:
+    """As `kernel_noinline`, for work that Python asks for too."""
     return kernel(func, noinline=True)
 
 
@@ -151,6 +152,18 @@ if PLAIN:
 
     def prefetch(array: Any, index: Any) -> None:
         """Prefetch the cache line of ``array.flat[index]``; no effect in plain Python."""
+
+    _one_at_a_time = threading.Lock()
+
+    def exchange(word: Any, value: int) -> int:
+        """Store `value` into ``word[0]`` and return what was there, as one step for all threads."""
+        with _one_at_a_time:
+            old, word[0] = word[0], value
+            return int(old)
+
+    def publish(array: Any, index: int, value: np.uint64) -> None:
+        """Store `value` into ``array.flat[index]``; another thread that sees it also sees all that was stored before."""
+        array.reshape(-1)[index] = value
 
 else:
 
@@ -185,3 +198,24 @@ else:
             return context.get_dummy_value()
 
         return types.void(array, types.int64), codegen
+
+    @intrinsic
+    def exchange(typingctx: Any, word: Any, value: Any) -> Any:
+        """Store `value` into ``word[0]`` of an int64 array and return what was there, as one step for all threads."""
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            view = context.make_array(signature.args[0])(context, builder, args[0])
+            return builder.atomic_rmw("xchg", view.data, args[1], "seq_cst")
+
+        return types.int64(word, types.int64), codegen
+
+    @intrinsic
+    def publish(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
+        """Store `value` into ``array.flat[index]`` of a uint64 array; another thread that sees it also sees all that was stored before."""
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            view = context.make_array(signature.args[0])(context, builder, args[0])
+            builder.store_atomic(args[2], builder.gep(view.data, [args[1]]), "release", 8)
+            return context.get_dummy_value()
+
+        return types.void(array, types.int64, types.uint64), codegen

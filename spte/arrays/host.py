@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from spte.arrays.records import Records, U64s, columns, record
+from spte.arrays.records import I64s, Records, U64s, columns, record
 
 BLOCK = record("block", [
     ("kind", "u1"),  # kind of memory
@@ -27,6 +27,7 @@ class Host(NamedTuple):
 
     blocks: Records  # BLOCK
     rows: Records  # [1] HOST_ROWS
+    rows_lock: I64s  # [1] 1: a thread takes or gives back a row
     mixed_blocks: Records  # [rows] MIXED_BLOCK
     page: npt.NDArray[np.uint8]  # [rows, 512] states of single pages
     alone: U64s  # [blocks, 8] a bit a page of THP memory that is no part of a huge page: it was dropped alone

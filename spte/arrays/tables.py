@@ -35,6 +35,7 @@ KVM = record("kvm", [
     *columns("i8", "remote_tlb_flush_requests", "nx_lpage_splits", "sptes_written", "zapped", "collapsed", "dirty_marks"),
     *columns("i8", "cpu_dirty_logging_requests", "vcpu_kicks"),
     *columns("i8", "indirect_shadow_pages", "mmu_unsync"),  # pages that shadow guest tables; those of them that are unsync
+    ("needbreak", "i8"),  # another thread waits for the VM: rwlock_needbreak
     ("nr_tdp_mmu_roots", "i8"),
     ("tdp_mmu_roots", "i8", (MAX_TDP_ROOTS,)),  # rows of the TDP MMU's valid roots
     ("path", "i8", (2 * PATH,)),  # scratch of a walk over the pages below a root
@@ -52,4 +53,4 @@ class Tables(NamedTuple):
     shadowed: U64s  # [capacity, 512] gfn << 3 | access of each entry of a page that shadows a guest table
     doomed: npt.NDArray[np.int32]  # scratch: pages to be zapped or synced
     places: U64s  # scratch of a harvest: places of entries that are to be re-armed
-    leaf_rows: npt.NDArray[np.uint32]  # scratch of a stay in the guest: level-1 table of each 2 MiB, 0: to be walked to
+    leaf_rows: npt.NDArray[np.uint32]  # scratch of a run in the guest: level-1 table of each 2 MiB, 0: to be walked to

@@ -9,11 +9,15 @@ from spte.arrays.records import Records, U64s, columns, record
 
 READ, WRITE, EXEC = (int(kind) for kind in Access)  # kinds of guest access
 WALKS_AHEAD = 16
-# Exit reasons of a stay in the guest.
+# Why a run in the guest ends.
 DONE, EXIT_RING_FULL, EXIT_MMIO, EXIT_HOST, EXIT_EFAULT, EXIT_NOMEM, EXIT_LOG = 0, 1, 2, 3, 4, 5, 6
 EXIT_GUEST_FAULT, EXIT_GUEST_PML_FULL = 7, 8  # the guest's own tables do not allow the access; L1's PML buffer is full
 EXIT_SHADOW, EMULATED, EXIT_ROOT = 9, 10, 11  # a fault for the shadow MMU; KVM did the access itself; the root was zapped
 EXIT_INTERNAL = 12  # KVM gives up
+EXIT_NEEDBREAK = 13  # another thread waits for the VM
+# Flags of a run: the guest was not left before it; it is not left at its end.
+NO_ENTRY, NO_EXIT = 1, 2
+PIECE = 1 << 16  # accesses after which a run looks whether another thread waits, some ms at most
 # Events in Vcpu.log: kind and up to five values.
 LOG_COLUMNS = 6
 EV_FAULT, EV_FAST, EV_SET, EV_SPTE, EV_MARK, EV_PML, EV_PML_FULL, EV_PUSH, EV_RING_EXIT, EV_MMIO = 1, 2, 3, 4, 5, 6, 7, 8, 9, 10
@@ -32,9 +36,10 @@ KVM_VCPU = record("kvm_vcpu", [
     *columns("i8", "ring_size", "dirty_index", "reset_index", "soft_limit"),  # struct kvm_dirty_ring
     ("ring_soft_full", "i8"),  # KVM_REQ_DIRTY_RING_SOFT_FULL
     *columns("i8", "exit_reason", "exit_gfn"),
-    ("stay", "i8"),
+    ("run_flags", "i8"),
     ("store_offset", "i8"),  # bytes into the page of a write
-    *columns("i8", "ahead", "asked"),  # accesses up to which none is walked ahead, and whose faults' lines were asked for
+    *columns("i8", "ahead", "prefetched"),  # accesses up to which none is walked ahead, and whose faults' lines were prefetched
+    *columns("i8", "piece", "due"),  # accesses between two looks at `needbreak`; the one before which the next is due
     ("logged", "i8"),  # events in the log
     *columns("i8", "pf_taken", "pf_fixed", "pf_fast", "pf_emulate", "pf_spurious", "pf_mmio_spte_created", "exits"),
     *columns("i8", "pml_entries", "pml_fulls", "ring_fulls", "slow_faults", "violations", "misconfigs"),

@@ -10,7 +10,7 @@ State of an access, tried again after each exit that KVM handles by itself:
 | not present | violation | slow path |
 | MMIO | misconfiguration | exit to userspace |
 
-The caller must be alone on the VM's tables.
+The caller must be exclusive on the VM's tables.
 """
 
 from __future__ import annotations
@@ -29,14 +29,17 @@ from spte.arrays.vcpu import (
     EXIT_INTERNAL,
     EXIT_LOG,
     EXIT_MMIO,
+    EXIT_NEEDBREAK,
     EXIT_RING_FULL,
     EXIT_ROOT,
     EXIT_SHADOW,
+    NO_ENTRY,
+    NO_EXIT,
     READ,
     WRITE,
 )
 from spte.bits import ROLE_INVALID, SHIFT_PAGE, TYPE_DISABLED, TYPE_MASK, U64, ZERO, is_leaf
-from spte.cpu.walk_ahead import AHEAD, APART, ASK, ASK_BEFORE, NEAR, ask_for_faults, run_ahead
+from spte.cpu.walk_ahead import AHEAD, NEAR, ONE_BY_ONE, PREFETCH_BEFORE, PREFETCH_BLOCK, prefetch_for_faults, run_ahead
 from spte.mmu.dirty_log.pml import drain
 from spte.mmu.first_touch import first_touches
 from spte.mmu.mark_dirty import U32_MASK, note
@@ -46,7 +49,7 @@ from spte.mmu.shadow.page_fault import shadow_fault
 from spte.mmu.walk import forget_leaf_rows, list_leaf_rows, walk
 
 HW_DONE, HW_PML_FULL, HW_VIOLATION = 0, 1, 2  # outcomes of an access in hardware
-STAYS, STAYED = 1, 2  # of a run: the guest is not left at its end; it was not left before it
+FAULT = 64  # accesses that take as long as a fault
 LEAST_TO_LIST = 512  # tables; at most one for each four accesses, before and after, that fault in none
 LOG_ROOM = 2048  # events that one access may add: a drain of 512 marks and pushes, and its faults
 
@@ -125,10 +128,10 @@ def _may_run_on(v, m, gfns, kinds, at):
 
 @kernel
 def run(t, s, h, v, mode, gfns, kinds, start):
-    """Run accesses ``gfns[start:]`` as one stay in the guest; returns the index of the first access not finished.
+    """Run accesses ``gfns[start:]`` in the guest; returns the index of the first access not finished.
 
-    Kind ``kinds[0]`` serves all if there is only one. The reason for stopping is in ``reg.exit_reason``. PML is drained at
-    each exit, so also when this returns.
+    Kind ``kinds[0]`` serves all if there is only one. The reason for stopping is in ``vcpu.exit_reason``. PML is drained at
+    each exit, so also when this returns, unless the guest is not left.
     """
     m = mode[0]
     vcpu = v.vcpu[0]
@@ -136,28 +139,33 @@ def run(t, s, h, v, mode, gfns, kinds, start):
     kind = np.int64(kinds[0]) if kinds.shape[0] else np.int64(READ)
     reason = DONE
     at = start
-    asked = max(start, vcpu.asked)
+    prefetched = max(start, vcpu.prefetched)
     ahead, resumed = max(start, vcpu.ahead), vcpu.ahead > 0
+    due = vcpu.due if resumed else start + vcpu.piece
     listed, unlisted = forget_leaf_rows(t), start if resumed else start - n
     shadowed = m.shadow or vcpu.pgd >= 0 or t.kvm[0].indirect_shadow_pages > 0
-    # A stay that goes on was not left: no entry in between.
-    if not vcpu.stay & STAYED and soft_full(v):
+    if not vcpu.run_flags & NO_ENTRY and soft_full(v):
         reason = EXIT_RING_FULL
     while at < n and reason == DONE:
+        if at >= due:
+            due = at + vcpu.piece
+            if t.kvm[0].needbreak:
+                reason = EXIT_NEEDBREAK
+                continue
         if at >= ahead and v.log.shape[0] == 0:  # a log wants each access alone
-            first, end = at, min(n, at + _room(v))
+            first, end = at, min(n, due, at + _room(v))
             most = min(n - at, at - unlisted) >> 2
             if listed == 0 and most >= LEAST_TO_LIST:
                 listed = list_leaf_rows(t, vcpu.root, most)
             at = run_ahead(t, s, v, m, gfns, kinds, first, end, listed)
-            ahead = at if at == end else at + 1 if at - first >= AHEAD else at + APART
-            asked = max(asked, at)
+            ahead = at if at == end else at + 1 if at - first >= AHEAD else at + ONE_BY_ONE
+            prefetched = max(prefetched, at)
             continue
-        if ahead > at + 1 and at + ASK_BEFORE >= asked and asked < n and v.log.shape[0] == 0:
-            end = min(n, asked + ASK)
-            if abs(gfns[end - 1] - gfns[asked]) >= NEAR:
-                ask_for_faults(t, s, h, vcpu.root, gfns, asked, end)
-            asked = end
+        if ahead > at + 1 and at + PREFETCH_BEFORE >= prefetched and prefetched < n and v.log.shape[0] == 0:
+            end = min(n, prefetched + PREFETCH_BLOCK)
+            if abs(gfns[end - 1] - gfns[prefetched]) >= NEAR:
+                prefetch_for_faults(t, s, h, vcpu.root, gfns, prefetched, end)
+            prefetched = end
         gfn = np.int64(gfns[at])
         if kinds.shape[0] > 1:
             kind = np.int64(kinds[at])
@@ -186,41 +194,43 @@ def run(t, s, h, v, mode, gfns, kinds, start):
             drain(t, s, v, m)
             count = first_touches(t, s, h, v, m, gfns, at, kind, row, i)
             at += count
-            asked = max(asked, at)
+            prefetched = max(prefetched, at)
             if count > 0:
                 ahead = max(ahead, at + 2)  # the next table and the run in it, before walking ahead again
                 continue
         vcpu.exits += 1
+        due -= FAULT
         drain(t, s, v, m)
         slow = vcpu.slow_faults
         reason = EXIT_SHADOW if shadowed else _fault(t, s, h, v, m, gfn, kind, row, i, level)
         if vcpu.slow_faults != slow:
             listed, unlisted = forget_leaf_rows(t), at
-        ahead = max(ahead, at + ASK_BEFORE)
+        ahead = max(ahead, at + PREFETCH_BEFORE)
         if reason == DONE:
             if soft_full(v):
                 reason = EXIT_RING_FULL
             elif v.log.shape[0] > 0 and vcpu.logged + LOG_ROOM > v.log.shape[0]:
                 reason = EXIT_LOG
-    vcpu.ahead, vcpu.asked = max(ahead, 1), asked
+    vcpu.ahead, vcpu.prefetched, vcpu.due = max(ahead, 1), prefetched, due
     _leave(t, s, v, m, gfns, at, reason)
     return at
 
 
 @helper
 def _leave(t, s, v, m, gfns, at, reason):
-    """End a stay in the guest at access `at`, or only interrupt it."""
+    """End a run in the guest at access `at`, or only interrupt it."""
     vcpu = v.vcpu[0]
     if reason == EXIT_RING_FULL:
         vcpu.ring_fulls += 1
         if v.log.shape[0] > 0:
             note(v, EV_RING_EXIT, 0, 0, 0, 0, 0)
-    stays = reason == EXIT_LOG or reason == EXIT_SHADOW or (reason == DONE and vcpu.stay & STAYS)
-    if not stays:
+    interrupted = reason == EXIT_LOG or reason == EXIT_SHADOW or reason == EXIT_NEEDBREAK
+    if not interrupted and not (reason == DONE and vcpu.run_flags & NO_EXIT):
         vcpu.exits += reason == DONE
+        vcpu.run_flags &= NO_EXIT
         drain(t, s, v, m)
     if reason != EXIT_SHADOW:
-        vcpu.ahead = vcpu.asked = 0
+        vcpu.ahead = vcpu.prefetched = 0
     vcpu.exit_reason = reason
     vcpu.exit_gfn = np.int64(gfns[at]) if at < gfns.shape[0] else -1
 

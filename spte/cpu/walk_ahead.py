@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import helper, kernel_apart, prefetch
+from spte._numba.jit import helper, kernel_noinline, prefetch
 from spte.arrays.slots import LOG_DIRTY_PAGES
 from spte.arrays.vcpu import EXEC, WALKS_AHEAD, WRITE
 from spte.bits import INDEX_BITS, INDEX_MASK, MMU_PRESENT, SHIFT_PAGE, TYPE_DISABLED, TYPE_MASK, U64, WRITABLE, ZERO
 from spte.mmu.walk import place_above, place_of
 
 AHEAD = np.int64(WALKS_AHEAD)  # by 32, of which some get lost on their way, a logged write in 1 TiB took 36 ns, not 29
-APART = 64  # accesses done one by one after a block that got nowhere, as faults come in flocks
-# Faults of a flock are asked for by 16, 32 accesses before their turn: 86 ns each in 1 TiB, 108 without the entries of level 2 of
+ONE_BY_ONE = 64  # accesses done one by one after a block that got nowhere, as faults come in clusters
+# Faults of a flock are prefetched for by 16, 32 accesses before their turn: 86 ns each in 1 TiB, 108 without the entries of level 2 of
 # the next 16, unasked 200. By 8 it took 1.7 times as long, by 32 1.2.
-ASK, ASK_BEFORE = 16, np.int64(32)
+PREFETCH_BLOCK, PREFETCH_BEFORE = 16, np.int64(32)
 NEAR = np.int64(1024)  # gfns: so close together the caches do as well, and asking cost a fifth of a fast fault
 ROW_ONE = U64(512)
 
@@ -31,9 +31,9 @@ def _asks(m, kind):
     return MMU_PRESENT | lay.readable, MMU_PRESENT | lay.readable, accessed
 
 
-@kernel_apart
+@kernel_noinline
 def _look_up(flat, leaf_rows, listed, gfns, first, end, places):
-    """Put the places of the level-1 entries of ``gfns[first:end]`` into `places` and ask for them; returns the lowest."""
+    """Put the places of the level-1 entries of ``gfns[first:end]`` into `places` and prefetch them; returns the lowest."""
     lowest, last = ~ZERO, U64(listed)
     for j in range(U64(first), U64(end)):
         gfn = U64(gfns[j])
@@ -44,9 +44,9 @@ def _look_up(flat, leaf_rows, listed, gfns, first, end, places):
     return lowest
 
 
-@kernel_apart
+@kernel_noinline
 def _walk_rest(t, root, gfns, first, end, places):
-    """Put the places where the walks of ``gfns[first:end]`` end into `places` and ask for them, where there is none beyond row 0."""
+    """Put the places where the walks of ``gfns[first:end]`` end into `places` and prefetch them, where there is none beyond row 0."""
     for j in range(U64(first), U64(end)):
         if places[j - U64(first)] < ROW_ONE:
             place, _ = place_of(t, root, gfns[j])
@@ -54,7 +54,7 @@ def _walk_rest(t, root, gfns, first, end, places):
             places[j - U64(first)] = place
 
 
-@kernel_apart
+@kernel_noinline
 def _let_through(flat, gfns, first, end, places, looks, permission, sets, logs, pml, index, words, first_bit):
     """Do accesses of one kind, whose walks ended at `places`, up to the first that exits; returns that one and the PML index."""
     care, want = looks | sets, permission | sets
@@ -84,11 +84,11 @@ def _alike(kinds, at, end):
     return same
 
 
-@kernel_apart
+@kernel_noinline
 def run_ahead(t, s, v, m, gfns, kinds, at, end, listed):
     """Let hardware do accesses ``[at, end)`` up to the first that exits; returns that one's place in the batch, else `end`.
 
-    A block's entries are asked for while those of the block before arrive.
+    A block's entries are prefetched for while those of the block before arrive.
     """
     vcpu = v.vcpu[0]
     root, index = vcpu.root, vcpu.pml_index
@@ -113,8 +113,8 @@ def run_ahead(t, s, v, m, gfns, kinds, at, end, listed):
     return at
 
 
-@kernel_apart
-def ask_for_faults(t, s, h, root, gfns, first, end):
+@kernel_noinline
+def prefetch_for_faults(t, s, h, root, gfns, first, end):
     """Ask for what faults of ``gfns[first:end]`` will read: entry, role, host block, bitmap or lpage counter, rmap.
 
     Of as many after them, for the entries of level 2.

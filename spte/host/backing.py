@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import deque
 
@@ -12,6 +13,7 @@ from spte.arrays.reserve import Pool
 from spte.errors import SlotAlignmentError, SlotRangeError
 from spte.host import guest_memory
 from spte.host import pages as hostmm
+from spte.host.lock import ExclusiveLock
 from spte.host.mmu_notifier import MmuNotifier, host_write
 from spte.platform import PAGE_SIZE
 
@@ -24,6 +26,7 @@ _KINDS = {
 KINDS = tuple(_KINDS)
 
 _space: Pool | None = None  # 1 GiB units of user address space
+_allocating = threading.Lock()  # held while units are taken or given back
 
 
 def _units() -> Pool:
@@ -94,10 +97,11 @@ class Backing:
         self.kind, self.size = kind, size
         h = hostmm.the_host()
         units = -(-(offset + size) // _GIB)
-        if units > len(_units().array):
-            raise SlotRangeError(f"size={size} exceeds the user address space of {len(_units().array)} GiB")
-        _release_gone()
-        unit0 = _units().take(units)
+        with _allocating:
+            if units > len(_units().array):
+                raise SlotRangeError(f"size={size} exceeds the user address space of {len(_units().array)} GiB")
+            _release_gone()
+            unit0 = _units().take(units)
         self.hva = ((hostmm.BLOCKS >> 9) - 1 - unit0 - units) * _GIB + offset  # from the top down, as mmap
         self._first_block, self._end_block = self.hva // _BLOCK, -(-(self.hva + size) // _BLOCK)
         end = self._end_block
@@ -110,6 +114,7 @@ class Backing:
             if (self.hva + size) % _BLOCK:
                 h.blocks["kind"][end - 1] = hostmm.SMALL
         self.users: weakref.WeakSet[MmuNotifier] = weakref.WeakSet()
+        self.exclusive = ExclusiveLock(np.zeros(1, np.int64))  # the VMs' that map it, once they do
         weakref.finalize(self, _gone.append, (self._first_block, end - self._first_block, unit0, units)).atexit = False
         if populate or kind.startswith("devdax"):
             huge = (h.blocks["kind"][blocks] != hostmm.SMALL) & (h.blocks["kind"][blocks] != hostmm.SHM)
@@ -154,4 +159,5 @@ class Backing:
     def write(self, first: int, count: int) -> None:
         """Store into `count` pages from page `first` on, from userspace: never in a dirty log; zero pages are copied."""
         for hpage in range(self.hpage + first, self.hpage + first + count):
-            host_write(self.users, hpage)
+            with self.exclusive:  # page by page, so that vCPUs run on
+                host_write(self.users, hpage)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 
 from spte._numba.jit import helper
@@ -12,6 +14,7 @@ from spte.host import pages as hostmm
 
 _free_blocks: list[int] = []
 _free_pages: list[int] = []
+_allocating = threading.Lock()  # held while rows are taken or given back: VMs on other threads have theirs from the same arrays
 _used = [0, 0]  # rows of `words_page` and of `words` that were ever taken
 
 
@@ -51,11 +54,12 @@ def _take(free: list[int], which: int, rows: int) -> int:
 def contents(hpage: int) -> U64s:
     """Return the 512 words of host page `hpage`, which are kept from now on: a view to read and write."""
     h = hostmm.the_host()
-    if not h.blocks["words"][hpage >> 9]:
-        h.blocks["words"][hpage >> 9] = _take(_free_blocks, 0, len(h.words_page)) + 1
-    pages = h.words_page[h.blocks["words"][hpage >> 9] - 1]
-    if not pages[hpage & 511]:
-        pages[hpage & 511] = _take(_free_pages, 1, len(h.words)) + 1
+    with _allocating:
+        if not h.blocks["words"][hpage >> 9]:
+            h.blocks["words"][hpage >> 9] = _take(_free_blocks, 0, len(h.words_page)) + 1
+        pages = h.words_page[h.blocks["words"][hpage >> 9] - 1]
+        if not pages[hpage & 511]:
+            pages[hpage & 511] = _take(_free_pages, 1, len(h.words)) + 1
     view: U64s = h.words[pages[hpage & 511] - 1]
     return view
 
@@ -66,9 +70,10 @@ def forget(first_block: int, blocks: int) -> None:
     for block in first_block + np.flatnonzero(h.blocks["words"][first_block : first_block + blocks]):
         number = int(h.blocks["words"][block]) - 1
         pages = h.words_page[number]
-        for row in pages[pages > 0].tolist():
-            h.words[row - 1] = 0
-            _free_pages.append(row - 1)
-        pages[:] = 0
         h.blocks["words"][block] = 0
-        _free_blocks.append(number)
+        with _allocating:
+            for row in pages[pages > 0].tolist():
+                h.words[row - 1] = 0
+                _free_pages.append(row - 1)
+            pages[:] = 0
+            _free_blocks.append(number)

@@ -16,9 +16,11 @@ MIXED with a state a page; so memory grows with what is irregular, not with the 
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 
-from spte._numba.jit import helper, kernel, kernel_called
+from spte._numba.jit import exchange, helper, kernel, kernel_noinline_entry
 from spte.arrays import reserve as memory
 from spte.arrays.host import BLOCK, HOST_ROWS, MIXED_BLOCK, Host
 from spte.bits import U64, ZERO
@@ -40,34 +42,61 @@ WORDS_BLOCKS, WORDS_PAGES = 1 << 16, 1 << 20
 
 
 _host: Host | None = None
+_first_use = threading.Lock()
 
 
 def the_host() -> Host:
     """Return this process's host memory, made at the first call: a real host has one too, and VMs may share pages."""
     global _host
     if _host is None:
-        res = memory.reserve
-        _host = Host(
-            blocks=res(BLOCK, BLOCKS), rows=np.zeros(1, HOST_ROWS), mixed_blocks=res(MIXED_BLOCK, MIXED_ROWS),
-            page=res(np.uint8, MIXED_ROWS, 512), alone=res(np.uint64, BLOCKS, 8),
-            words_page=res(np.int32, WORDS_BLOCKS, 512), words=res(np.uint64, WORDS_PAGES, 512),
-        )  # fmt: skip
+        with _first_use:
+            _host = _host or _new_host()
     return _host
 
 
-@kernel_called
+def _new_host() -> Host:
+    res = memory.reserve
+    return Host(
+        blocks=res(BLOCK, BLOCKS), rows=np.zeros(1, HOST_ROWS), rows_lock=np.zeros(1, np.int64),
+        mixed_blocks=res(MIXED_BLOCK, MIXED_ROWS), page=res(np.uint8, MIXED_ROWS, 512), alone=res(np.uint64, BLOCKS, 8),
+        words_page=res(np.int32, WORDS_BLOCKS, 512), words=res(np.uint64, WORDS_PAGES, 512),
+    )  # fmt: skip
+
+
+@helper
+def _lock_rows(h):
+    """Wait until no other thread takes or gives back a row: all VMs have their rows of single pages from one array."""
+    while exchange(h.rows_lock, 1) != 0:
+        pass
+
+
+@helper
+def _unlock_rows(h):
+    exchange(h.rows_lock, 0)
+
+
+@helper
+def _take_row(h):
+    """Return a row of `page` that nobody has, -1 if there is none."""
+    _lock_rows(h)
+    row = np.int64(h.rows[0].free - 1)
+    if row >= 0:
+        h.rows[0].free = h.mixed_blocks[row].next_free
+    elif h.rows[0].used < h.mixed_blocks.shape[0]:
+        row = np.int64(h.rows[0].used)
+        h.rows[0].used = row + 1
+    _unlock_rows(h)
+    return row
+
+
+@kernel_noinline_entry
 def make_mixed(h, block):
     """Give `block` a state a page, all as the block was; returns the row, -1 if there is none."""
     if h.blocks[block].state == MIXED:
         return np.int64(h.blocks[block].row)
-    row = h.rows[0].free - 1
-    if row >= 0:
-        h.rows[0].free = h.mixed_blocks[row].next_free
-    else:
-        row = h.rows[0].used
-        if row >= h.mixed_blocks.shape[0]:
-            return np.int64(-1)
-        h.rows[0].used = row + 1
+    row = _take_row(h)
+    if row < 0:
+        return row
     was = h.blocks[block].state
     state = PAGE_OWN
     if was == EMPTY or was == EMPTY_RO:
@@ -84,16 +113,18 @@ def make_mixed(h, block):
             h.alone[block, w] = ALL_ONES
     h.blocks[block].row = row
     h.blocks[block].state = MIXED
-    return np.int64(row)
+    return row
 
 
-@kernel_called
+@kernel_noinline_entry
 def drop_mixed(h, block, state):
     """Put the whole block into `state`; its row of single pages, if any, is given back."""
     if h.blocks[block].state == MIXED:
         row = np.int64(h.blocks[block].row)
+        _lock_rows(h)
         h.mixed_blocks[row].next_free = h.rows[0].free
         h.rows[0].free = row + 1
+        _unlock_rows(h)
     h.blocks[block].state = state
 
 
@@ -136,7 +167,7 @@ def fault_in_huge(h, block, kind, state):
             h.alone[block, w] = ZERO
 
 
-@kernel_called
+@kernel_noinline_entry
 def host_fault(h, hpage, write):
     """Make the host map `hpage` as an access needs it; returns ``(code, writable, zero)``.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spte._numba.jit import ctz, helper, kernel_apart, popcount
+from spte._numba.jit import ctz, helper, kernel_noinline, popcount
 from spte.arrays.tables import HARVEST_WORDS
 from spte.bits import ONE, U64, ZERO
 
@@ -11,7 +11,7 @@ LAST_BIT = ONE << WORD_MASK
 TWO, THREE, FOUR = U64(2), U64(3), U64(4)
 
 
-@kernel_apart
+@kernel_noinline
 def first_block(words, start, first, count):
     """Return the first of words ``first, first + HARVEST_WORDS, ...`` from `start` on whose block is not all 0, else `count`."""
     while first < count:
@@ -53,7 +53,7 @@ def count_bits(masks, first, end):
     return found, pages
 
 
-@kernel_apart
+@kernel_noinline
 def list_pages(masks, first, end, places):
     """Put the pages of the set bits of ``masks[first:end]`` into `places`, without a branch on single bits; returns their number.
 

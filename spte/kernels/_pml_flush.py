@@ -7,7 +7,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
-from spte._numba.jit import helper, kernel, kernel_apart, prefetch
+from spte._numba.jit import helper, kernel, kernel_noinline, prefetch
 from spte.arrays.records import U64s
 from spte.bits import ONE, SHIFT_PAGE, U64, ZERO
 from spte.kernels._bitmap import WORD_MASK, WORD_SHIFT
@@ -17,7 +17,7 @@ AHEAD = U64(32)  # entries
 EMPTY, FULL = 511, 0xFFFF  # PML index
 
 
-@kernel_apart
+@kernel_noinline
 def mark_run(log, first, end, words, start, base, npages):
     """Set the bits of ``log[first:end]`` in the slot's bitmap, which begins at word `start`, up to the first gfn outside the slot.
 

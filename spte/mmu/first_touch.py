@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import kernel_apart
+from spte._numba.jit import kernel_noinline
 from spte.arrays.slots import LOG_DIRTY_PAGES, READONLY
 from spte.arrays.vcpu import WRITE
 from spte.bits import ACC_ALL, SHIFT_PAGE, U64, ZERO
@@ -14,7 +14,7 @@ from spte.mmu.make_spte import make_leaf
 from spte.mmu.memslot import find_slot
 
 
-@kernel_apart
+@kernel_noinline
 def first_touches(t, s, h, v, m, gfns, at, kind, row, i):
     """Map the gfns from ``gfns[at]`` on as far as they are consecutive and not present from entry `i` of level-1 table `row` on.
 

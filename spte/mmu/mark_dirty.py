@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import kernel_apart, kernel_called
+from spte._numba.jit import kernel_noinline, kernel_noinline_entry, publish
 from spte.arrays.slots import LOG_DIRTY_PAGES
 from spte.arrays.vcpu import EV_MARK, EV_PUSH, LOG_COLUMNS
 from spte.bits import ONE, U64
@@ -18,7 +18,7 @@ RING_GFN_DIRTY = ONE
 SLOT_SHIFT = U64(32)
 
 
-@kernel_apart
+@kernel_noinline
 def note(v, kind, a, b, c, d, e):
     """Append an event to the vCPU's log, if one is kept."""
     vcpu = v.vcpu[0]
@@ -33,14 +33,14 @@ def note(v, kind, a, b, c, d, e):
         vcpu.logged = n + 1
 
 
-@kernel_apart
+@kernel_noinline
 def ring_push(v, slot, offset):
     """Push an entry on the vCPU's dirty ring; asks for an exit from the soft limit on."""
     vcpu = v.vcpu[0]
     dirty = vcpu.dirty_index
     i = dirty & (vcpu.ring_size - 1)
     v.ring[i, 1] = U64(offset)
-    v.ring[i, 0] = (U64(slot) << SLOT_SHIFT) | RING_GFN_DIRTY
+    publish(v.ring, 2 * i, (U64(slot) << SLOT_SHIFT) | RING_GFN_DIRTY)  # userspace reads the ring while the guest runs
     dirty = (dirty + 1) & U32_MASK
     vcpu.dirty_index = dirty
     used = (dirty - vcpu.reset_index) & U32_MASK
@@ -50,7 +50,7 @@ def ring_push(v, slot, offset):
         note(v, EV_PUSH, dirty, vcpu.reset_index, slot, offset, used)
 
 
-@kernel_called
+@kernel_noinline_entry
 def mark_dirty(t, s, v, k, gfn):
     """Mark `gfn` of slot `k` dirty in the running vCPU's ring or the slot's bitmap; ignored if the slot does not log."""
     if v.log.shape[0] > 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import helper, kernel, kernel_apart
+from spte._numba.jit import helper, kernel, kernel_noinline
 from spte.bits import ONE, U64, ZERO
 from spte.host.pages import HUGE, HUGETLB_1G, HUGETLB_2M, THP, host_level
 
@@ -12,7 +12,7 @@ from spte.host.pages import HUGE, HUGETLB_1G, HUGETLB_2M, THP, host_level
 PAGES_THP, PAGES_THP_OR_DEVICE, PAGES_COMPOUND_OR_DEVICE = 0, 1, 2
 
 
-@kernel_apart
+@kernel_noinline
 def _search_slot(s, gfn):
     lo, hi = np.int64(0), s.memslots[0].used_slots
     while lo < hi:

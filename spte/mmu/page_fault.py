@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from spte._numba.jit import helper, kernel_apart
+from spte._numba.jit import helper, kernel_noinline
 from spte.arrays.slots import LOG_DIRTY_PAGES, READONLY
 from spte.arrays.vcpu import (
     DONE,
@@ -185,7 +185,7 @@ def allowed(m, spte, kind):
     return (spte & m.lay.readable) != ZERO
 
 
-@kernel_apart
+@kernel_noinline
 def fast_page_fault(t, s, v, m, f):
     """Mend a write-protected or access-tracked leaf, where the walk ended, without mmu_lock; True if the access may go on."""
     vcpu = v.vcpu[0]
@@ -216,7 +216,7 @@ def fast_page_fault(t, s, v, m, f):
     return fixed
 
 
-@kernel_apart
+@kernel_noinline
 def map_gfn(t, s, h, v, m, f):
     """Take the slow path of fault `f` from where the walk ended: host page, goal level, tables, leaf: KVM's kvm_tdp_mmu_map.
 

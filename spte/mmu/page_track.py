@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import helper, kernel_apart
+from spte._numba.jit import helper, kernel_noinline
 from spte.arrays.tables import PATH
 from spte.bits import ROLE_IS_DIRECT, WRITABLE, ZERO, child_of, is_leaf, is_link
 from spte.mmu.memslot import find_slot
@@ -28,7 +28,7 @@ def is_direct(t, row):
     return np.int64(t.pages[row].role) & ROLE_IS_DIRECT != 0
 
 
-@kernel_apart
+@kernel_noinline
 def protect_rmaps(t, s, m, k, gfn, lowest):
     """Take W and MMU_WRITABLE from every leaf of level >= `lowest` that maps `gfn` of slot `k` by rmap; returns SPTEs changed."""
     changed = 0
@@ -45,7 +45,7 @@ def protect_rmaps(t, s, m, k, gfn, lowest):
     return changed
 
 
-@kernel_apart
+@kernel_noinline
 def protect_gfn(t, s, m, gfn):
     """Take W and MMU_WRITABLE from every leaf of any level that maps `gfn`; returns whether the caller must flush."""
     kvm = t.kvm[0]
@@ -91,7 +91,7 @@ def may_write(t, gfn, can_unsync, prefetch):
     return t.kvm[0].indirect_shadow_pages == 0 or _may_write(t, gfn, can_unsync, prefetch)
 
 
-@kernel_apart
+@kernel_noinline
 def _may_write(t, gfn, can_unsync, prefetch):
     if is_tracked(t, gfn):
         return False
@@ -116,7 +116,7 @@ def set_synced(t, row):
     t.pages[row].unsync = 0
 
 
-@kernel_apart
+@kernel_noinline
 def unsync_below(t, root, at, room, parents):
     """Put unsync pages below `root`, in address order, into ``t.doomed[at:]``; returns how many.
 

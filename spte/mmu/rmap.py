@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import helper, kernel_apart
+from spte._numba.jit import helper, kernel_noinline
 
 
 @helper
@@ -55,7 +55,7 @@ def next_of(s, head):
     return np.int64(0) if head > 0 else s.nodes[-head - 1].more
 
 
-@kernel_apart
+@kernel_noinline
 def pte_list_remove(s, head, ref):
     """Return the head of a chain without SPTE `ref`."""
     before, at = np.int64(0), head

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte import bits as bt
-from spte._numba.jit import helper, kernel_apart
+from spte._numba.jit import helper, kernel_noinline
 from spte.bits import child_of, is_leaf, is_link
 from spte.kernels._split import fill_table, first_child
 from spte.mmu.arena import alloc_row, count_leaf, free_row, take_row
@@ -39,7 +39,7 @@ def new_child(t, m, row, i):
     return alloc_row(t, level, child_gfn(t, row, i), _child_role(t, row), m.lay.nonpresent)
 
 
-@kernel_apart
+@kernel_noinline
 def split_entry(t, m, row, i):
     """Replace a huge leaf by a table of 512 leaves that inherit its bits: KVM's tdp_mmu_split_huge_page.
 
@@ -89,7 +89,7 @@ def drop_nx_mark(t, row):
     t.pages[row].nx_huge_page_disallowed = 0
 
 
-@kernel_apart
+@kernel_noinline
 def _count_leaves(t, row, level):
     """Return how many entries of `row` are leaves."""
     leaves = 0
@@ -113,7 +113,7 @@ def _free_one(t, row):
     return leaves
 
 
-@kernel_apart
+@kernel_noinline
 def _free_below(t, row):
     """Free all tables below `row`; returns the leaves dropped."""
     dropped = 0

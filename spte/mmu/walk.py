@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import helper, kernel, kernel_apart
+from spte._numba.jit import helper, kernel, kernel_noinline
 from spte.bits import INDEX_BITS, INDEX_MASK, PFN_MASK, SHIFT_PAGE, U64, ZERO, child_of, is_link
 
 SHIFT_4, SHIFT_3, SHIFT_2 = U64(27), U64(18), U64(9)
@@ -60,7 +60,7 @@ def _last_link(t, row):
     return i
 
 
-@kernel_apart
+@kernel_noinline
 def list_leaf_rows(t, root, most):
     """List the level-1 table of each 2 MiB below `root` in `t.leaf_rows`, 0 where there is none; returns their number, 0: above `most`.
 

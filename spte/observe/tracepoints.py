@@ -75,7 +75,7 @@ class EventLog:
         return self.tracing or self.hardware
 
     def collect(self, index: int, v: Vcpu) -> None:
-        """Take over what a vCPU logged during a stay in the guest."""
+        """Take over what a vCPU logged during a run in the guest."""
         for e in v.log[: v.vcpu[0].logged].tolist():
             if self.hardware and e[0] == EV_PML:
                 self.hw.append(["pml", e[1], e[2], e[3], "setA" if e[4] else ""])

@@ -51,7 +51,7 @@ def _forced_full(t: Trial) -> None:
     tables = _l2_on(t, slot)
     vcpu = t.vm.vcpus[0]
     vcpu.enter_l2(tables.address())
-    stop = vcpu.run([L2_BASE], [READ], stays=True)  # maps the neighbours too, without A
+    stop = vcpu.run([L2_BASE], [READ], leave=False)  # maps the neighbours too, without A
     assert stop is None, stop
     vcpu.arrays.vcpu[0].pml_enabled, vcpu.arrays.vcpu[0].pml_index = 1, PML_FULL_INDEX
     with t.after():

@@ -213,8 +213,8 @@ class NestedGuest(Guest):
         walk = self._who(vcpu).single(gpa >> 12, WRITE, 0, self._insn)[:-1]
         if len(walk):
             self._queue.append(walk)
-        yield from self._flush(vcpu, stays=True)
-        while (stop := self._vcpus[vcpu].store(gpa, value, stays=True)) is not None:
+        yield from self._flush(vcpu, leave=False)
+        while (stop := self._vcpus[vcpu].store(gpa, value, leave=False)) is not None:
             yield from self._stopped(vcpu, stop, None)
 
     def _invept(self, vcpu: int) -> Iterator[dict[str, Any]]:
@@ -225,16 +225,16 @@ class NestedGuest(Guest):
 
     # -- running ----------------------------------------------------------------------------------------------------------
 
-    def _flush(self, vcpu: int, *, stays: bool = False) -> Iterator[dict[str, Any]]:
+    def _flush(self, vcpu: int, *, leave: bool = True) -> Iterator[dict[str, Any]]:
         """Let the vCPU do what is queued; yields what ends the op before that is done."""
-        if not self._queue and stays:
+        if not self._queue and not leave:
             return
         program = np.concatenate(self._queue) if self._queue else self._who(vcpu).refetch()
         self._queue = []
         while True:
             self.walked = frozenset(program["gfn"][program["walk"]].tolist()) - frozenset(program["gfn"][~program["walk"]].tolist())
             gfns, kinds = np.ascontiguousarray(program["gfn"]), np.ascontiguousarray(program["kind"])
-            stop = self._vcpus[vcpu].run(gfns, kinds, stays=stays)
+            stop = self._vcpus[vcpu].run(gfns, kinds, leave=leave)
             if stop is None:
                 return
             insn = program["insn"][stop.index] if stop.index < len(program) else np.iinfo(np.int64).max

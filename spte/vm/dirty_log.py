@@ -115,8 +115,8 @@ def _check_buffer(array: Any, words: int, name: str, *, write: bool) -> None:
 
 def _sync(kvm: Kvm) -> None:
     """Count the kicks that drain the PML buffers: kvm_arch_sync_dirty_log. The ioctl has drained them already."""
-    if kvm.mmu.mode[0].dirty_log_size or kvm.policy.sync_kicks_without_pml:
-        kvm.mmu.tables.kvm[0].vcpu_kicks += len(kvm.vcpus)
+    if kvm.platform.cpu_dirty_log_size or kvm.policy.sync_kicks_without_pml:
+        kvm.mmu.tables.kvm["vcpu_kicks"][0] += len(kvm.vcpus)
 
 
 def get(kvm: Kvm, slot: int, out: U64s | None) -> U64s:
@@ -132,7 +132,7 @@ def get(kvm: Kvm, slot: int, out: U64s | None) -> U64s:
         s, k = kvm.memslots.row_of(memslot)
         with kvm.mmu.traced():
             found, changed = get_dirty_log(kvm.mmu.tables, s, kvm.mmu.mode, kvm.mmu.roots_of(memslot), k, snapshot)
-        kvm.mmu.tables.kvm[0].sptes_written += changed
+        kvm.mmu.tables.kvm["sptes_written"][0] += changed
         if found:
             kvm.mmu.flush()
     if out is None:
@@ -163,7 +163,7 @@ def clear(kvm: Kvm, slot: int, first_page: int, num_pages: int, bitmap: U64s) ->
     first, roots = np.int64(first_page >> 6), kvm.mmu.roots_of(memslot)
     with kvm.mmu.traced():
         found, changed = clear_dirty_log(kvm.mmu.tables, s, kvm.mmu.mode, roots, k, first, wanted)
-    kvm.mmu.tables.kvm[0].sptes_written += changed
+    kvm.mmu.tables.kvm["sptes_written"][0] += changed
     if found:
         kvm.mmu.flush()
 
@@ -179,7 +179,7 @@ def reset_rings(kvm: Kvm) -> int:
         with kvm.mmu.traced():
             got, changed = reset_ring(kvm.mmu.tables, kvm.memslots.spaces[0], kvm.mmu.mode, vcpu.arrays, kvm.mmu.roots(0))
         kvm.mmu.log.ring_reset(vcpu.index, vcpu.arrays)
-        kvm.mmu.tables.kvm[0].sptes_written += changed
+        kvm.mmu.tables.kvm["sptes_written"][0] += changed
         freed += got
     if freed:
         kvm.mmu.flush()

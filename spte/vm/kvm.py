@@ -10,9 +10,10 @@ import numpy as np
 from spte.arrays.mode import mode_of
 from spte.arrays.slots import READONLY
 from spte.arrays.tables import PAE_ROOT
-from spte.arrays.vcpu import KVM_VCPU, LOG_COLUMNS, WALKS_AHEAD, Vcpu
+from spte.arrays.vcpu import KVM_VCPU, LOG_COLUMNS, PIECE, WALKS_AHEAD, Vcpu
 from spte.errors import ClosedError
 from spte.host import pages as hostmm
+from spte.host.lock import ExclusiveLock
 from spte.host.mmu_notifier import Ranges, invalidate_range
 from spte.kernel_bits import KernelBits, kernel_bits
 from spte.mmu.mark_dirty import mark_dirty
@@ -58,13 +59,14 @@ class KvmVcpu:
 
     def __init__(self, kvm: Kvm, index: int) -> None:
         self.index = index
+        self.exclusive = kvm.exclusive
         self.arrays = Vcpu(
             vcpu=np.zeros(1, KVM_VCPU), pml=np.zeros(512, np.uint64),
             ring=np.zeros((kvm.ring_entries, 2), np.uint64), log=np.zeros((0, LOG_COLUMNS), np.uint64),
             walked=np.zeros(2 * WALKS_AHEAD, np.uint64),
         )  # fmt: skip
         reg = self.arrays.vcpu[0]
-        reg.l1_pml_gfn, reg.l1_pml_index = -1, 511
+        reg.l1_pml_gfn, reg.l1_pml_index, reg.piece = -1, 511, PIECE
         reg.pml_index, reg.root, reg.pgd, reg.ring_size = 511, -1, -1, kvm.ring_entries
         reg.soft_limit = kvm.ring_entries - 64 - kvm.platform.cpu_dirty_log_size
         self.mmu = VcpuMmu(kvm.mmu.first_role, kvm.mmu.mode)
@@ -73,6 +75,7 @@ class KvmVcpu:
         self.pml01 = kvm.pml_wanted  # the PML control while L1 runs
         self.long_mode = False  # the guest has its paging on
         self.in_guest = False  # a run has ended without an exit: vcpu->mode is IN_GUEST_MODE
+        self.paused = False  # a run lets another thread in and goes on afterwards
         self.update_requested = False  # KVM_REQ_UPDATE_CPU_DIRTY_LOGGING
         self.sync_requested = False  # KVM_REQ_MMU_SYNC
 
@@ -109,6 +112,7 @@ class Kvm:
         self.ring_entries = ring_entries
         self.memslots = Memslots(policy.user_mem_slots, gpa_limit=policy.slot_gpa_limit, rmaps=not platform.tdp_mmu)
         self.mmu = Mmu(platform, policy, mode_of(platform, policy, manual), self.memslots)
+        self.exclusive = ExclusiveLock(self.mmu.tables.kvm["needbreak"])
         self.nr_memslots_dirty_logging = 0
         self.vcpus: tuple[KvmVcpu, ...] = ()
         self.vcpus_in_guest = 0

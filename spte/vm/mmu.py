@@ -258,7 +258,7 @@ class Mmu:
 
     def flush(self) -> None:
         """Count one TLB flush request: kvm_flush_remote_tlbs."""
-        self.tables.kvm[0].remote_tlb_flush_requests += 1
+        self.tables.kvm["remote_tlb_flush_requests"][0] += 1
 
     def traced(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which changes of entries are recorded, if tracing is on; the shadow MMU has no tracepoint for them."""

@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from spte.arrays.records import I64s
 from spte.arrays.vcpu import EXEC, READ, WRITE
 from spte.errors import NestedError, SlotAlignmentError
 from spte.exits import Exit
 from spte.host.guest_memory import contents
 from spte.vm import nested
 from spte.vm.kvm import Kvm, KvmVcpu
-from spte.vm.vcpu_run import ONE_KIND, Kinds, enter_guest, frames, pre_fault_memory, vcpu_run, written_page
+from spte.vm.vcpu_run import ONE_KIND, Kinds, await_turn, check_reach, enter_guest, frames, pre_fault_memory, vcpu_run, written_page
 
 _IS_KIND = np.isin(np.arange(256), tuple(ONE_KIND))
 DIRTY_GFN = np.dtype([("flags", "<u4"), ("slot", "<u4"), ("offset", "<u8")])  # struct kvm_dirty_gfn
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _ioctl(call: Callable[Concatenate[VirtualCpu, P], R]) -> Callable[Concatenate[VirtualCpu, P], R]:
+    """Let `call` hold the VM's lock, once no other thread runs the vCPU."""
+
+    @functools.wraps(call)
+    def alone(vcpu: VirtualCpu, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with vcpu.exclusive:
+            await_turn(vcpu)
+            return call(vcpu, *args, **kwargs)
+
+    return alone
 
 
 class VirtualCpu(KvmVcpu):
@@ -68,7 +86,7 @@ class VirtualCpu(KvmVcpu):
         """Fetch an instruction from each page of `gfns` in order; parameters and errors as `read`."""
         return self._run(gfns, ONE_KIND[EXEC])
 
-    def run(self, gfns: npt.ArrayLike, kinds: npt.ArrayLike, *, stays: bool = False) -> Exit | None:
+    def run(self, gfns: npt.ArrayLike, kinds: npt.ArrayLike, *, leave: bool = True) -> Exit | None:
         """Access each page of `gfns` in order as `kinds` says, without leaving the guest between; errors as `read`.
 
         Parameters
@@ -77,8 +95,9 @@ class VirtualCpu(KvmVcpu):
             Guest frame numbers; not changed.
         kinds : array_like of uint8, shape (n,)
             `spte.READ`, `spte.WRITE` or `spte.EXEC` for each access; not changed.
-        stays : bool
-            The guest is not left after the last access: the next call goes on without a guest entry, if no ioctl of the VM kicked it out.
+        leave : bool
+            False: the guest is not left after the last access; the next call goes on without a guest entry, if no ioctl of the VM kicked
+            the vCPU out.
 
         Returns
         -------
@@ -90,13 +109,22 @@ class VirtualCpu(KvmVcpu):
             raise TypeError(f"kinds has shape {each.shape}, gfns {np.shape(gfns)}; pass one kind for each gfn")
         if not _IS_KIND[each].all():
             raise TypeError(f"kinds holds {each[~_IS_KIND[each]][0]}; pass READ (1), WRITE (2) or EXEC (4) for each gfn")
-        return self._run(gfns, each if len(each) != 1 else ONE_KIND[int(each[0])], stays=stays)
+        return self._run(gfns, each if len(each) != 1 else ONE_KIND[int(each[0])], leave=leave)
 
-    def _run(self, gfns: npt.ArrayLike, kinds: Kinds, *, stays: bool = False) -> Exit | None:
-        stop = vcpu_run(self._kvm, self, frames(self._kvm, self, gfns), kinds, stays=stays)
+    def _run(self, gfns: npt.ArrayLike, kinds: Kinds, *, leave: bool = True) -> Exit | None:
+        array, low, high = frames(gfns)
+        with self.exclusive:
+            if self.paused:
+                await_turn(self)
+            return self._access(array, low, high, kinds, leave)
+
+    def _access(self, gfns: I64s, low: int, high: int, kinds: Kinds, leave: bool) -> Exit | None:
+        check_reach(self._kvm, self, low, high)
+        stop = vcpu_run(self._kvm, self, gfns, kinds, leave=leave)
         return None if stop is None else nested.reflect(self._kvm, self, stop)
 
-    def store(self, gpa: int, value: int, *, stays: bool = False) -> Exit | None:
+    @_ioctl
+    def store(self, gpa: int, value: int, *, leave: bool = True) -> Exit | None:
         """Write 8 bytes of guest memory: how a guest changes page tables that KVM shadows. One access, as `write` does it.
 
         Parameters
@@ -105,8 +133,8 @@ class VirtualCpu(KvmVcpu):
             Address that the running guest gives, bytes, a multiple of 8.
         value : int
             64 bits, unsigned.
-        stays : bool
-            The guest is not left after it, as for `run`.
+        leave : bool
+            False: the guest is not left after it, as for `run`.
 
         Returns
         -------
@@ -123,13 +151,14 @@ class VirtualCpu(KvmVcpu):
         reg = self.arrays.vcpu[0]
         reg.store_offset = gpa & 0xFFF
         try:
-            stop = self._run([gpa >> 12], ONE_KIND[WRITE], stays=stays)
+            stop = self._access(*frames([gpa >> 12]), ONE_KIND[WRITE], leave)
         finally:
             reg.store_offset = 0
         if stop is None:
             contents(written_page(self._kvm, self, gpa >> 12))[(gpa & 0xFFF) // 8] = value
         return stop
 
+    @_ioctl
     def prefault(self, gpa: int, size: int, flags: int = 0) -> tuple[int, int]:
         """Map ``[gpa, gpa + size)`` before the guest asks for it: KVM_PRE_FAULT_MEMORY. Leaves are not accessed yet.
 
@@ -153,6 +182,7 @@ class VirtualCpu(KvmVcpu):
         """
         return pre_fault_memory(self._kvm, self, gpa, size, flags)
 
+    @_ioctl
     def enter_guest(self) -> None:
         """Do what comes before a guest entry, without an access: take over the PML control, load a valid root."""
         enter_guest(self._kvm, self)
@@ -176,8 +206,10 @@ class VirtualCpu(KvmVcpu):
     def l1_pml_index(self, value: int) -> None:
         if not 0 <= value <= 0xFFFF:
             raise NestedError(f"l1_pml_index={value} is not a 16-bit index; an empty buffer has 511")
-        self.arrays.vcpu[0].l1_pml_index = value
+        with self.exclusive:
+            self.arrays.vcpu[0].l1_pml_index = value
 
+    @_ioctl
     def load_cr3(self, gpa: int | None) -> None:
         """Turn the guest's 64-bit paging on with the root table at `gpa`, or off.
 
@@ -195,6 +227,7 @@ class VirtualCpu(KvmVcpu):
         """
         nested.load_cr3(self._kvm, self, gpa)
 
+    @_ioctl
     def enter_l2(self, ept: int | None = None, *, ad: bool = True, pml: int | None = None, vmcb: int | None = None) -> None:
         """Let L1 run its own guest, L2, on this vCPU until `leave_l2` or an exit that L1 sees: VMLAUNCH, VMRESUME, VMRUN.
 
@@ -219,10 +252,12 @@ class VirtualCpu(KvmVcpu):
         """
         nested.enter_l2(self._kvm, self, ept, pml, vmcb, ad=ad)
 
+    @_ioctl
     def leave_l2(self) -> None:
         """Go back to L1: VMCALL, VMMCALL; NestedError (EINVAL) if the vCPU does not run L2."""
         nested.leave_l2(self._kvm, self)
 
+    @_ioctl
     def invept(self, ept: int | None = None) -> None:
         """Let L1 flush what its EPT translates: INVEPT. KVM frees its roots for it and finds the guest's changes at the next entry.
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
+
 import numpy as np
 import numpy.typing as npt
 
@@ -18,17 +22,20 @@ from spte.arrays.vcpu import (
     EXIT_INTERNAL,
     EXIT_LOG,
     EXIT_MMIO,
+    EXIT_NEEDBREAK,
     EXIT_NOMEM,
     EXIT_RING_FULL,
     EXIT_ROOT,
+    NO_ENTRY,
+    NO_EXIT,
     READ,
     WRITE,
     Vcpu,
 )
 from spte.bits import GUEST_EPT, GUEST_EPT_NO_AD, GUEST_LONG, PFN_MASK, WRITABLE, is_leaf
 from spte.cpu.prefault import prefault
-from spte.cpu.run import STAYED, STAYS, run_shadow
 from spte.cpu.run import run as run_guest
+from spte.cpu.run import run_shadow
 from spte.errors import OutOfTablesError, PrefaultError, PrefaultHoleError, PrefaultHostError, PrefaultUnsupportedError, SlotRangeError
 from spte.exits import Exit
 from spte.host.mmu_notifier import host_write
@@ -36,7 +43,11 @@ from spte.host.pages import the_host
 from spte.mmu.walk import walk
 from spte.platform import EPT, SHADOW
 from spte.vm.kvm import Kvm, KvmVcpu
+from spte.vm.observed import Observed
 
+P = ParamSpec("P")
+R = TypeVar("R")
+V = TypeVar("V", bound=Observed)
 Kinds = npt.NDArray[np.uint8]
 PAGED_BITS = 48  # what four levels of guest tables reach
 ONE_KIND = {kind: np.array([kind], np.uint8) for kind in (READ, WRITE, EXEC)}
@@ -54,6 +65,18 @@ def kick(kvm: Kvm) -> None:
     if kvm.vcpus_in_guest:
         for vcpu in kvm.vcpus:
             leave_guest(kvm, vcpu)
+
+
+def ioctl(call: Callable[Concatenate[V, P], R]) -> Callable[Concatenate[V, P], R]:
+    """Let `call`, a method of a VM, hold the VM's lock, and every vCPU leave the guest before."""
+
+    @functools.wraps(call)
+    def alone(vm: V, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with vm.exclusive:
+            kick(vm.kvm)
+            return call(vm, *args, **kwargs)
+
+    return alone
 
 
 def leave_guest(kvm: Kvm, vcpu: KvmVcpu) -> None:
@@ -106,40 +129,51 @@ def _take_mode(kvm: Kvm, vcpu: KvmVcpu) -> None:
     vcpu.arrays.vcpu[0].pml_barred = l2 is not None and not pml_in_l2
 
 
-def frames(kvm: Kvm, vcpu: KvmVcpu, gfns: npt.ArrayLike) -> I64s:
-    """Return guest frame numbers as the kernels take them; refuses what the running guest can not address."""
+def frames(gfns: npt.ArrayLike) -> tuple[I64s, int, int]:
+    """Return guest frame numbers as the kernels take them, their lowest and their highest."""
     array = np.asarray(gfns)
     size = array.size
     if array.ndim == 1 and size == 0:
-        return _NO_GFNS
+        return _NO_GFNS, 0, 0
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise TypeError(f"gfns has dtype {array.dtype} and shape {array.shape}; pass a one-dimensional array of integers")
     low, high = (int(array.min()), int(array.max())) if size > 1 else (array.item(),) * 2
+    if array.dtype != _INT64:
+        array = array.view(np.int64) if array.dtype == np.uint64 else array.astype(np.int64)
+    if not array.flags.carray:
+        array = array.copy()  # contiguous and writable: one type for the kernels
+    return array, low, high
+
+
+def check_reach(kvm: Kvm, vcpu: KvmVcpu, low: int, high: int) -> None:
+    """Refuse gfns from `low` to `high` if the running guest can not address them."""
     bits = PAGED_BITS if vcpu.cr3 is not None or vcpu.nested.l2 is not None else kvm.platform.reach_bits
     if low < 0 or high >> (bits - 12):
         bad = low if low < 0 else high
         raise SlotRangeError(f"gfn {bad:#x} is outside the {bits} bits that the guest can address")
-    if array.dtype != _INT64:
-        array = array.view(np.int64) if array.dtype == np.uint64 else array.astype(np.int64)
-    return array if array.flags.carray else array.copy()  # contiguous and writable: one type for the kernels
 
 
-def vcpu_run(kvm: Kvm, vcpu: KvmVcpu, gfns: I64s, kinds: Kinds, *, stays: bool = False) -> Exit | None:
-    """Access each of `gfns` in order until one stops the run: KVM_RUN. `stays`: the guest is not left after the last."""
-    at, v, mmu, stayed = 0, vcpu.arrays, kvm.mmu, vcpu.in_guest
-    v.vcpu[0].stay = (STAYS if stays else 0) | (STAYED if stayed else 0)
-    if not stayed or mmu.is_invalid(int(v.vcpu[0].root)):
-        enter_guest(kvm, vcpu)
-    if stays or stayed:
-        _set_in_guest(kvm, vcpu, False)
-    run = run_shadow if mmu.has_shadow_pages else run_guest
+def vcpu_run(kvm: Kvm, vcpu: KvmVcpu, gfns: I64s, kinds: Kinds, *, leave: bool = True) -> Exit | None:
+    """Access each of `gfns` in order until one stops the run: KVM_RUN. Not `leave`: the guest is not left after the last.
+
+    When another thread waits, it is let in between two accesses. The guest is not left for it, but by the other's kick.
+    """
+    at, mmu, reason = 0, kvm.mmu, EXIT_NEEDBREAK
     while True:
+        if reason == EXIT_NEEDBREAK:
+            v, no_entry = vcpu.arrays, vcpu.in_guest
+            v.vcpu["run_flags"][0] = (0 if leave else NO_EXIT) | (NO_ENTRY if no_entry else 0)
+            if not no_entry or mmu.is_invalid(int(v.vcpu["root"][0])):
+                enter_guest(kvm, vcpu)
+            if no_entry:
+                _set_in_guest(kvm, vcpu, False)
+            run = run_shadow if mmu.has_shadow_pages else run_guest
         at = run(mmu.tables, kvm.memslots.spaces[0], the_host(), v, vcpu.mmu.mode, gfns, kinds, at)
         if mmu.log.on:
             mmu.log.collect(vcpu.index, v)
-        reason = int(v.vcpu[0].exit_reason)
+        reason = int(v.vcpu["exit_reason"][0])
         if reason == DONE:
-            if stays:
+            if not leave:
                 _set_in_guest(kvm, vcpu, True)
             return None
         if reason == EXIT_HOST:
@@ -148,9 +182,29 @@ def vcpu_run(kvm: Kvm, vcpu: KvmVcpu, gfns: I64s, kinds: Kinds, *, stays: bool =
             raise OutOfTablesError(f"no page-table page left for gfn {v.vcpu[0].exit_gfn:#x}; delete slots or close the VM")
         elif reason == EXIT_ROOT:
             mmu.load(vcpu.mmu, v)
-        elif reason != EXIT_LOG:
+        elif reason not in (EXIT_LOG, EXIT_NEEDBREAK):
             kind = int(kinds[at] if len(kinds) > 1 and at < len(kinds) else kinds[0]) if len(kinds) else READ
             return Exit(_REASONS[reason], int(at), int(v.vcpu[0].exit_gfn), Access(kind))
+        if reason == EXIT_NEEDBREAK or kvm.exclusive.contended:
+            if reason in (EXIT_LOG, EXIT_NEEDBREAK):
+                _set_in_guest(kvm, vcpu, True)
+            _pause(vcpu)
+            reason = EXIT_NEEDBREAK
+
+
+def _pause(vcpu: KvmVcpu) -> None:
+    """Let in who waits for the VM; others who want this vCPU wait for the end of its run."""
+    vcpu.paused = True
+    try:
+        vcpu.exclusive.let_in()
+    finally:
+        vcpu.paused = False
+
+
+def await_turn(vcpu: KvmVcpu) -> None:
+    """Wait until no other thread runs the vCPU: vcpu_load."""
+    while vcpu.paused:
+        vcpu.exclusive.let_in()
 
 
 def _copy_page(kvm: Kvm, v: Vcpu, gfn: int) -> None:
@@ -201,5 +255,8 @@ def pre_fault_memory(kvm: Kvm, vcpu: KvmVcpu, gpa: int, size: int, flags: int) -
         if reason != DONE:
             break
         at = (at | ((1 << (9 * (level - 1))) - 1)) + 1
+        if kvm.exclusive.contended:
+            _pause(vcpu)
+            enter_guest(kvm, vcpu)
     at = min(at, end)
     return at << 12, (end - at) << 12

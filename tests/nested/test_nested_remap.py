@@ -67,12 +67,12 @@ def test_a_root_table_in_no_memslot_is_refused(platform, gfn):
     assert not nest.vm.vcpus[0].in_l2
 
 
-def test_a_full_ring_stops_a_stay_that_goes_on(platform):
+def test_a_full_ring_stops_a_run_that_goes_on(platform):
     nest = Nest(platform, npages=4096, mode="ring")
     nest.set_flags(LOG)
     nest.enter()
     vcpu, pages = nest.vm.vcpus[0], list(range(3000))
-    assert vcpu.run(nest.at([0]), [spte.READ], stays=True) is None
+    assert vcpu.run(nest.at([0]), [spte.READ], leave=False) is None
     stop = vcpu.write(nest.at(pages))
     assert stop.reason == "dirty_ring_full"
     assert stop.index < 2048
@@ -87,7 +87,7 @@ def test_a_slot_deleted_during_a_run_is_gone(platform, nested):
     if nested:
         nest.enter()
     gfns = nest.at([0, 16, 17]) if nested else np.array([0, 16, 17]) + nest.base
-    assert vcpu.run(gfns[:1], [spte.WRITE], stays=True) is None
+    assert vcpu.run(gfns[:1], [spte.WRITE], leave=False) is None
     nest.vm.set_memory_region(0, 0, 0)
     nest.vm.set_memory_region(0, nest.base * PAGE, nest.npages * PAGE, nest.memory)
     assert vcpu.write(gfns[1:]) is None

@@ -38,11 +38,11 @@ def test_a_switch_ends_the_run(platform, into_l2):
     nest.set_flags(LOG)
     run = nest.vm.vcpus[0].run
     if into_l2:
-        assert run([nest.base + 1], [spte.WRITE], stays=True) is None
+        assert run([nest.base + 1], [spte.WRITE], leave=False) is None
         nest.enter()
     else:
         nest.enter()
-        assert run(nest.at([1]), [spte.WRITE], stays=True) is None
+        assert run(nest.at([1]), [spte.WRITE], leave=False) is None
         nest.leave()
     nest.vm.check()
     assert nest.harvest() == [1]
@@ -86,13 +86,13 @@ def test_invept_finds_the_shadow_pages_again(nested, single):
     assert nest.faults() == before
 
 
-def test_an_ioctl_ends_a_stay_in_the_guest():
+def test_an_ioctl_ends_a_run_in_the_guest():
     nest = Nest("ept-pml")
     nest.set_flags(LOG)
     vcpu = nest.vm.vcpus[0]
-    assert vcpu.run([nest.base + 1], [spte.WRITE], stays=True) is None
+    assert vcpu.run([nest.base + 1], [spte.WRITE], leave=False) is None
     assert nest.harvest() == [1]
-    assert vcpu.run([nest.base + 1], [spte.WRITE], stays=True) is None
+    assert vcpu.run([nest.base + 1], [spte.WRITE], leave=False) is None
     nest.vm.close()
     with pytest.raises(ClosedError):
         vcpu.write([nest.base + 1])

@@ -11,6 +11,7 @@ import pytest
 from spte.check.run import check
 from spte.policy import Policy, mainline
 from spte.recording import file as rec
+from spte.vm import kvm
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -74,6 +75,31 @@ def test_without_its_yields_a_recording_has_that_many_flushes_more(config: str, 
     assert report.finding.i == op
     assert report.finding.key in ("stats.vm.remote_tlb_flush_requests", "counts.flush_all")
     assert report.finding.expected == report.finding.got + yields
+
+
+INTERRUPTED = [
+    ("6.12-intel-pml", "06-thp-manual1.jsonl"), ("6.12-intel-pml", "19-ring.jsonl"), ("7.2-amd-tdp", "b1_thp_eager.jsonl"),
+    ("5.10-amd-shadow", "h3_notifier.jsonl"), ("6.12-nested-intel-pml", "n60-pml-in-l2.jsonl"),
+    ("6.12-nested-amd-tdp", "n23-two-vcpus-ept.jsonl"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("piece", [1, 50])
+@pytest.mark.parametrize(("config", "name"), INTERRUPTED)
+def test_a_run_that_lets_other_threads_in_is_one_run_if_none_comes(config, name, piece, monkeypatch) -> None:
+    """Exits, drains and flushes are as recorded, wherever a batch of accesses is interrupted."""
+    init, interruptions = kvm.Kvm.__init__, []
+
+    def waited_for(self, *args):
+        init(self, *args)
+        self.exclusive.needbreak[0] = 1
+
+    monkeypatch.setattr(kvm, "PIECE", piece)
+    monkeypatch.setattr(kvm.Kvm, "__init__", waited_for)
+    monkeypatch.setattr(kvm.ExclusiveLock, "let_in", lambda lock: interruptions.append(lock))
+    report = check(recording_of(config, name))
+    assert report.finding is None, f"{report.name}: {report.finding}"
+    assert interruptions
 
 
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.tar.xz")), ids=lambda p: p.name)

@@ -371,7 +371,7 @@ def test_a_version_tells_since_when_each_decision_holds_and_what_it_rests_on(cap
     assert rows["fault_split"].split() == ["in-place", "6.3", "c4b33d28ea7b;", "recordings", "6.12"]
     assert rows["binary_stats"].split() == ["Y", "5.14", "recordings", "6.1", "and", "6.12"]
     listed = json.loads(spte(capsys, "policies", "6.8.12", "--json")[1])["decisions"]
-    assert [tuple(entry.values()) for entry in listed] == [tuple(row) for row in policy.evidence("6.8")]
+    assert listed == json.loads(json.dumps([row._asdict() for row in policy.evidence("6.8")]))
     assert "the nearest is 7.2" in refused(capsys, "policies", "9.1")
 
 

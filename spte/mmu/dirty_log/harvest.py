@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import helper, kernel, kernel_apart, prefetch
+from spte._numba.jit import helper, kernel, kernel_noinline, prefetch
 from spte.arrays.tables import HARVEST_WORDS
 from spte.bits import ONE, U64, ZERO
 from spte.kernels._bitmap import WORD_SHIFT, count_bits, first_block, list_pages, next_word, take_words
@@ -19,7 +19,7 @@ from spte.mmu.tdp_mmu import log_shift
 from spte.mmu.walk import leaf_table
 
 
-@kernel_apart
+@kernel_noinline
 def _rearm_windows(t, s, m, roots, k, base, masks, first, end):
     """Re-arm ``masks[first:end]`` of slot `k`, word w from gfn ``base + 64 w`` on, in every case; returns SPTEs changed."""
     changed = 0
@@ -31,7 +31,7 @@ def _rearm_windows(t, s, m, roots, k, base, masks, first, end):
     return changed
 
 
-@kernel_apart
+@kernel_noinline
 def _rearm_dense(t, m, root, base, masks, first, end):
     """As _rearm_windows under one root, where no word meets two tables or a writable huge leaf: 64 entries side by side at a time."""
     changed = 0
@@ -48,7 +48,7 @@ def _rearm_dense(t, m, root, base, masks, first, end):
     return changed
 
 
-@kernel_apart
+@kernel_noinline
 def _rearm_sparse(t, m, root, base, masks, first, end):
     """As _rearm_dense, by a list of pages made without a branch on bits; its entries are prefetched as they are re-armed.
 

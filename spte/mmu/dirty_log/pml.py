@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import helper, kernel_apart
+from spte._numba.jit import helper, kernel_noinline
 from spte.arrays.slots import LOG_DIRTY_PAGES
 from spte.bits import SHIFT_PAGE, U64
 from spte.kernels._pml_flush import EMPTY, first_logged, mark_run
@@ -37,7 +37,7 @@ def drain(t, s, v, m):
             _drain(t, s, v, m)
 
 
-@kernel_apart
+@kernel_noinline
 def _drain(t, s, v, m):
     vcpu = v.vcpu[0]
     first = first_logged(vcpu.pml_index)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import ctz, helper, kernel_apart
+from spte._numba.jit import ctz, helper, kernel_noinline
 from spte.bits import ONE, U64, WRITABLE, ZERO, is_leaf
 from spte.kernels._entries import clear_entry
 from spte.kernels._harvest import rearm_window
@@ -25,7 +25,7 @@ def rearm_in_table(t, m, row, first, mask):
     return rearm_window(t.flat, row * 512 + first, mask, shift, shift)
 
 
-@kernel_apart
+@kernel_noinline
 def write_protect_huge(t, m, root, gfn):
     """Take W and MMU_WRITABLE from a huge leaf that covers `gfn`: KVM's kvm_tdp_mmu_write_protect_gfn. Returns SPTEs changed (0 or 1)."""
     row, i, level = walk(t, root, gfn)
@@ -61,7 +61,7 @@ def _ends(gfn, mask):
     return gfn + ctz(mask), end
 
 
-@kernel_apart
+@kernel_noinline
 def _rearm_huge(t, m, root, gfn, mask):
     """With initially-set, huge leaves may be writable still: split them, or write-protect those of the mask's ends."""
     start, end = _ends(gfn, mask)
@@ -99,7 +99,7 @@ def rearm_mask(t, m, root, gfn, mask, row):
     return changed, row
 
 
-@kernel_apart
+@kernel_noinline
 def rearm_rmaps(t, s, m, k, gfn, mask):
     """Make the next write to each ``gfn + b`` visible again in every SPTE of the shadow MMU that maps it.
 

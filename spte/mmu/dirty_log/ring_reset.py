@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import kernel, kernel_apart
+from spte._numba.jit import kernel, kernel_noinline
 from spte.bits import ONE, U64, ZERO
 from spte.mmu.dirty_log.pt_masked import rearm
 from spte.mmu.mark_dirty import SLOT_SHIFT, U32_MASK
@@ -13,7 +13,7 @@ HARVESTED = U64(2)
 FLAGS_MASK = U64(0xFFFF_FFFF)
 
 
-@kernel_apart
+@kernel_noinline
 def _rearm(t, s, m, roots, slot, offset, mask):
     """Re-arm one mask: KVM's kvm_reset_dirty_gfn. A slot or offset that does not exist (userspace may write the ring) is passed over."""
     last = np.int64(63)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import helper, kernel_apart
+from spte._numba.jit import helper, kernel_noinline
 from spte.arrays.vcpu import EMULATED
 from spte.bits import MMU_PRESENT, ZERO
 from spte.mmu.mark_dirty import mark_dirty
@@ -36,7 +36,7 @@ def _track_write(t, s, m, gfn, offset):
     t.kvm[0].remote_tlb_flush_requests += flush
 
 
-@kernel_apart
+@kernel_noinline
 def emulate_write(t, s, v, m, gfn):
     """Do the guest's write to `gfn`, ``reg.store_offset`` bytes into the page: dirty, and seen by the pages that shadow it."""
     vcpu = v.vcpu[0]

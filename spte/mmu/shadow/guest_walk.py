@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import helper, kernel_apart
+from spte._numba.jit import helper, kernel_noinline
 from spte.arrays.vcpu import EXEC, WRITE
 from spte.bits import ACC_ALL, ACC_EXEC, ACC_USER, ACC_WRITE, LARGE, SHIFT_PAGE, U64, ZERO
 from spte.host.guest_memory import write_word
@@ -66,7 +66,7 @@ def allows(access, kind):
     return access & (ACC_EXEC if kind == EXEC else ACC_USER) != 0
 
 
-@kernel_apart
+@kernel_noinline
 def walk_guest(t, s, h, v, m, gfn, kind):
     """Walk the guest's tables for `gfn`, an address of theirs; fills ``v.guest``. After WALK_FAULT its access is the entry's.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import helper, kernel_apart
+from spte._numba.jit import helper, kernel_noinline
 from spte.bits import MMU_PRESENT, ROLE_AD_DISABLED, ROLE_GUEST_MODE, ROLE_INVALID, SHIFT_PAGE, TYPE_DISABLED, U64, ZERO, child_of, is_link
 from spte.mmu.arena import alloc_row, count_leaf, free_row
 from spte.mmu.memslot import find_slot
@@ -41,7 +41,7 @@ def set_shadowed(t, row, i, gfn, access):
         t.shadowed[row, i] = (U64(gfn) << ACCESS_BITS) | U64(access)
 
 
-@kernel_apart
+@kernel_noinline
 def drop_leaf(t, s, m, row, i):
     """Make a present leaf of the shadow MMU non-present and take it from its rmap."""
     kvm = t.kvm[0]
@@ -54,7 +54,7 @@ def drop_leaf(t, s, m, row, i):
     kvm.sptes_written += 1
 
 
-@kernel_apart
+@kernel_noinline
 def link_page(t, s, m, row, i, child):
     """Make entry `i` of `row` point to shadow page `child`."""
     link = m.lay.link
@@ -65,7 +65,7 @@ def link_page(t, s, m, row, i, child):
     t.kvm[0].sptes_written += 1
 
 
-@kernel_apart
+@kernel_noinline
 def unlink_page(t, s, m, row, i):
     """Make a link to a shadow page non-present; returns the page, which stays in the hash."""
     child = child_of(t.sptes[row, i])
@@ -75,7 +75,7 @@ def unlink_page(t, s, m, row, i):
     return child
 
 
-@kernel_apart
+@kernel_noinline
 def new_page(t, s, m, gfn, level, role):
     """Make a shadow page and write-protect the table that it shadows, with a flush if that changed; -1 if the arena is full."""
     row = alloc_row(t, level, gfn, U64(role), m.lay.nonpresent)
@@ -122,7 +122,7 @@ def drop_entry_of(t, s, m, row, i):
     return np.int64(-1)
 
 
-@kernel_apart
+@kernel_noinline
 def zap_page(t, s, m, row):
     """Zap a shadow page: what it maps, the links to it, unsync pages below; the caller flushes.
 
@@ -158,7 +158,7 @@ def zap_page(t, s, m, row):
             free_row(t, row)
 
 
-@kernel_apart
+@kernel_noinline
 def find_page(t, s, m, gfn, level, role):
     """Return the shadow page of `gfn` with `role`, -1 if there is none. Above level 1 an unsync page of that table is zapped."""
     row = np.int64(t.hash[bucket_of(t, gfn)]) - 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import helper, kernel_apart
+from spte._numba.jit import helper, kernel_noinline
 from spte.arrays.slots import READONLY
 from spte.arrays.vcpu import DONE, EMULATED, EXEC, EXIT_GUEST_FAULT, EXIT_GUEST_PML_FULL, EXIT_MMIO, EXIT_NOMEM, WRITE
 from spte.bits import (
@@ -31,7 +31,7 @@ from spte.mmu.shadow.sync import get_page, sync_children
 from spte.mmu.walk import index_of
 
 
-@kernel_apart
+@kernel_noinline
 def _make_page(t, s, h, v, m, row, i, gfn, direct, access):
     """Find or make the page below entry `i` of `row`, which links to none, and link it; returns it, -1: arena full.
 
@@ -132,7 +132,7 @@ def _descend(t, s, h, v, m, f, page, row, most, access):
         i = index_of(f.addr, level)
 
 
-@kernel_apart
+@kernel_noinline
 def _guest_fault(t, s, h, v, m, f):
     """Take the slow path for a root that shadows the guest's tables: KVM's FNAME(page_fault). `f` is to be completed by their walk.
 

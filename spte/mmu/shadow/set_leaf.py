@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import helper, kernel_apart
+from spte._numba.jit import helper, kernel_noinline
 from spte.arrays.slots import LOG_DIRTY_PAGES, READONLY
 from spte.arrays.vcpu import EV_SET
 from spte.bits import ACC_EXEC, ACC_WRITE, MMU_PRESENT, PFN_MASK, ROLE_ACCESS_SHIFT, SHIFT_PAGE, U64, WRITABLE, ZERO, is_link
@@ -64,7 +64,7 @@ def set_leaf(t, s, v, m, k, row, i, gfn, page, access, prefetch):
     return True, wants and not write
 
 
-@kernel_apart
+@kernel_noinline
 def _prefetch_run(t, s, h, v, m, row, first, end):
     """Fill the empty entries ``[first, end)`` of `row` while the host has a writable page at once; False ends all prefetch."""
     gfn = entry_gfn(t, row, first)
@@ -117,7 +117,7 @@ def prefetch_shadowed(t, s, h, v, m, row, at):
             return
 
 
-@kernel_apart
+@kernel_noinline
 def invalidate_address(t, s, h, v, m, address):
     """Bring the entry of `address`, which the guest's tables refuse, in step if its page is unsync: a TLB forgets it too."""
     kvm = t.kvm[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import helper, kernel_apart
+from spte._numba.jit import helper, kernel_noinline
 from spte.bits import ACC_EXEC, LARGE, MMU_PRESENT, ROLE_ACCESS, ROLE_ACCESS_SHIFT, ROLE_IS_DIRECT, ROLE_LEVEL, SHIFT_PAGE, U64, ZERO
 from spte.mmu.arena import count_leaf
 from spte.mmu.make_spte import set_executable
@@ -47,7 +47,7 @@ def _split_page(t, s, m, k, row, i):
     return True
 
 
-@kernel_apart
+@kernel_noinline
 def split_rmaps(t, s, m, k, start, end):
     """Split the huge leaves of the shadow MMU that map gfns ``[start, end)`` of slot `k`, best effort, with a flush each.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import helper, kernel_apart
+from spte._numba.jit import helper, kernel_noinline
 from spte.arrays.slots import LOG_DIRTY_PAGES
 from spte.bits import ACC_EXEC, ACC_USER, ACC_WRITE, MMU_PRESENT, PFN_MASK, SHIFT_PAGE, WRITABLE, ZERO
 from spte.host.guest_memory import read_word
@@ -105,7 +105,7 @@ def sync_entry(t, s, h, v, m, row, i):
     return needs_flush(m, spte, new)
 
 
-@kernel_apart
+@kernel_noinline
 def sync_page(t, s, h, v, m, row):
     """Bring every entry of a level-1 page in step with the guest's; returns whether the caller must flush."""
     flush = False
@@ -115,7 +115,7 @@ def sync_page(t, s, h, v, m, row):
     return flush
 
 
-@kernel_apart
+@kernel_noinline
 def sync_children(t, s, h, v, m, root):
     """Bring every unsync page below `root` in step and write-protect its table, with the flushes that this needs.
 
@@ -140,7 +140,7 @@ def sync_children(t, s, h, v, m, root):
     kvm.remote_tlb_flush_requests += flush
 
 
-@kernel_apart
+@kernel_noinline
 def get_page(t, s, h, v, m, gfn, level, role):
     """Return the shadow page of `gfn` with `role`, a new one if there is none; -1 if the arena is full."""
     row = find_page(t, s, m, gfn, level, role)

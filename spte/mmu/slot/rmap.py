@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import helper, kernel, kernel_apart
+from spte._numba.jit import helper, kernel, kernel_noinline
 from spte.bits import MMU_PRESENT, ROLE_INVALID, U64, ZERO, is_leaf
 from spte.mmu.arena import count_leaf, free_row
 from spte.mmu.make_spte import is_accessed, make_old
@@ -37,7 +37,7 @@ def zap_rmaps(t, s, mode, k, start, end):
     return dropped
 
 
-@kernel_apart
+@kernel_noinline
 def _map_exclusively(sptes, row, lo, hi, heads, first):
     """Tell whether entries ``[lo, hi)`` of level-1 `row` are all leaves, each the only one of its gfn; their rmaps begin at `first`."""
     present, other = MMU_PRESENT, np.int64(0)
