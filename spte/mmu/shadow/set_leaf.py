@@ -64,7 +64,7 @@ def set_leaf(t, s, v, m, k, row, i, gfn, page, access, prefetch):
     return True, wants and not write
 
 
-@kernel_noinline
+@helper
 def _prefetch_run(t, s, h, v, m, row, first, end):
     """Fill the empty entries ``[first, end)`` of `row` while the host has a writable page at once; False ends all prefetch."""
     gfn = entry_gfn(t, row, first)
