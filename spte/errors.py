@@ -22,6 +22,10 @@ class KvmError(OSError):
         return f"{self.errno_name}: {self.strerror}"
 
 
+class ArgumentError(KvmError):
+    """A number that no call takes: it has more than 64 bits, or there is no such vCPU or page."""
+
+
 class SlotIdError(KvmError):
     """A slot id or address space outside what the VM has."""
 

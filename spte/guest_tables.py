@@ -7,6 +7,7 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
+from spte._arguments import flag, index, instance, integer, spell
 from spte.access import EXEC, READ, RWX, WRITE, Access
 from spte.arrays.records import U64s
 from spte.bits import PFN_MASK, SHIFT_PAGE
@@ -39,6 +40,10 @@ _FORMATS = {
 KINDS = tuple(_FORMATS)
 
 
+def _entry(entry: int) -> int:
+    return integer(entry, "entry", GuestTablesError, 0, 1 << 64)
+
+
 class GuestTables:
     """Page tables that KVM reads from guest memory.
 
@@ -60,10 +65,14 @@ class GuestTables:
     """
 
     def __init__(self, backing: Backing, gpa: int, kind: str = "ept", *, page: int = 0) -> None:
-        if kind not in _FORMATS:
-            raise GuestTablesError(f"kind={kind!r} of guest tables is not known; take one of {', '.join(KINDS)}")
+        backing = instance(backing, "backing", Backing, "a Backing")
+        gpa, page = integer(gpa, "gpa", GuestTablesError), integer(page, "page", GuestTablesError)
+        if instance(kind, "kind", str, "a name") not in _FORMATS:
+            raise GuestTablesError(f"kind={spell(kind)} of guest tables is not known; take one of {', '.join(KINDS)}")
         if gpa % PAGE_SIZE or gpa < 0:
             raise GuestTablesError(f"gpa={gpa:#x} is not the address of a page; round down")
+        if page < 0:
+            raise GuestTablesError(f"page={page} is before the first of {backing!r}; take 0 or more")
         self._format = _FORMATS[kind]
         self._first, self._next, self._end = gpa >> 12, (gpa >> 12) + page, (gpa >> 12) + backing.size // PAGE_SIZE
         self._words: Callable[[int], U64s] = lambda gfn: backing.table(gfn - self._first)
@@ -77,7 +86,12 @@ class GuestTables:
 
     def address(self, root: int = 0) -> int:
         """Return the guest-physical address of a root table: for `load_cr3` and ``enter_l2(ept=...)``."""
-        return self.roots[root] << 12
+        return self._root(root) << 12
+
+    def _root(self, root: int) -> int:
+        if not 0 <= index(root, "root") < len(self.roots):
+            raise GuestTablesError(f"root={spell(root)} was not added; there are {len(self.roots)}")
+        return self.roots[root]
 
     def _new_page(self) -> int:
         if self._next >= self._end:
@@ -113,6 +127,11 @@ class GuestTables:
             EINVAL: unaligned page numbers or too large ones, a level, permission or root that there is not, a larger page in the way,
             no page left; nothing is changed.
         """
+        gfn, to, count, level, perm, root = (
+            integer(n, name, GuestTablesError)
+            for n, name in ((gfn, "gfn"), (to, "to"), (count, "count"), (level, "level"), (perm, "perm"), (root, "root"))
+        )
+        accessed, dirty = flag(accessed, "accessed"), flag(dirty, "dirty")
         size = 1 << 9 * (level - 1) if level in (1, 2, 3) else 0
         if not size or gfn % size or to % size or not 0 <= perm <= RWX:
             raise GuestTablesError(f"gfn={gfn:#x}, to={to:#x}, level={level}, perm={perm}: take level 1, 2 or 3, its multiples, perm 0..7")
@@ -120,8 +139,7 @@ class GuestTables:
             raise GuestTablesError(f"perm={perm} writes what it can not read, an EPT misconfiguration; add READ (1)")
         if not (0 <= gfn <= (1 << GFN_BITS) - count * size and 0 <= to <= (1 << FRAME_BITS) - count * size and count >= 0):
             raise GuestTablesError(f"gfn={gfn:#x}, to={to:#x}, count={count} leave {GFN_BITS} bits of gfn or {FRAME_BITS} of frame")
-        if not 0 <= root < len(self.roots):
-            raise GuestTablesError(f"root={root} was not added; there are {len(self.roots)}")
+        self._root(root)
         self._check_way(gfn, count * size, level, root)
         flags = self.permissions(self._format.leaf, perm) | (LARGE if level > 1 else 0)
         flags |= (self._format.accessed if accessed else 0) | (self._format.dirty if dirty else 0)
@@ -161,18 +179,20 @@ class GuestTables:
         raise GuestTablesError(f"no page left for guest tables behind gfn {self._end - 1:#x}; give them more memory")
 
     def permissions(self, entry: int, perm: Access | int) -> int:
-        """Return `entry` with the permissions `perm`, as for `map`: a value to store."""
+        """Return `entry` with the permissions `perm`, as for `map`: a value to store; GuestTablesError (EINVAL) as there."""
+        entry, perm = _entry(entry), integer(perm, "perm", GuestTablesError, 0, _RWX + 1)
         if not self._format.nx:
-            return entry & ~_RWX | int(perm)
-        return entry & ~(int(WRITE) | NX) | int(perm & WRITE) | (0 if perm & EXEC else NX)
+            return entry & ~_RWX | perm
+        return entry & ~(int(WRITE) | NX) | perm & int(WRITE) | (0 if perm & EXEC else NX)
 
     def unused(self, entry: int, *, accessed: bool) -> int:
         """Return `entry` with D clear, and A too if `accessed`."""
-        return entry & ~(self._format.dirty | (self._format.accessed if accessed else 0))
+        return _entry(entry) & ~(self._format.dirty | (self._format.accessed if flag(accessed, "accessed") else 0))
 
     def walk(self, gfn: int, root: int = 0) -> tuple[list[int], int, int]:
         """Return the gfns of the tables on the way to page `gfn` under `root`, the level of the last entry and its index there."""
-        page, level, pages = self.roots[root], LEVELS, []
+        gfn = integer(gfn, "gfn", GuestTablesError, 0, 1 << GFN_BITS)
+        page, level, pages = self._root(root), LEVELS, []
         while True:
             pages.append(page)
             i = gfn >> 9 * (level - 1) & 511

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
+from spte import _arguments as arguments
 from spte.errors import HostRangeError
 from spte.host import pages as hostmm
 from spte.host.backing import Backing
@@ -25,9 +26,8 @@ _UNPROTECT = {protected: state for state, protected in _PROTECT.items()}
 _BLOCK_PAGES = 512
 
 
-def _check_range(backing: Backing, first: int, count: int) -> None:
-    if first < 0 or count < 0 or (first + count) * 4096 > backing.size:
-        raise HostRangeError(f"pages {first}..{first + count - 1} are outside {backing!r} of {backing.size // 4096} pages")
+def _pages_of(backing: Backing, first: int, count: int) -> tuple[int, int]:
+    return arguments.instance(backing, "backing", Backing, "a Backing").pages(first, count)
 
 
 def _blocks(hpage: int, count: int) -> Iterable[tuple[int, int, int]]:
@@ -90,9 +90,10 @@ def madvise(backing: Backing, first: int, count: int, advice: int = DONTNEED, *,
     HostRangeError
         EINVAL: pages outside the backing or parts of hugetlb pages, advice that is not known or not for such memory; nothing is changed.
     """
-    _check_range(backing, first, count)
-    if advice not in (DONTNEED, FREE, COLD, PAGEOUT):
-        raise HostRangeError(f"advice={advice} is not 4 (DONTNEED), 8 (FREE), 20 (COLD) or 21 (PAGEOUT)")
+    first, count = _pages_of(backing, first, count)
+    ages = arguments.flag(ages, "ages")
+    if arguments.index(advice, "advice") not in (DONTNEED, FREE, COLD, PAGEOUT):
+        raise HostRangeError(f"advice={arguments.spell(advice)} is not 4 (DONTNEED), 8 (FREE), 20 (COLD) or 21 (PAGEOUT)")
     _check_huge(backing, first, count)
     if advice != DONTNEED and (backing.kind.startswith(("hugetlb", "devdax")) or (backing.kind == "shm" and advice == FREE)):
         raise HostRangeError(f"advice={advice} is not for {backing.kind} memory; take 4 (DONTNEED)")
@@ -178,9 +179,10 @@ def mprotect(backing: Backing, first: int, count: int, prot: int = PROT_READ_WRI
     HostRangeError
         EINVAL: pages outside the backing, or a protection that is not known; nothing is changed.
     """
-    _check_range(backing, first, count)
-    if prot not in (PROT_READ, PROT_READ_WRITE):
-        raise HostRangeError(f"prot={prot} is not 1 (read) or 3 (read and write)")
+    first, count = _pages_of(backing, first, count)
+    restores = arguments.flag(restores, "restores")
+    if arguments.index(prot, "prot") not in (PROT_READ, PROT_READ_WRITE):
+        raise HostRangeError(f"prot={arguments.spell(prot)} is not 1 (read) or 3 (read and write)")
     _check_huge(backing, first, count)
     protect = prot == PROT_READ
     with backing.exclusive:
@@ -223,9 +225,14 @@ def _write_protect(backing: Backing) -> None:
             _settle(block)
 
 
+def _all(backings: Iterable[Backing]) -> list[Backing]:
+    given = arguments.items(backings, "backings", "a list of Backing")
+    return [arguments.instance(backing, "backing", Backing, "a Backing") for backing in given]
+
+
 def fork(backings: Iterable[Backing]) -> None:
     """Fork a process that has `backings`; the child exits at once. Private pages are write-protected; one notifier a mapping."""
-    private = [backing for backing in backings if backing.kind != "shm" and not backing.kind.startswith("devdax")]
+    private = [backing for backing in _all(backings) if backing.kind != "shm" and not backing.kind.startswith("devdax")]
     with all_of(*(backing.exclusive for backing in private)):
         for backing in private:
             for start, pages, _ in _mappings(backing.hpage, backing.size // 4096):
@@ -235,7 +242,7 @@ def fork(backings: Iterable[Backing]) -> None:
 
 def clear_refs(backings: Iterable[Backing]) -> None:
     """Write 4 to clear_refs (soft-dirty) of a process that has `backings`: every page is write-protected under one notifier."""
-    known = list(backings)
+    known = _all(backings)
     with all_of(*(backing.exclusive for backing in known)):
         users = {user for backing in known for user in backing.users}
         invalidate_range(users, [(backing.hpage, backing.size // 4096) for backing in known])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from spte._arguments import flag, instance, integer, spell
 from spte.errors import PlatformError
 
 EPT, NPT, SHADOW = "ept", "npt", "shadow"
@@ -47,8 +48,13 @@ class Platform:
     tdp_mmu: bool = True
 
     def __post_init__(self) -> None:
-        if self.paging not in (EPT, NPT, SHADOW):
-            raise PlatformError(f"paging={self.paging!r} is not known; take {EPT!r}, {NPT!r} or {SHADOW!r}")
+        instance(self.name, "name", str, "a name")
+        for name in ("ad_bits", "pml", "exec_only", "tdp_mmu"):
+            flag(getattr(self, name), name)
+        for name in ("gpa_bits", "max_level", "l1tf"):
+            integer(getattr(self, name), name, PlatformError)
+        if instance(self.paging, "paging", str, "a name") not in (EPT, NPT, SHADOW):
+            raise PlatformError(f"paging={spell(self.paging)} is not known; take {EPT!r}, {NPT!r} or {SHADOW!r}")
         if self.paging == SHADOW and (self.pml or self.tdp_mmu):
             raise PlatformError("shadow paging has neither PML nor the TDP MMU; pass pml=False, tdp_mmu=False")
         if self.pml and not self.ad_bits:
@@ -58,6 +64,8 @@ class Platform:
         most = 52 if self.paging == SHADOW else 48  # four-level tables reach 48 bits
         if not 32 <= self.gpa_bits <= most:
             raise PlatformError(f"gpa_bits={self.gpa_bits} is outside 32..{most}")
+        if self.l1tf and not 32 <= self.l1tf <= 52:
+            raise PlatformError(f"l1tf={self.l1tf} is no physical address width; take 32..52, or 0")
         if self.max_level not in (1, 2, 3):
             raise PlatformError(f"max_level={self.max_level} is not 1 (4 KiB), 2 (2 MiB) or 3 (1 GiB)")
 
@@ -94,6 +102,6 @@ NAMES = tuple(_PRESETS)
 
 def named(name: str) -> Platform:
     """Return the preset `name`; PlatformError (EINVAL) lists the known ones."""
-    if name in _PRESETS:
+    if instance(name, "platform", str, "a name") in _PRESETS:
         return _PRESETS[name]
-    raise PlatformError(f"platform {name!r} is not known; take one of {', '.join(NAMES)}")
+    raise PlatformError(f"platform {spell(name)} is not known; take one of {', '.join(NAMES)}")

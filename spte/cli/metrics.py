@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 
 from spte._version import __version__
 from spte.platform import PAGE_SIZE
-from spte.profile.report import Row
+from spte.profile.report import HARVEST, Row
 from spte.profile.workload import Workload
 
 SCHEMA = "spte-profile/1"
-HARVEST = ("get", "clear")
 
 
 class Metric(NamedTuple):
@@ -38,6 +37,7 @@ def _scaled(value: float | None, factor: float) -> float | None:
 COUNTS = (
     Metric("pages_written", "pages written", lambda row: row.written),
     Metric("pages_reported", "pages reported", lambda row: row.reported),
+    Metric("pages_initially_set", "pages initially set, not written", lambda row: row.initially_set, always=False),
     Metric("pages_over_reported", "pages over-reported", lambda row: row.over_reported),
     Metric("pages_lost", "pages lost", lambda row: row.lost),
     _count("populate_faults_slow", "faults, populate", "faults_slow", "populate"),
@@ -71,7 +71,7 @@ RATES = (
 
 MEASURED = (
     Metric("harvest_mpages_per_s", "harvest, Mpages/s", lambda row: _scaled(row.harvest_pages_per_s, 1e-6)),
-    Metric("get_clear_ns_per_page", "GET+CLEAR, ns/page", lambda row: _per_page(row)),
+    Metric("harvest_ns_per_page", "harvest, ns/page", lambda row: _per_page(row)),
     Metric("enable_ns_per_spte", "enable, ns/SPTE", lambda row: _scaled(row.enable_s_per_spte, 1e9)),
     Metric("guest_writes_per_s", "guest writes/s", lambda row: row.guest_accesses_per_s),
 )
@@ -126,6 +126,7 @@ def _row(row: Row) -> dict[str, Any]:
                 "t_ns": times[i : i + 2] if times else None,
                 "pages_written": e.written,
                 "pages_reported": e.reported,
+                "pages_initially_set": e.initially_set,
                 "pages_over_reported": e.over_reported,
                 "pages_lost": e.lost,
                 "first_lost_gfn": e.first_lost,

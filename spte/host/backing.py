@@ -8,9 +8,10 @@ from collections import deque
 
 import numpy as np
 
+from spte import _arguments as arguments
 from spte.arrays.records import U64s
 from spte.arrays.reserve import Pool
-from spte.errors import SlotAlignmentError, SlotRangeError
+from spte.errors import HostRangeError, OutOfTablesError, SlotAlignmentError, SlotRangeError
 from spte.host import guest_memory
 from spte.host import pages as hostmm
 from spte.host.lock import ExclusiveLock
@@ -18,6 +19,7 @@ from spte.host.mmu_notifier import MmuNotifier, host_write
 from spte.platform import PAGE_SIZE
 
 _BLOCK = 2 << 20
+_BLOCK_PAGES = _BLOCK // PAGE_SIZE
 _GIB = 1 << 30
 _KINDS = {
     "4k": hostmm.SMALL, "thp": hostmm.THP, "hugetlb2m": hostmm.HUGETLB_2M, "hugetlb1g": hostmm.HUGETLB_1G, "shm": hostmm.SHM,
@@ -27,6 +29,9 @@ KINDS = tuple(_KINDS)
 
 _space: Pool | None = None  # 1 GiB units of user address space
 _allocating = threading.Lock()  # held while units are taken or given back
+
+
+_backings: weakref.WeakValueDictionary[int, Backing] = weakref.WeakValueDictionary()  # by GiB of host address space, of one each
 
 
 def _units() -> Pool:
@@ -60,8 +65,28 @@ def _release(first_block: int, blocks: int, unit: int, units: int) -> None:
     _units().give(unit, units)
 
 
+def backings_at(hva: int, size: int) -> tuple[Backing, ...]:
+    """Return the backings that have some of the host addresses ``[hva, hva + size)``, by address."""
+    gibs = range(hva // _GIB, (hva + size - 1) // _GIB + 1)
+    found = dict.fromkeys(backing for gib in gibs if (backing := _backings.get(gib)) is not None)
+    return tuple(backing for backing in found if hva < backing.hva + backing.size and backing.hva < hva + size)
+
+
+def _end_mapping(hpage: int, end: int) -> None:
+    """Put the pages before `hpage` and from `end` on in the blocks of the mapping ``[hpage, end)`` outside of it."""
+    h = hostmm.the_host()
+    for block in {hpage // _BLOCK_PAGES, (end - 1) // _BLOCK_PAGES}:
+        first, last = max(hpage - block * _BLOCK_PAGES, 0), min(end - block * _BLOCK_PAGES, _BLOCK_PAGES)
+        if last - first < _BLOCK_PAGES:
+            row = int(hostmm.make_mixed(h, np.int64(block)))
+            if row < 0:
+                raise OutOfTablesError(f"no room for the page states of host block {block:#x}; close some backings")
+            h.page[row, :first] = h.page[row, last:] = hostmm.PAGE_OUTSIDE
+            h.mixed_blocks["own_pages"][row] = int((h.page[row] == hostmm.PAGE_OWN).sum())
+
+
 class Backing:
-    """Host memory that memslots map, as one mapping of the host.
+    """Host memory that memslots map, as one mapping of the host: what a memslot has beyond it is not there.
 
     Parameters
     ----------
@@ -73,7 +98,7 @@ class Backing:
         Alignment of the host virtual address, bytes, a power of two >= 4096; a small one is not exceeded, so ``align=4096`` gives
         memory that no huge page of the guest fits. Default: 2 MiB (1 GiB for 1 GiB pages).
     populate : bool
-        Every page is written once beforehand. devdax is always populated.
+        Every page is written once beforehand. Memory of devdax is always populated.
     hva_offset : int
         Bytes that the host virtual address lies above a multiple of 1 GiB; takes the place of `align`.
 
@@ -84,8 +109,12 @@ class Backing:
     """
 
     def __init__(self, kind: str, size: int, *, align: int | None = None, populate: bool = False, hva_offset: int | None = None) -> None:
-        if kind not in _KINDS:
-            raise SlotAlignmentError(f"backing kind {kind!r} is not known; take one of {', '.join(KINDS)}")
+        if arguments.instance(kind, "kind", str, "a name") not in _KINDS:
+            raise SlotAlignmentError(f"backing kind {arguments.spell(kind)} is not known; take one of {', '.join(KINDS)}")
+        size = arguments.integer(size, "size", SlotRangeError)
+        align = None if align is None else arguments.integer(align, "align", SlotAlignmentError)
+        hva_offset = None if hva_offset is None else arguments.integer(hva_offset, "hva_offset", SlotAlignmentError)
+        populate = arguments.flag(populate, "populate")
         unit = _GIB if kind.endswith("1g") else _BLOCK if kind.endswith("2m") else PAGE_SIZE
         if size <= 0 or size % unit:
             raise SlotAlignmentError(f"size={size} of a {kind} backing is not a positive multiple of {unit}; round up")
@@ -96,7 +125,7 @@ class Backing:
             raise SlotAlignmentError(f"host address offset {offset} does not suit {kind} memory; take a multiple of {unit} below 1 GiB")
         self.kind, self.size = kind, size
         h = hostmm.the_host()
-        units = -(-(offset + size) // _GIB)
+        units = (offset + size) // _GIB + 1  # there is always some address space behind it that is nobody's
         with _allocating:
             if units > len(_units().array):
                 raise SlotRangeError(f"size={size} exceeds the user address space of {len(_units().array)} GiB")
@@ -113,12 +142,15 @@ class Backing:
                 h.blocks["kind"][self._first_block] = hostmm.SMALL
             if (self.hva + size) % _BLOCK:
                 h.blocks["kind"][end - 1] = hostmm.SMALL
-        self.users: weakref.WeakSet[MmuNotifier] = weakref.WeakSet()
         self.exclusive = ExclusiveLock(np.zeros(1, np.int64))  # the VMs' that map it, once they do
         weakref.finalize(self, _gone.append, (self._first_block, end - self._first_block, unit0, units)).atexit = False
         if populate or kind.startswith("devdax"):
             huge = (h.blocks["kind"][blocks] != hostmm.SMALL) & (h.blocks["kind"][blocks] != hostmm.SHM)
             h.blocks["state"][blocks] = np.where(huge, np.uint8(hostmm.HUGE), np.uint8(hostmm.OWN))
+        _end_mapping(self.hpage, self.hpage + size // PAGE_SIZE)
+        self.users: weakref.WeakSet[MmuNotifier] = weakref.WeakSet()
+        for gib in range(self.hva // _GIB, self.hva // _GIB + units):
+            _backings[gib] = self
 
     @property
     def hpage(self) -> int:
@@ -152,12 +184,43 @@ class Backing:
         SlotRangeError
             EINVAL: the page lies outside this memory.
         """
+        page = arguments.integer(page, "page", SlotRangeError)
         if not 0 <= page < self.size // PAGE_SIZE:
             raise SlotRangeError(f"page {page} is outside {self!r} of {self.size // PAGE_SIZE} pages")
         return guest_memory.contents(self.hpage + page)
 
     def write(self, first: int, count: int) -> None:
-        """Store into `count` pages from page `first` on, from userspace: never in a dirty log; zero pages are copied."""
+        """Store into `count` pages from page `first` on, from userspace: never in a dirty log; zero pages are copied.
+
+        Raises
+        ------
+        HostRangeError
+            EINVAL: pages outside this memory; nothing is changed.
+        """
+        first, count = self.pages(first, count)
         for hpage in range(self.hpage + first, self.hpage + first + count):
             with self.exclusive:  # page by page, so that vCPUs run on
                 host_write(self.users, hpage)
+
+    def pages(self, first: int, count: int) -> tuple[int, int]:
+        """Return pages of this memory as ints, if they are there.
+
+        Parameters
+        ----------
+        first, count : int
+            Pages.
+
+        Returns
+        -------
+        tuple of int
+            The same.
+
+        Raises
+        ------
+        HostRangeError
+            EINVAL: some lie outside this memory.
+        """
+        first, count = arguments.integer(first, "first", HostRangeError), arguments.integer(count, "count", HostRangeError)
+        if first < 0 or count < 0 or (first + count) * PAGE_SIZE > self.size:
+            raise HostRangeError(f"pages {first}..{first + count - 1} are outside {self!r} of {self.size // PAGE_SIZE} pages")
+        return first, count

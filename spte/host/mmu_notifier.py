@@ -34,7 +34,9 @@ def clear_young(users: Iterable[MmuNotifier], hpage: int, count: int) -> None:
         user.clear_young(hpage, count)
 
 
-def host_write(users: Iterable[MmuNotifier], hpage: int) -> None:
-    """Make the host map `hpage` writable, copying a zero page, with a notifier."""
-    if hostmm.write_page(np.int64(hpage)) == hostmm.HOST_COW:
+def host_write(users: Iterable[MmuNotifier], hpage: int) -> int:
+    """Make the host map `hpage` writable, copying a zero page, with a notifier; returns what `write_page` does."""
+    code = hostmm.write_page(np.int64(hpage))
+    if code == hostmm.HOST_COW:
         invalidate_range(users, [(hpage, 1)])
+    return code

@@ -1,7 +1,8 @@
 """The host's side of a page: is it there, may it be written, how large is its mapping.
 
 Host page numbers (hva >> 12, which are also the model's pfns) index 2 MiB blocks. A block is in one state as a whole, or
-MIXED with a state a page; so memory grows with what is irregular, not with the guest.
+MIXED with a state a page; so memory grows with what is irregular, not with the guest. A block that a mapping covers in part
+is MIXED as long as the mapping lasts: its other pages are PAGE_OUTSIDE, and never all are its own or mapped huge.
 
 | block state | meaning |
 |---|---|
@@ -31,6 +32,7 @@ HUGE, HUGE_WP, HUGE_RO, HUGE_WP_RO = 4, 5, 6, 7  # from HUGE on: mapped huge
 PAGE_NONE, PAGE_OWN, PAGE_ZERO, PAGE_WP = 0, 1, 2, 3
 PAGE_COPY = 4  # own, write-protected by an old mprotect: the next write copies it
 PROTECTED = 0x80  # mprotect(PROT_READ), beside the state of a page
+PAGE_OUTSIDE = PROTECTED | 0x40  # of no mapping: every access is refused. Shares PROTECTED's test, so that other pages pay none
 HOST_OK, HOST_COW, HOST_EFAULT, HOST_NOMEM = 0, 1, 2, 3
 
 BLOCKS = 1 << 26  # 2**47 bytes of user address space in 2 MiB blocks
@@ -198,7 +200,7 @@ def host_fault(h, hpage, write):
     i = hpage & 511
     page = h.page[row, i]
     if page & PROTECTED:
-        if write:
+        if write or page == PAGE_OUTSIDE:
             return HOST_EFAULT, False, False
         if page == PROTECTED | PAGE_NONE and kind != SHM:
             h.page[row, i] = PROTECTED | PAGE_ZERO

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import numpy as np
 
+from spte import _arguments as arguments
 from spte.arrays.records import U64s
 from spte.bits import PFN_MASK, SHIFT_PAGE
 
@@ -72,31 +72,14 @@ def separate(**arrays: U64s) -> None:
         known.append((name, array))
 
 
-def spell(value: Any) -> str:
-    """Return a value as messages show it: a large integer by its size."""
-    if isinstance(value, int) and value.bit_length() > 64:
-        return f"an integer of {value.bit_length()} bits"
-    return repr(value)[:80]
-
-
-def _index(value: Any, name: str) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}={spell(value)} is of type {type(value).__name__}; pass an integer") from None
-
-
 def integer(value: Any, name: str, end: int) -> int:
     """Return `value` if it is an integer from 0 to below `end`; else TypeError or ValueError hold it."""
-    number = _index(value, name)
-    if not 0 <= number < end:
-        raise ValueError(f"{name}={spell(number)} is not in 0..{end - 1}")
-    return number
+    return arguments.integer(value, name, ValueError, 0, end)
 
 
 def level_of(level: Any, *, least: int = 1) -> int:
     """Return `level` if it is one of page-table entries, at least `least`; else TypeError or ValueError hold it."""
-    number = _index(level, "level")
+    number = arguments.index(level, "level")
     if not least <= number <= 3:
-        raise ValueError(f"level={spell(number)} is not {'1 (4 KiB), ' if least == 1 else ''}2 (2 MiB) or 3 (1 GiB)")
+        raise ValueError(f"level={arguments.spell(number)} is not {'1 (4 KiB), ' if least == 1 else ''}2 (2 MiB) or 3 (1 GiB)")
     return number

@@ -7,11 +7,12 @@ from typing import Any, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
+from spte._arguments import as_array, spell
 from spte._numba.jit import helper, kernel, kernel_noinline, prefetch
 from spte.arrays.records import U64s
 from spte.bits import ONE, SHIFT_PAGE, U64, ZERO
 from spte.kernels._bitmap import WORD_MASK, WORD_SHIFT
-from spte.kernels._check import GFN_END, PAGE_ENTRIES, changed, integer, only_read, separate, spell
+from spte.kernels._check import GFN_END, PAGE_ENTRIES, changed, integer, only_read, separate
 
 AHEAD = U64(32)  # entries
 EMPTY, FULL = 511, 0xFFFF  # PML index
@@ -95,7 +96,7 @@ def pml_flush(buffer: U64s, index: int | npt.ArrayLike, bitmap: U64s, base_gfn: 
 
 
 def _indices(index: Any, count: int) -> npt.NDArray[np.int64]:
-    given = np.asarray(index) if hasattr(index, "__len__") else np.array([integer(index, "index", FULL + 1)])
+    given = as_array(index, "index") if hasattr(index, "__len__") else np.array([integer(index, "index", FULL + 1)])
     if given.dtype.kind not in "iu" and given.size:
         raise TypeError(f"index={spell(index)} holds {given.dtype}; pass an integer a buffer")
     given = given.reshape(-1)

@@ -1,7 +1,8 @@
 """Policies: what a kernel version does, one field a decision, and what each decision rests on."""
 
-from spte.policy.decisions import COLLAPSE_PAGES, NAMES, SERIES, Policy, changes, decisions, parse, spell
+from spte.policy.decisions import COLLAPSE_PAGES, NAMES, SERIES, Policy, changes, decisions, spell
 from spte.policy.evidence import HOLDERS, Evidence, evidence
+from spte.policy.spelling import parse
 from spte.policy.versions import RECORDED, VERSIONS, Change, mainline
 
 __all__ = [

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from spte._arguments import instance
+from spte._arguments import spell as shown
 from spte.errors import PlatformError
 from spte.policy.versions import VERSIONS, Change, as_of, mainline, unknown
 
@@ -52,9 +54,19 @@ class Policy:
     user_mem_slots: int = _decision(
         "memslots of an address space", 509, "recordings 5.10/g2_create_errors", ("5.12", 32764, "4fc096a99e01; recordings 6.1"),
     )  # fmt: skip
+    max_vcpus: int = _decision(
+        "vCPUs of a VM: KVM_MAX_VCPUS", 288, "682f732ecf73", ("5.15", 1024, "074c82c8f7cf")
+    )
+    max_vcpu_ids: int = _decision(
+        "ids of vCPUs, what KVM_CAP_MAX_VCPU_ID says", 1023, "af1bae5497b9", ("5.15", 4096, "4ddacd525a2f")
+    )
     dirty_ring: bool = _decision(
         "vCPUs may log to dirty rings", False, "recordings 5.10/f1_ring_basic", ("5.11", True, "fb04a1eddb1a; recordings 6.1")
     )
+    dirty_ring_acq_rel: bool = _decision(
+        "and they may ask for acquire and release order: KVM_CAP_DIRTY_LOG_RING_ACQ_REL", False, "recordings 5.10/f5_ring_errors",
+        ("6.1", True, "17601bfed909; recordings 6.1/f5_ring_errors"),
+    )  # fmt: skip
     prefault: bool = _decision(
         "KVM_PRE_FAULT_MEMORY exists", False, "recordings 5.10/k1_prefault", ("6.11", True, "recordings 6.12/k1_prefault")
     )
@@ -217,9 +229,11 @@ class Policy:
     )
 
     def __post_init__(self) -> None:
+        instance(self.name, "name", str, "a name")
         for f in decisions():
-            if getattr(self, f.name) not in f.metadata["choices"]:
-                raise PlatformError(f"policy field {f.name}={getattr(self, f.name)!r}; take one of {_spell_all(f.metadata['choices'])}")
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if instance(value, f.name, type(choices[0]), f"one of {spell_all(choices)}") not in choices:
+                raise PlatformError(f"policy field {f.name}={shown(value)}; take one of {spell_all(choices)}")
 
     @staticmethod
     def named(name: str) -> Policy:
@@ -240,7 +254,7 @@ class Policy:
         PlatformError
             EINVAL: not known; names the nearest version.
         """
-        if name == SERIES:
+        if instance(name, "policy", str, "a name") == SERIES:
             return dataclasses.replace(_of(SERIES_BASE), name=SERIES, **_SERIES_DECIDES)
         version = mainline(name)
         if version is None:
@@ -259,8 +273,11 @@ def decisions() -> list[dataclasses.Field[Any]]:
 
 
 def changes(decision: str) -> tuple[Change, ...]:
-    """Return the values that `decision` had, oldest first, each from its version on."""
-    found: tuple[Change, ...] = next(f for f in decisions() if f.name == decision).metadata["changes"]
+    """Return the values that `decision` had, oldest first, each from its version on; PlatformError (EINVAL) if there is none."""
+    known = {f.name: f for f in decisions()}
+    if instance(decision, "decision", str, "a name") not in known:
+        raise PlatformError(f"decision {shown(decision)} is not known; take one of {', '.join(known)}")
+    found: tuple[Change, ...] = known[decision].metadata["changes"]
     return found
 
 
@@ -289,32 +306,11 @@ NAMES = (
 
 def spell(value: Any) -> str:
     """Return `value` as the command line spells it: Y and N for booleans."""
-    return {True: "Y", False: "N"}[value] if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return "Y" if value else "N"
+    return value if isinstance(value, str) else shown(value)
 
 
-def _spell_all(choices: tuple[Any, ...]) -> str:
+def spell_all(choices: tuple[Any, ...]) -> str:
+    """Return the values of a decision as messages list them."""
     return ", ".join(spell(c) for c in choices)
-
-
-def parse(text: str) -> Policy:
-    """Return the policy that `text` spells: ``NAME[,FIELD=VALUE]...``, e.g. ``6.12,eager_page_split=N``.
-
-    Raises
-    ------
-    PlatformError
-        EINVAL: unknown version, field or value; the text lists what there is.
-    """
-    name, *changed = text.split(",")
-    policy = Policy.named(name.strip())
-    known = {f.name: f for f in decisions()}
-    new: dict[str, Any] = {}
-    for change in changed:
-        key, equals, value = (part.strip() for part in change.partition("="))
-        if not equals or key not in known:
-            raise PlatformError(f"policy {text!r}: {change!r} is not FIELD=VALUE; the fields are {', '.join(known)}")
-        choices = known[key].metadata["choices"]
-        match = [c for c in choices if spell(c) == value]
-        if not match:
-            raise PlatformError(f"policy {text!r}: {key}={value!r}; take one of {_spell_all(choices)}")
-        new[key] = match[0]
-    return dataclasses.replace(policy, name=text.strip(), **new) if new else policy

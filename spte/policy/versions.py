@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
+from spte._arguments import instance, spell
 from spte.errors import PlatformError
 
 VERSIONS = (*(f"5.{n}" for n in range(10, 20)), *(f"6.{n}" for n in range(20)), *(f"7.{n}" for n in range(3)))
@@ -34,7 +35,7 @@ class Change(NamedTuple):
 
 def mainline(name: str) -> str | None:
     """Return the mainline version of a release: 6.8 of ``6.8`` and ``6.8.12``; None if `name` is no release or none that has a policy."""
-    match = _RELEASE.fullmatch(name)
+    match = _RELEASE.fullmatch(instance(name, "version", str, "a name"))
     version = f"{int(match[1])}.{int(match[2])}" if match else None
     return version if version in VERSIONS else None
 
@@ -48,7 +49,7 @@ def unknown(what: str, name: str, *others: str) -> PlatformError:
         older = [v for v in VERSIONS if tuple(map(int, v.split("."))) <= asked]
         near = f"the nearest is {older[-1] if older else VERSIONS[0]}; "
     known = ", ".join((*others, f"any mainline version from {VERSIONS[0]} to {VERSIONS[-1]}"))
-    return PlatformError(f"{what} {name!r} is not known; {near}known are {known}")
+    return PlatformError(f"{what} {spell(name)} is not known; {near}known are {known}")
 
 
 def as_of(changes: tuple[Change, ...], version: str) -> Change:

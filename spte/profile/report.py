@@ -7,6 +7,9 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
+HARVEST = ("get", "clear", "collect", "reset")
+"""Kinds of phases that make a harvest: GET, with manual protect CLEAR; of dirty rings collect and reset."""
+
 
 @dataclasses.dataclass(slots=True)
 class Phase:
@@ -15,7 +18,7 @@ class Phase:
     Parameters
     ----------
     kind : str
-        ``"populate"``, ``"enable"``, ``"dirty"``, ``"get"``, ``"clear"`` or ``"disable"``.
+        ``"populate"``, ``"enable"``, ``"dirty"``, one of `HARVEST`, or ``"disable"``.
     iteration : int
         From 1; 0 outside iterations.
     counts : dict of str to int
@@ -31,23 +34,30 @@ class Phase:
 
     @property
     def name(self) -> str:
-        """The phase in the words of dirty_log_perf_test."""
+        """The phase in the words of dirty_log_perf_test, which knows no rings."""
         return {
             "populate": "Populate memory time",
             "enable": "Enabling dirty logging time",
             "dirty": f"Iteration {self.iteration} dirty memory time",
             "get": f"Iteration {self.iteration} get dirty log time",
             "clear": f"Iteration {self.iteration} clear dirty log time",
+            "collect": f"Iteration {self.iteration} collect dirty rings time",
+            "reset": f"Iteration {self.iteration} reset dirty rings time",
             "disable": "Disabling dirty logging time",
         }[self.kind]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Epoch:
-    """What one iteration wrote and what its harvest reported, in distinct pages; `over_reported` were not written."""
+    """What one iteration wrote and what its harvest reported, in distinct pages.
+
+    Of those reported that were not written, `initially_set` were dirty since logging began with KVM_DIRTY_LOG_INITIALLY_SET,
+    `over_reported` for no such reason.
+    """
 
     written: int
     reported: int
+    initially_set: int
     over_reported: int
     lost: int
     first_lost: int | None
@@ -101,8 +111,13 @@ class Row:
         return sum(e.reported for e in self.epochs)
 
     @property
+    def initially_set(self) -> int:
+        """Pages reported without a write because all were dirty when logging began."""
+        return sum(e.initially_set for e in self.epochs)
+
+    @property
     def over_reported(self) -> int:
-        """Pages reported in an epoch that did not write them."""
+        """Pages reported in an epoch that did not write them, beside those initially set."""
         return sum(e.over_reported for e in self.epochs)
 
     @property
@@ -119,7 +134,7 @@ class Row:
     @property
     def harvest_pages_per_s(self) -> float | None:
         """Measured: pages reported a second of harvest; None if there were none."""
-        seconds = self.seconds("get", "clear")
+        seconds = self.seconds(*HARVEST)
         return self.reported / seconds if self.reported and seconds else None
 
     @property

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from spte._arguments import as_array, flag, integer, items
 from spte.trace.collect import MAX_EPOCHS, Collector
-from spte.trace.model import Int64Array, Trace, TraceError
+from spte.trace.model import Int64Array, Trace, TraceError, mapping
 
 INTERVAL_NS = 100_000_000
 """Length of an epoch where none is given: 100 ms."""
@@ -55,13 +56,14 @@ def from_bitmaps(
     >>> from_bitmaps([np.array([0b101], np.uint64), np.array([0], np.uint64)]).epoch(0).tolist()
     [0, 2]
     """
-    check_interval(interval_ns)
+    interval_ns, npages, squeeze, more = _options(interval_ns, npages, squeeze, meta)
     collected, space = Collector(), 0
-    for epoch, bitmap in enumerate(map(np.asarray, bitmaps)):
+    for epoch, given in enumerate(items(bitmaps, "bitmaps", "an array [epochs, words] or a list of arrays")):
+        bitmap = as_array(given, f"bitmap {epoch}", TraceError)
         collected.add(epoch, pages_of(bitmap, f"bitmap {epoch}"))
         space = max(space, _pages_in(bitmap))
     return collected.trace(
-        interval_ns, npages=None if squeeze else npages or space or None, squeeze=squeeze, meta={"how": "from bitmaps", **(meta or {})}
+        interval_ns, npages=None if squeeze else npages or space or None, squeeze=squeeze, meta={"how": "from bitmaps", **more}
     )
 
 
@@ -109,8 +111,8 @@ def from_gfns(
     >>> from_gfns([0, 5, 120_000_000], [7, 7, 3]).indptr.tolist()
     [0, 1, 2]
     """
-    check_interval(interval_ns)
-    times, pages = np.asarray(t_ns), np.asarray(gfn)
+    interval_ns, npages, squeeze, more = _options(interval_ns, npages, squeeze, meta)
+    times, pages = as_array(t_ns, "t_ns", TraceError), as_array(gfn, "gfn", TraceError)
     for name, array in (("t_ns", times), ("gfn", pages)):
         if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
             raise TraceError(f"{name} is {array.dtype} of shape {array.shape}; it must be integers in one dimension")
@@ -125,7 +127,15 @@ def from_gfns(
             raise TraceError(f"t_ns[{at}] is {times[at]}; times lie within {MAX_TIME_NS} ns of 0")
     collected = Collector()
     collected.add(epochs_of(times.astype(np.int64), int(times.min()), interval_ns), pages.astype(np.uint64))
-    return collected.trace(interval_ns, npages=npages, squeeze=squeeze, meta={"how": "from gfns", **(meta or {})})
+    return collected.trace(interval_ns, npages=npages, squeeze=squeeze, meta={"how": "from gfns", **more})
+
+
+def _options(interval_ns: Any, npages: Any, squeeze: Any, meta: Any) -> tuple[int, int | None, bool, Mapping[str, Any]]:
+    """Return what both builders take beside the writes, if the types are right."""
+    interval_ns = integer(interval_ns, "interval_ns", TraceError)
+    check_interval(interval_ns)
+    npages = None if npages is None else integer(npages, "npages", TraceError)
+    return interval_ns, npages, flag(squeeze, "squeeze"), {} if meta is None else mapping(meta, "meta")
 
 
 def epochs_of(t_ns: Int64Array, start: int, interval_ns: int) -> Int64Array:

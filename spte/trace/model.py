@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from spte._arguments import as_array, instance, integer, spell
 from spte.platform import PAGE_SIZE
 
 FORMAT = "spte-trace/1"
@@ -31,6 +32,18 @@ GfnArray = npt.NDArray[np.unsignedinteger[Any]]
 
 class TraceError(ValueError):
     """A write trace that is damaged, truncated, foreign, or breaks a rule of `spte-trace/1`."""
+
+
+class EpochError(TraceError, IndexError):
+    """An epoch that a trace does not have."""
+
+
+def mapping(value: Any, name: str) -> Mapping[str, Any]:
+    """Return `value` if it is a mapping with names as keys; else TypeError."""
+    found: Mapping[str, Any] = instance(value, name, Mapping, "a dict")
+    for key in found:
+        instance(key, f"a key of {name}", str, "names as keys")
+    return found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,15 +76,15 @@ class Trace:
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        meta = {"format": FORMAT, "page_size": PAGE_SIZE, **self.meta}
+        meta = {"format": FORMAT, "page_size": PAGE_SIZE, **mapping(self.meta, "meta")}
         object.__setattr__(self, "meta", meta)
         _check_meta(meta)
         for name in ("t_ns", "indptr", "gfn"):
-            own = np.array(getattr(self, name), order="C")
+            own = np.array(as_array(getattr(self, name), name, TraceError), order="C")
             own.setflags(write=False)
             object.__setattr__(self, name, own)
+        object.__setattr__(self, "npages", integer(self.npages, "npages", TraceError))
         _check_arrays(self.t_ns, self.indptr, self.gfn, self.npages)
-        object.__setattr__(self, "npages", int(self.npages))
 
     @property
     def nepochs(self) -> int:
@@ -95,17 +108,18 @@ class Trace:
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
     def epoch(self, index: int) -> GfnArray:
-        """Return a read-only view of the pages that epoch `index` (0 <= index < nepochs) wrote, ascending."""
+        """Return a read-only view of the pages that epoch `index` wrote, ascending; EpochError unless 0 <= index < nepochs."""
+        index = integer(index, "epoch", EpochError)
         if not 0 <= index < self.nepochs:
-            raise IndexError(f"epoch {index} of a trace with {self.nepochs} epochs")
+            raise EpochError(f"epoch={index} of a trace with {self.nepochs} epochs; they are counted from 0")
         return self.gfn[self.indptr[index] : self.indptr[index + 1]]
 
 
 def _check_meta(meta: Mapping[str, Any]) -> None:
     if meta["format"] != FORMAT:
-        raise TraceError(f"format is {ascii(meta['format'])[:80]}; this reads {FORMAT!r}")
+        raise TraceError(f"format is {spell(meta['format'])}; this reads {FORMAT!r}")
     if meta["page_size"] != PAGE_SIZE:
-        raise TraceError(f"page_size is {ascii(meta['page_size'])[:80]}; KVM logs pages of {PAGE_SIZE} bytes")
+        raise TraceError(f"page_size is {spell(meta['page_size'])}; KVM logs pages of {PAGE_SIZE} bytes")
 
 
 def _check_arrays(t_ns: Int64Array, indptr: Int64Array, gfn: GfnArray, npages: int) -> None:

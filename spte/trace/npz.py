@@ -14,11 +14,13 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from spte._arguments import instance, spell
 from spte.trace.model import ARRAYS, FORMAT, MAX_BYTES, Trace, TraceError
 
 _MAX_META_BYTES = 1 << 20
 SHIPPED = ("redis", "sqlite")
 """Recorded programs in the package: redis-server under redis-benchmark, sqlite3 in memory."""
+_MAX_NAME = 1 << 12  # no file has a longer one
 
 
 def load(path: str | os.PathLike[str]) -> Trace:
@@ -39,7 +41,8 @@ def load(path: str | os.PathLike[str]) -> Trace:
     TraceError
         If the file can not be read, or is not a whole and valid trace; one line that begins with the path.
     """
-    name = ascii(os.fspath(path))[1:-1]
+    name = ascii(_checked(path))[1:-1]
+    name = name if len(name) < _MAX_NAME else spell(name)
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise TraceError("not a regular file")
@@ -50,6 +53,16 @@ def load(path: str | os.PathLike[str]) -> Trace:
         raise TraceError(f"{name}: can not be read: {reason}") from None
     except TraceError as error:
         raise TraceError(f"{name}: {error}") from None
+
+
+def _checked(path: Any) -> str:
+    try:
+        name = os.fsdecode(path)
+    except Exception:  # TypeError, or a foreign object's own
+        raise TypeError(f"path={spell(path)} is of type {type(path).__name__}; pass a path") from None
+    if "\0" in name:
+        raise TraceError(f"path={spell(name)} has a NUL byte; no file has such a name")
+    return name
 
 
 def save(trace: Trace, path: str | os.PathLike[str]) -> None:
@@ -66,15 +79,23 @@ def save(trace: Trace, path: str | os.PathLike[str]) -> None:
     ------
     OSError
         If the file can not be written.
+    TraceError
+        If `meta` has values that JSON does not know; no file is made.
     """
-    with open(path, "wb") as stream:
+    instance(trace, "trace", Trace, "a Trace")
+    name = _checked(path)
+    try:
+        meta = json.dumps(dict(trace.meta))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TraceError(f"meta is not JSON ({_one_line(error)}); take what is") from None
+    with open(name, "wb") as stream:
         np.savez_compressed(
             stream,
             t_ns=trace.t_ns,
             indptr=trace.indptr,
             gfn=trace.gfn,
             npages=np.int64(trace.npages),
-            meta=np.str_(json.dumps(dict(trace.meta))),
+            meta=np.str_(meta),
         )
 
 
@@ -96,8 +117,8 @@ def shipped(name: str) -> Trace:
     TraceError
         If there is none of that name.
     """
-    if name not in SHIPPED:
-        raise TraceError(f"no trace {name!a} ships in the package; there are {', '.join(SHIPPED)}")
+    if instance(name, "name", str, "the name of a trace") not in SHIPPED:
+        raise TraceError(f"no trace {spell(name)} ships in the package; there are {', '.join(SHIPPED)}")
     with (importlib.resources.files("spte") / "data" / f"{name}.npz").open("rb") as stream:
         return _read(stream)
 

@@ -4,73 +4,86 @@ from __future__ import annotations
 
 import dataclasses
 
+from spte._arguments import index, spell
 from spte.errors import CapabilityError, RingTooLargeError
 from spte.platform import PAGE_SIZE, SHADOW
 from spte.policy import Policy
 from spte.vm.kvm import Kvm
 from spte.vm.memslots import ADDRESS_SPACES
 
-NR_MEMSLOTS, ADDRESS_SPACE_COUNT = 10, 118
+NR_MEMSLOTS, MAX_VCPUS, ADDRESS_SPACE_COUNT, MAX_VCPU_ID = 10, 66, 118, 128
 MANUAL_PROTECT, DIRTY_RING, DIRTY_RING_ACQ_REL, PREFAULT = 168, 192, 223, 236
 RING_ENTRY_BYTES, RING_MAX_BYTES = 16, 65536 * 16
 RING_RESERVED = 64
-_NAMES = {"manual_dirty_log_protect2": MANUAL_PROTECT, "dirty_log_ring": DIRTY_RING, "dirty_log_ring_acq_rel": DIRTY_RING_ACQ_REL}
+RING_SIZE_BITS = 32  # KVM takes the ring's size as a u32
+_ENABLED = {"manual_dirty_log_protect2": MANUAL_PROTECT, "dirty_log_ring": DIRTY_RING, "dirty_log_ring_acq_rel": DIRTY_RING_ACQ_REL}
+_NAMES = {
+    **_ENABLED, "nr_memslots": NR_MEMSLOTS, "max_vcpus": MAX_VCPUS, "multi_address_space": ADDRESS_SPACE_COUNT,
+    "max_vcpu_id": MAX_VCPU_ID, "pre_fault_memory": PREFAULT,
+}  # fmt: skip
 
 
-def _number_of(name: str | int) -> int | None:
-    return _NAMES.get(name.lower().removeprefix("kvm_cap_")) if isinstance(name, str) else name
+def _number_of(name: str | int) -> int:
+    """Return the number of a capability, 0 for a name that is not known; TypeError for what is neither."""
+    return _NAMES.get(name.lower().removeprefix("kvm_cap_"), 0) if isinstance(name, str) else index(name, "cap")
 
 
-def _enabled_number(name: str | int) -> int:
+def enabled_number(name: str | int) -> int:
     """Return the number of a capability that can be enabled; CapabilityError (EINVAL) lists those."""
     found = _number_of(name)
-    if found not in _NAMES.values():
-        known = ", ".join(f"{key} ({value})" for key, value in _NAMES.items())
-        raise CapabilityError(f"capability {name!r} can not be enabled; take one of {known}")
-    assert found is not None
+    if found not in _ENABLED.values():
+        known = ", ".join(f"{key} ({value})" for key, value in _ENABLED.items())
+        raise CapabilityError(f"capability {spell(name)} can not be enabled; take one of {known}")
     return found
 
 
 def check_extension(kvm: Kvm, cap: str | int) -> int:
     """Return what KVM_CHECK_EXTENSION says of a capability given by name or number: 0 = unknown."""
     policy = kvm.policy
-    ring = RING_MAX_BYTES if policy.dirty_ring else 0
     known = {
-        NR_MEMSLOTS: policy.user_mem_slots, ADDRESS_SPACE_COUNT: ADDRESS_SPACES, MANUAL_PROTECT: 3, DIRTY_RING: ring,
-        DIRTY_RING_ACQ_REL: ring, PREFAULT: int(policy.prefault and kvm.platform.paging != SHADOW),
+        NR_MEMSLOTS: policy.user_mem_slots, MAX_VCPUS: policy.max_vcpus, ADDRESS_SPACE_COUNT: ADDRESS_SPACES,
+        MAX_VCPU_ID: policy.max_vcpu_ids, MANUAL_PROTECT: 3, DIRTY_RING: RING_MAX_BYTES * policy.dirty_ring,
+        DIRTY_RING_ACQ_REL: RING_MAX_BYTES * policy.dirty_ring_acq_rel,
+        PREFAULT: int(policy.prefault and kvm.platform.paging != SHADOW),
     }  # fmt: skip
-    return known.get(_number_of(cap) or 0, 0)
+    return known.get(_number_of(cap), 0)
 
 
-def check_manual_protect(arg0: int) -> None:
-    """Refuse arguments of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 other than 0, 1 (enable) and 3 (and initially-set)."""
-    if arg0 not in (0, 1, 3):
-        raise CapabilityError(f"manual={arg0} is not 0 (off), 1 (ENABLE) or 3 (ENABLE | INITIALLY_SET)")
+def manual_protect(arg0: int) -> int:
+    """Return the argument of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 if it is 0, 1 (enable) or 3 (and initially-set)."""
+    if index(arg0, "manual") not in (0, 1, 3):
+        raise CapabilityError(f"manual={spell(arg0)} is not 0 (off), 1 (ENABLE) or 3 (ENABLE | INITIALLY_SET)")
+    return index(arg0, "manual")
 
 
-def check_dirty_ring(size: int, cpu_dirty_log_size: int, policy: Policy) -> None:
-    """Refuse ring sizes, in bytes, that KVM refuses: all of them on a kernel without rings."""
+def dirty_ring(arg0: int, cpu_dirty_log_size: int, policy: Policy) -> int:
+    """Return the bytes of a ring as KVM takes them from a 64-bit argument; CapabilityError if it refuses them."""
     if not policy.dirty_ring:
         raise CapabilityError(f"policy {policy.name} has no dirty rings; pass ring_bytes=0 and harvest by get_dirty_log()")
-    least = RING_ENTRY_BYTES * (RING_RESERVED + cpu_dirty_log_size)
-    if size <= 0 or size & (size - 1):
-        raise CapabilityError(f"ring of {size} bytes is not a power of two; take {1 << max(size, PAGE_SIZE - 1).bit_length()}")
-    if size < max(least, PAGE_SIZE):
-        raise CapabilityError(f"ring of {size} bytes is too small; take at least {1 << (max(least, PAGE_SIZE) - 1).bit_length()}")
+    size = arg0 & ((1 << RING_SIZE_BITS) - 1)
+    given = f"ring of {arg0} bytes" + (f", of which {RING_SIZE_BITS} bits count, {size}," if size != arg0 else "")
+    least = 1 << (max(RING_ENTRY_BYTES * (RING_RESERVED + cpu_dirty_log_size), PAGE_SIZE) - 1).bit_length()
+    if not size or size & (size - 1):
+        near = min(max(1 << size.bit_length(), least), RING_MAX_BYTES)
+        raise CapabilityError(f"{given} is not a power of two; take {near}")
+    if size < least:
+        raise CapabilityError(f"{given} is too small; take at least {least}")
     if size > RING_MAX_BYTES:
-        raise RingTooLargeError(f"ring of {size} bytes is too large; take at most {RING_MAX_BYTES}")
+        raise RingTooLargeError(f"{given} is too large; take at most {RING_MAX_BYTES}")
+    return size
 
 
-def enable_cap(kvm: Kvm, name: str | int, arg0: int) -> None:
-    """Enable a capability of the VM; see `VM.enable_cap`: KVM_ENABLE_CAP."""
-    if _enabled_number(name) == MANUAL_PROTECT:
-        check_manual_protect(arg0)
-        kvm.change(manual=arg0)
+def enable_cap(kvm: Kvm, cap: int, arg0: int) -> None:
+    """Enable a capability of the VM by number; see `VM.enable_cap`: KVM_ENABLE_CAP."""
+    if cap == MANUAL_PROTECT:
+        kvm.change(manual=manual_protect(arg0))
         if arg0 != 3:
             kvm.memslots.leave_initially_set()
         return
-    check_dirty_ring(arg0, kvm.platform.cpu_dirty_log_size, kvm.policy)
-    raise CapabilityError(f"ring of {arg0} bytes comes too late: vCPUs exist; pass ring_bytes={arg0} when making the VM")
+    if cap == DIRTY_RING_ACQ_REL and kvm.policy.dirty_ring and not kvm.policy.dirty_ring_acq_rel:
+        raise CapabilityError(f"policy {kvm.policy.name} has no dirty_log_ring_acq_rel; take dirty_log_ring (192)")
+    size = dirty_ring(arg0, kvm.platform.cpu_dirty_log_size, kvm.policy)
+    raise CapabilityError(f"ring of {size} bytes comes too late: vCPUs exist; pass ring_bytes={size} when making the VM")
 
 
 def set_param(kvm: Kvm, name: str, value: bool) -> None:

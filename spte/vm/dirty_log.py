@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from spte._arguments import spell
 from spte.arrays.records import U64s
 from spte.arrays.slots import READONLY
 from spte.bits import ROLE_GUEST_MODE
@@ -106,11 +108,23 @@ def _refuse_ring(kvm: Kvm) -> None:
         raise DirtyRingInUseError("the VM logs to dirty rings; harvest vcpu.ring and call reset_dirty_rings()")
 
 
-def _check_buffer(array: Any, words: int, name: str, *, write: bool) -> None:
-    good = isinstance(array, np.ndarray) and array.dtype == np.uint64 and array.ndim == 1
-    if not good or (array.shape[0] != words if write else array.shape[0] < words) or (write and not array.flags.writeable):
-        what = f"{array.dtype}{list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise BufferFaultError(f"{name} is {what}; pass {'a writable' if write else 'an'} array of uint64[{words}]")
+def bytes_of(buffer: Any, name: str) -> npt.NDArray[np.uint8]:
+    """Return a view of the bytes of a buffer, as an ioctl sees it; TypeError if it has none that lie side by side."""
+    try:
+        view = memoryview(buffer)
+        plain = view.c_contiguous and not np.asarray(view).dtype.hasobject
+    except (TypeError, ValueError, BufferError):
+        plain = False
+    if not plain:
+        raise TypeError(f"{name}={spell(buffer)} is no C-contiguous buffer; pass an array of uint64, or any other buffer of as many bytes")
+    return np.frombuffer(view, np.uint8) if view.nbytes else np.zeros(0, np.uint8)
+
+
+def _check_user_copy(data: npt.NDArray[np.uint8], words: int, name: str, *, write: bool) -> None:
+    """Refuse bytes that a copy from or to userspace would fault on."""
+    if len(data) < 8 * words or (write and words and not data.flags.writeable):
+        what = "read-only" if len(data) >= 8 * words else f"{len(data)} bytes long"
+        raise BufferFaultError(f"{name} is {what}; pass {8 * words} {'writable ' if write else ''}bytes, uint64[{words}]")
 
 
 def _sync(kvm: Kvm) -> None:
@@ -119,8 +133,8 @@ def _sync(kvm: Kvm) -> None:
         kvm.mmu.tables.kvm["vcpu_kicks"][0] += len(kvm.vcpus)
 
 
-def get(kvm: Kvm, slot: int, out: U64s | None) -> U64s:
-    """KVM_GET_DIRTY_LOG; what is dirty is exchanged, re-armed and flushed before `out` is looked at."""
+def get(kvm: Kvm, slot: int, out: npt.NDArray[np.uint8] | None) -> U64s:
+    """KVM_GET_DIRTY_LOG; what is dirty is exchanged, re-armed and flushed before the bytes of `out` are looked at."""
     _refuse_ring(kvm)
     check_slot_number(slot, kvm.memslots.user_mem_slots)
     memslot = _logging_slot(kvm, slot)
@@ -135,15 +149,14 @@ def get(kvm: Kvm, slot: int, out: U64s | None) -> U64s:
         kvm.mmu.tables.kvm["sptes_written"][0] += changed
         if found:
             kvm.mmu.flush()
-    if out is None:
-        return snapshot
-    _check_buffer(out, memslot.words, "out", write=True)
-    out[:] = snapshot
-    return out
+    if out is not None:
+        _check_user_copy(out, memslot.words, "out", write=True)
+        out[: 8 * memslot.words] = snapshot.view(np.uint8)
+    return snapshot
 
 
-def clear(kvm: Kvm, slot: int, first_page: int, num_pages: int, bitmap: U64s) -> None:
-    """KVM_CLEAR_DIRTY_LOG; all is checked before anything changes."""
+def clear(kvm: Kvm, slot: int, first_page: int, num_pages: int, bitmap: npt.NDArray[np.uint8]) -> None:
+    """KVM_CLEAR_DIRTY_LOG; vCPUs are kicked before the bytes of `bitmap` are looked at, nothing else changes before."""
     _refuse_ring(kvm)
     check_slot_number(slot, kvm.memslots.user_mem_slots)
     if first_page % 64 or first_page < 0:
@@ -155,10 +168,10 @@ def clear(kvm: Kvm, slot: int, first_page: int, num_pages: int, bitmap: U64s) ->
             f"first_page={first_page}, num_pages={num_pages} of a slot of {memslot.npages} pages; take a multiple of 64, or up to the end"
         )
     words = (num_pages + 63) // 64
-    _check_buffer(bitmap, words, "bitmap", write=False)
     _sync(kvm)
+    _check_user_copy(bitmap, words, "bitmap", write=False)
     wanted = kvm.memslots.scratch(memslot)[:words]
-    wanted[:] = bitmap[:words]
+    wanted.view(np.uint8)[:] = bitmap[: 8 * words]
     s, k = kvm.memslots.row_of(memslot)
     first, roots = np.int64(first_page >> 6), kvm.mmu.roots_of(memslot)
     with kvm.mmu.traced():

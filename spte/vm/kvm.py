@@ -12,13 +12,14 @@ from spte.arrays.slots import READONLY
 from spte.arrays.tables import PAE_ROOT
 from spte.arrays.vcpu import KVM_VCPU, LOG_COLUMNS, PIECE, WALKS_AHEAD, Vcpu
 from spte.errors import ClosedError
-from spte.host import pages as hostmm
+from spte.host.backing import backings_at
 from spte.host.lock import ExclusiveLock
-from spte.host.mmu_notifier import Ranges, invalidate_range
+from spte.host.mmu_notifier import MmuNotifier, Ranges, host_write
+from spte.host.pages import HOST_EFAULT
 from spte.kernel_bits import KernelBits, kernel_bits
 from spte.mmu.mark_dirty import mark_dirty
 from spte.observe.listing import KeptRoot
-from spte.platform import Platform
+from spte.platform import PAGE_SIZE, Platform
 from spte.policy import Policy
 from spte.vm.memslots import Memslots
 from spte.vm.mmu import Mmu
@@ -211,6 +212,11 @@ class Kvm:
             if young and self.policy.aging_flush:
                 self.mmu.flush()
 
+    def host_write(self, hpage: int) -> int:
+        """Make the host map `hpage` writable for this VM; returns what `spte.host.mmu_notifier.host_write` does."""
+        users: set[MmuNotifier] = {user for backing in backings_at(hpage * PAGE_SIZE, PAGE_SIZE) for user in backing.users}
+        return host_write(users | {self}, hpage)
+
     def write_guest_page(self, gfn: int, vcpu: int) -> None:
         """Write page `gfn` as KVM does: dirty in the log of its slot, no SPTE: kvm_vcpu_write_guest_page.
 
@@ -219,12 +225,8 @@ class Kvm:
         slot = self.memslots.at(gfn)
         if slot is None or slot.flags & READONLY:
             return
-        hpage = slot.hpage_of(gfn)
-        code = hostmm.write_page(np.int64(hpage))
-        if code == hostmm.HOST_EFAULT:
+        if self.host_write(slot.hpage_of(gfn)) == HOST_EFAULT:
             return
-        if code == hostmm.HOST_COW and slot.backing is not None:
-            invalidate_range(slot.backing.users, [(hpage, 1)])
         s, k = self.memslots.row_of(slot)
         v = self.vcpus[vcpu].arrays
         mark_dirty(self.mmu.tables, s, v, np.int64(k), np.int64(gfn))

@@ -41,7 +41,7 @@ class Memslot:
     npages: int
     flags: int
     hva: int
-    backing: Backing | None
+    backings: tuple[Backing, ...]  # the memory at its host addresses when it was made; it stays as long as the slot
     bitmap: int = -1
     lpage: tuple[int, int] = (0, 0)
     rmaps: tuple[int, ...] = (-1, -1, -1)

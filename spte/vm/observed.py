@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from spte._arguments import flag, integer, spell
 from spte.host.lock import exclusive
 from spte.observe import invariants, listing, stats
 from spte.vm.kvm import Kvm
+
+
+def _gfns(hide: Any) -> tuple[int, int] | None:
+    """Return the gfns that a listing leaves out, None or ``(first, end)``, as ints; else TypeError or ArgumentError."""
+    if hide is None:
+        return None
+    if not isinstance(hide, tuple | list) or len(hide) != 2:
+        raise TypeError(f"hide={spell(hide)} is of type {type(hide).__name__}; pass (first gfn, end gfn)")
+    return integer(hide[0], "hide[0]"), integer(hide[1], "hide[1]")
 
 
 class Observed:
@@ -39,7 +49,8 @@ class Observed:
     @exclusive
     def tables(self, vcpu: int = 0, *, hide: tuple[int, int] | None = None) -> list[list[Any]]:
         """Return page-table pages as ``[level, gfn, count, role, tdp, nx_disallowed, unsync]`` runs; `vcpu`, `hide` as `leafs`."""
-        return listing.tables(self.kvm.mmu.tables, self._walk(vcpu, hide), self.kvm.role_of(vcpu, self._root(vcpu)))
+        runs = self._walk(vcpu, hide)
+        return listing.tables(self.kvm.mmu.tables, runs, self.kvm.role_of(vcpu, self._root(vcpu)))
 
     @exclusive
     def other(self, vcpu: int = 0, *, hide: tuple[int, int] | None = None) -> list[list[Any]]:
@@ -47,7 +58,10 @@ class Observed:
         return listing.other(self._walk(vcpu, hide), self.kvm.bits)
 
     def _walk(self, vcpu: int, hide: tuple[int, int] | None) -> list[listing.Run]:
-        return listing.walk(self.kvm.mmu.tables, self._root(vcpu), hide)
+        return listing.walk(self.kvm.mmu.tables, self._root(self._index(vcpu)), _gfns(hide))
+
+    def _index(self, vcpu: int) -> int:
+        return integer(vcpu, "vcpu", least=0, end=len(self.kvm.vcpus))
 
     def _root(self, vcpu: int) -> int:
         return int(self.kvm.vcpus[vcpu].arrays.vcpu[0].root)
@@ -58,7 +72,7 @@ class Observed:
 
         Leaves of `guest_mmu` have L1's gfn as a fifth value. `hide` leaves gfns ``[a, b)`` out.
         """
-        return listing.roots(self.kvm.mmu.tables, self.kvm.bits, self.kvm.kept_roots(), hide)
+        return listing.roots(self.kvm.mmu.tables, self.kvm.bits, self.kvm.kept_roots(), _gfns(hide))
 
     @exclusive
     def slots(self) -> list[dict[str, Any]]:
@@ -74,12 +88,12 @@ class Observed:
     @exclusive
     def trace_events(self, on: bool) -> None:
         """Record tracepoints from now on, or stop to."""
-        self.kvm.trace(events=on)
+        self.kvm.trace(events=flag(on, "on"))
 
     @exclusive
     def trace_hw(self, on: bool) -> None:
         """Record what the hardware logs (PML entries, full buffers) from now on, or stop to."""
-        self.kvm.trace(hardware=on)
+        self.kvm.trace(hardware=flag(on, "on"))
 
     @exclusive
     def drain_events(self) -> list[list[Any]]:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from spte._arguments import instance, integer
 from spte.arrays.slots import READONLY
-from spte.errors import NoSuchSlotError, SlotAlignmentError, SlotChangeError, SlotFlagsError, SlotOverlapError, SlotRangeError
-from spte.host.backing import Backing
+from spte.errors import (
+    NoSuchSlotError,
+    SlotAlignmentError,
+    SlotChangeError,
+    SlotFlagsError,
+    SlotIdError,
+    SlotOverlapError,
+    SlotRangeError,
+)
+from spte.host.backing import Backing, backings_at
 from spte.platform import PAGE_SIZE
 from spte.vm import dirty_log
 from spte.vm.kvm import Kvm
@@ -12,6 +21,7 @@ from spte.vm.memslots import ADDRESS_SPACES, MAX_PAGES, VALID_FLAGS, Memslot, Me
 
 USER_END = (1 << 47) - PAGE_SIZE
 TSS_PAGES = 3
+TSS_END = (1 << 32) - TSS_PAGES * PAGE_SIZE  # the last address that KVM_SET_TSS_ADDR takes
 CREATE, DELETE, MOVE, FLAGS_ONLY, NOTHING = "create", "delete", "move", "flags-only", "nothing"
 
 
@@ -33,6 +43,26 @@ def _check_numbers(slot: int, gpa: int, size: int, hva: int, flags: int, user_me
         raise SlotRangeError(f"size={size:#x} is more than {MAX_PAGES} pages; use several slots")
 
 
+def typed(
+    slot: int, gpa: int, size: int, backing: Backing | None, hva: int | None, offset: int, flags: int
+) -> tuple[int, int, int, Backing | None, int | None, int, int]:
+    """Return the arguments of a call as ints of 64 bits and a Backing; else TypeError or KvmError."""
+    return (
+        integer(slot, "slot", SlotIdError), integer(gpa, "gpa", SlotAlignmentError), integer(size, "size", SlotAlignmentError),
+        None if backing is None else instance(backing, "backing", Backing, "a Backing"),
+        None if hva is None else integer(hva, "hva", SlotAlignmentError), integer(offset, "offset", SlotAlignmentError),
+        integer(flags, "flags", SlotFlagsError),
+    )  # fmt: skip
+
+
+def memory_of(
+    slot: int, gpa: int, size: int, backing: Backing | None, hva: int | None, offset: int, flags: int
+) -> tuple[Backing, ...]:
+    """Return the memory that a slot of these arguments maps, as far as they are sound: a VM and those that share it have one lock."""
+    start = hva if hva is not None else backing.hva + offset if backing is not None else -1
+    return backings_at(start, size) if 0 <= start < USER_END and 0 < size <= USER_END - start else ()
+
+
 def plan(
     slots: Memslots, gpa_bits: int, slot: int, gpa: int, size: int, backing: Backing | None, hva: int | None, offset: int, flags: int
 ) -> tuple[str, Memslot | None, Memslot | None]:
@@ -46,14 +76,12 @@ def plan(
     old = slots.find(slot)
     if hva is None:
         hva = backing.hva + offset if backing is not None else old.hva if old is not None and size else 0
-    if backing is None and old is not None and hva == old.hva:
-        backing = old.backing
     _check_numbers(slot, gpa, size, hva, flags, slots.user_mem_slots)
     if size == 0:
         if old is None:
             raise NoSuchSlotError(f"slot={slot:#x} does not exist, so it can not be deleted (size 0)")
         return DELETE, old, None
-    new = Memslot(slot, gpa // PAGE_SIZE, size // PAGE_SIZE, flags, hva, backing)
+    new = Memslot(slot, gpa // PAGE_SIZE, size // PAGE_SIZE, flags, hva, backings_at(hva, size))
     if old is None:
         change = CREATE
     else:
@@ -103,9 +131,7 @@ def set_memory_region(kvm: Kvm, slot: int, gpa: int, size: int, backing: Backing
         slots.free_bitmap(old)
     if new is not None and new is not old:
         new.bitmap = old.bitmap if old is not None else -1
-        slots.insert(new)
-        if new.backing is not None:
-            new.backing.users.add(kvm)
+        _insert(kvm, new)
     if new is not None:
         if now and not was and not kvm.ring_entries:
             slots.allocate_bitmap(new, all_set=kvm.manual == 3)
@@ -119,17 +145,23 @@ def set_memory_region(kvm: Kvm, slot: int, gpa: int, size: int, backing: Backing
             dirty_log.collapse(kvm, new)
 
 
+def _insert(kvm: Kvm, new: Memslot) -> None:
+    kvm.memslots.insert(new)
+    for backing in new.backings:
+        backing.users.add(kvm)
+
+
 def set_tss_addr(kvm: Kvm, gpa: int) -> None:
     """Map three pages at `gpa` in every address space as an internal memslot: KVM_SET_TSS_ADDR."""
     if gpa % PAGE_SIZE:
         raise SlotAlignmentError(f"gpa={gpa:#x} is not a multiple of {PAGE_SIZE}; round down")
     backing = Backing("4k", TSS_PAGES * PAGE_SIZE)
     tss_slot = kvm.memslots.user_mem_slots  # the first of KVM's internal slots
-    new = [Memslot(as_id << 16 | tss_slot, gpa // PAGE_SIZE, TSS_PAGES, 0, backing.hva, backing) for as_id in range(ADDRESS_SPACES)]
+    new = [Memslot(as_id << 16 | tss_slot, gpa // PAGE_SIZE, TSS_PAGES, 0, backing.hva, (backing,)) for as_id in range(ADDRESS_SPACES)]
     for slot in new:
         if kvm.memslots.find(slot.slot) is not None:
             raise SlotChangeError(f"slot={slot.slot:#x} exists already; an internal slot is made once")
         _check_place(kvm.memslots, kvm.platform.gpa_bits, slot)
     for slot in new:
-        kvm.memslots.insert(slot)
+        _insert(kvm, slot)
         kvm.advance_generation(slot.as_id, 2)

@@ -9,16 +9,27 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from spte._arguments import flag, index, integer, spell
 from spte.arrays.records import I64s
 from spte.arrays.vcpu import EXEC, READ, WRITE
-from spte.errors import NestedError, SlotAlignmentError
+from spte.errors import NestedError, PrefaultError, SlotAlignmentError
 from spte.exits import Exit
 from spte.host.guest_memory import contents
 from spte.vm import nested
 from spte.vm.kvm import Kvm, KvmVcpu
-from spte.vm.vcpu_run import ONE_KIND, Kinds, await_turn, check_reach, enter_guest, frames, pre_fault_memory, vcpu_run, written_page
+from spte.vm.vcpu_run import (
+    ONE_KIND,
+    Kinds,
+    await_turn,
+    check_reach,
+    enter_guest,
+    frames,
+    integers,
+    pre_fault_memory,
+    vcpu_run,
+    written_page,
+)
 
-_IS_KIND = np.isin(np.arange(256), tuple(ONE_KIND))
 DIRTY_GFN = np.dtype([("flags", "<u4"), ("slot", "<u4"), ("offset", "<u8")])  # struct kvm_dirty_gfn
 
 P = ParamSpec("P")
@@ -35,6 +46,10 @@ def _ioctl(call: Callable[Concatenate[VirtualCpu, P], R]) -> Callable[Concatenat
             return call(vcpu, *args, **kwargs)
 
     return alone
+
+
+def _address(name: str, gpa: int | None) -> int | None:
+    return None if gpa is None else integer(gpa, name, NestedError)
 
 
 class VirtualCpu(KvmVcpu):
@@ -104,12 +119,14 @@ class VirtualCpu(KvmVcpu):
         Exit or None
             None if every access was done, else what stopped the batch.
         """
-        each = np.array(kinds, np.uint8)
-        if each.shape != np.shape(gfns):
-            raise TypeError(f"kinds has shape {each.shape}, gfns {np.shape(gfns)}; pass one kind for each gfn")
-        if not _IS_KIND[each].all():
-            raise TypeError(f"kinds holds {each[~_IS_KIND[each]][0]}; pass READ (1), WRITE (2) or EXEC (4) for each gfn")
-        return self._run(gfns, each if len(each) != 1 else ONE_KIND[int(each[0])], leave=leave)
+        asked, batch = integers(kinds, "kinds"), integers(gfns, "gfns")
+        if asked.shape != batch.shape:
+            raise TypeError(f"kinds has shape {asked.shape}, gfns {batch.shape}; pass one kind for each gfn")
+        wrong = asked[~((asked == READ) | (asked == WRITE) | (asked == EXEC))]
+        if len(wrong):
+            raise TypeError(f"kinds holds {spell(int(wrong[0]))}; pass READ (1), WRITE (2) or EXEC (4) for each gfn")
+        each = np.array(asked, np.uint8)
+        return self._run(batch, each if len(each) != 1 else ONE_KIND[int(each[0])], leave=flag(leave, "leave"))
 
     def _run(self, gfns: npt.ArrayLike, kinds: Kinds, *, leave: bool = True) -> Exit | None:
         array, low, high = frames(gfns)
@@ -146,7 +163,9 @@ class VirtualCpu(KvmVcpu):
         SlotAlignmentError
             EINVAL: `gpa` is not a multiple of 8, or `value` has more than 64 bits; errors as `read` else.
         """
-        if gpa % 8 or not 0 <= value < 1 << 64:
+        gpa, value = integer(gpa, "gpa", SlotAlignmentError), integer(value, "value", SlotAlignmentError)
+        leave = flag(leave, "leave")
+        if gpa % 8 or value < 0:
             raise SlotAlignmentError(f"store of {value:#x} at {gpa:#x}: take a multiple of 8 and 64 bits")
         reg = self.arrays.vcpu[0]
         reg.store_offset = gpa & 0xFFF
@@ -180,6 +199,7 @@ class VirtualCpu(KvmVcpu):
             EINVAL: malformed, or a policy without prefault; EOPNOTSUPP: shadow paging, or L2 on tables of L1; ENOENT: the first page is
             in no memslot (its MMIO SPTE is made first, as KVM does); EFAULT: the host does not give it.
         """
+        gpa, size, flags = (integer(n, name, PrefaultError) for n, name in ((gpa, "gpa"), (size, "size"), (flags, "flags")))
         return pre_fault_memory(self._kvm, self, gpa, size, flags)
 
     @_ioctl
@@ -204,8 +224,8 @@ class VirtualCpu(KvmVcpu):
 
     @l1_pml_index.setter
     def l1_pml_index(self, value: int) -> None:
-        if not 0 <= value <= 0xFFFF:
-            raise NestedError(f"l1_pml_index={value} is not a 16-bit index; an empty buffer has 511")
+        if not 0 <= index(value, "l1_pml_index") <= 0xFFFF:
+            raise NestedError(f"l1_pml_index={spell(value)} is not a 16-bit index; an empty buffer has 511")
         with self.exclusive:
             self.arrays.vcpu[0].l1_pml_index = value
 
@@ -225,7 +245,7 @@ class VirtualCpu(KvmVcpu):
         NestedError
             EINVAL: the vCPU runs L2; the address is not of a page, or of one in no memslot where KVM shadows the tables.
         """
-        nested.load_cr3(self._kvm, self, gpa)
+        nested.load_cr3(self._kvm, self, _address("gpa", gpa))
 
     @_ioctl
     def enter_l2(self, ept: int | None = None, *, ad: bool = True, pml: int | None = None, vmcb: int | None = None) -> None:
@@ -250,7 +270,8 @@ class VirtualCpu(KvmVcpu):
             EINVAL: the vCPU runs L2 already; an address that is not of a page; `ept` in no memslot, or under shadow paging; there without
             `load_cr3`; `pml` without EPT and its A/D bits; `vmcb` on Intel.
         """
-        nested.enter_l2(self._kvm, self, ept, pml, vmcb, ad=ad)
+        ept, pml, vmcb = _address("ept", ept), _address("pml", pml), _address("vmcb", vmcb)
+        nested.enter_l2(self._kvm, self, ept, pml, vmcb, ad=flag(ad, "ad"))
 
     @_ioctl
     def leave_l2(self) -> None:
@@ -266,4 +287,4 @@ class VirtualCpu(KvmVcpu):
         ept : int, optional
             Address of the root table (single context); None: all of them (global).
         """
-        nested.invept(self._kvm, self, ept)
+        nested.invept(self._kvm, self, _address("ept", ept))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from spte._arguments import as_array, spell
 from spte.access import Access
 from spte.arrays.mode import replace
 from spte.arrays.records import I64s
@@ -38,7 +37,6 @@ from spte.cpu.run import run as run_guest
 from spte.cpu.run import run_shadow
 from spte.errors import OutOfTablesError, PrefaultError, PrefaultHoleError, PrefaultHostError, PrefaultUnsupportedError, SlotRangeError
 from spte.exits import Exit
-from spte.host.mmu_notifier import host_write
 from spte.host.pages import the_host
 from spte.mmu.walk import walk
 from spte.platform import EPT, SHADOW
@@ -65,18 +63,6 @@ def kick(kvm: Kvm) -> None:
     if kvm.vcpus_in_guest:
         for vcpu in kvm.vcpus:
             leave_guest(kvm, vcpu)
-
-
-def ioctl(call: Callable[Concatenate[V, P], R]) -> Callable[Concatenate[V, P], R]:
-    """Let `call`, a method of a VM, hold the VM's lock, and every vCPU leave the guest before."""
-
-    @functools.wraps(call)
-    def alone(vm: V, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with vm.exclusive:
-            kick(vm.kvm)
-            return call(vm, *args, **kwargs)
-
-    return alone
 
 
 def leave_guest(kvm: Kvm, vcpu: KvmVcpu) -> None:
@@ -129,14 +115,28 @@ def _take_mode(kvm: Kvm, vcpu: KvmVcpu) -> None:
     vcpu.arrays.vcpu[0].pml_barred = l2 is not None and not pml_in_l2
 
 
+def integers(values: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
+    """Return what is array-like as an array of integers in one dimension, of objects if some do not fit 64 bits; else TypeError."""
+    array = as_array(values, name)
+    if array.ndim != 1 or not (array.dtype.kind in "iu" or not array.size or _are_large(array)):
+        dtype = "object" if array.dtype.hasobject else spell(array.dtype)
+        raise TypeError(f"{name} has dtype {dtype} and shape {array.shape}; pass a one-dimensional array of integers")
+    return array
+
+
+def _are_large(array: npt.NDArray[Any]) -> bool:
+    return array.dtype.kind == "O" and all(isinstance(n, int) for n in array) and not all(-1 << 63 <= n < 1 << 64 for n in array)
+
+
 def frames(gfns: npt.ArrayLike) -> tuple[I64s, int, int]:
     """Return guest frame numbers as the kernels take them, their lowest and their highest."""
-    array = np.asarray(gfns)
+    array = integers(gfns, "gfns")
     size = array.size
-    if array.ndim == 1 and size == 0:
+    if size == 0:
         return _NO_GFNS, 0, 0
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise TypeError(f"gfns has dtype {array.dtype} and shape {array.shape}; pass a one-dimensional array of integers")
+    if array.dtype.kind == "O":
+        bad = next(gfn for gfn in array if not -1 << 63 <= gfn < 1 << 64)
+        raise SlotRangeError(f"gfns holds {spell(bad)}, outside of what the guest can address")
     low, high = (int(array.min()), int(array.max())) if size > 1 else (array.item(),) * 2
     if array.dtype != _INT64:
         array = array.view(np.int64) if array.dtype == np.uint64 else array.astype(np.int64)
@@ -218,9 +218,8 @@ def _host_write(kvm: Kvm, gfn: int) -> int:
     """Make the host map page `gfn` writable; returns the host page."""
     slot = kvm.memslots.at(gfn)
     assert slot is not None
-    assert slot.backing is not None
     hpage = slot.hpage_of(gfn)
-    host_write(slot.backing.users, hpage)
+    kvm.host_write(hpage)
     return hpage
 
 
@@ -238,7 +237,7 @@ def pre_fault_memory(kvm: Kvm, vcpu: KvmVcpu, gpa: int, size: int, flags: int) -
     """Map ``[gpa, gpa + size)`` before the guest asks for it; see `VirtualCpu.prefault`: KVM_PRE_FAULT_MEMORY."""
     inside = 0 <= gpa < gpa + size <= 1 << kvm.platform.gpa_bits
     if not kvm.policy.prefault or flags or gpa % 4096 or size % 4096 or not inside:
-        raise PrefaultError(f"gpa={gpa:#x}, size={size:#x}, flags={flags}: take page multiples, flags 0, a policy with prefault")
+        raise PrefaultError(f"gpa={gpa:#x}, size={size:#x}, flags={flags:#x}: take page multiples, flags 0, a policy with prefault")
     if kvm.platform.paging == SHADOW or vcpu.mmu.active is vcpu.mmu.guest_mmu:
         raise PrefaultUnsupportedError("shadowed guest tables have no prefault; take a platform with EPT or NPT, and L1")
     enter_guest(kvm, vcpu)

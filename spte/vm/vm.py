@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import warnings
 from types import TracebackType
+from typing import Any, TypeVar, overload
 
+from spte._arguments import flag, index, instance, integer, spell
 from spte.arrays.records import U64s
-from spte.errors import CapabilityError, DirtyLoggingLeak, MmuPagesError
+from spte.errors import CapabilityError, ClearRangeError, DirtyLoggingLeak, MmuPagesError, SlotIdError, SlotRangeError
 from spte.host.backing import Backing
 from spte.host.lock import share
 from spte.platform import Platform, named
@@ -16,9 +18,9 @@ from spte.vm import set_memory_region as region
 from spte.vm.kvm import Kvm
 from spte.vm.observed import Observed
 from spte.vm.vcpu import VirtualCpu
-from spte.vm.vcpu_run import ioctl, kick
+from spte.vm.vcpu_run import kick
 
-MAX_VCPUS = 1024  # KVM_MAX_VCPUS of x86
+Buffer = TypeVar("Buffer")
 MIN_MMU_PAGES = 64  # KVM_MIN_ALLOC_MMU_PAGES
 
 
@@ -36,28 +38,32 @@ class VM(Observed):
     policy : str or Policy
         What the kernel version does: a mainline version (``5.10`` to ``7.2``), ``series``, or a value with single decisions replaced.
     vcpus : int
-        Number of vCPUs, 1..1024.
+        Number of vCPUs, from 1 to what KVM_CAP_MAX_VCPUS says.
     manual : int
         Argument of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: 0, 1 (manual protect) or 3 (and initially-set).
     ring_bytes : int
-        Dirty ring of each vCPU, bytes; 0 = bitmaps.
+        Dirty ring of each vCPU, bytes; 0 = bitmaps. Its low 32 bits count, as in the kernel.
 
     Raises
     ------
     KvmError
         EINVAL or E2BIG, with the value and the way out; no VM is made.
+
+    Notes
+    -----
+    Every call takes an argument of a wrong type with TypeError, a number out of range with a subclass of KvmError, and has changed
+    nothing then.
     """
 
     def __init__(
         self, platform: str | Platform = "ept-pml", policy: str | Policy = "6.12", *, vcpus: int = 1, manual: int = 0, ring_bytes: int = 0
     ) -> None:
-        platform = named(platform) if isinstance(platform, str) else platform
-        policy = Policy.named(policy) if isinstance(policy, str) else policy
-        if not 1 <= vcpus <= MAX_VCPUS:
-            raise CapabilityError(f"vcpus={vcpus} is not in 1..{MAX_VCPUS}")
-        capabilities.check_manual_protect(manual)
-        if ring_bytes:
-            capabilities.check_dirty_ring(ring_bytes, platform.cpu_dirty_log_size, policy)
+        platform = named(platform) if isinstance(platform, str) else instance(platform, "platform", Platform, "a name or a Platform")
+        policy = Policy.named(policy) if isinstance(policy, str) else instance(policy, "policy", Policy, "a name or a Policy")
+        vcpus = integer(vcpus, "vcpus", CapabilityError, 1, policy.max_vcpus + 1)
+        manual = capabilities.manual_protect(manual)
+        ring_bytes = integer(ring_bytes, "ring_bytes", CapabilityError)
+        ring_bytes = capabilities.dirty_ring(ring_bytes, platform.cpu_dirty_log_size, policy) if ring_bytes else 0
         super().__init__(Kvm(platform, policy, manual, ring_bytes // capabilities.RING_ENTRY_BYTES))
         self.vcpus = tuple(VirtualCpu(self.kvm, i) for i in range(vcpus))
         self.kvm.vcpus = self.vcpus
@@ -98,23 +104,27 @@ class VM(Observed):
         flags : int
             1 LOG_DIRTY_PAGES, 2 READONLY.
         hva : int, optional
-            Host virtual address instead of `backing` and `offset`.
+            Host virtual address instead of `backing` and `offset`, of any memory; what comes there later is without MMU notifiers.
 
         Raises
         ------
         KvmError
             The first broken rule in KVM's order: EINVAL, EEXIST (overlap), ENOMEM. Nothing is changed.
         """
-        if backing is not None:
-            share(self.exclusive, backing.exclusive)
+        given = region.typed(slot, gpa, size, backing, hva, offset, flags)
+        for memory in region.memory_of(*given):
+            share(self.exclusive, memory.exclusive)
         with self.exclusive:
             kick(self.kvm)
-            region.set_memory_region(self.kvm, slot, gpa, size, backing, hva, offset, flags)
+            region.set_memory_region(self.kvm, *given)
 
     # -- dirty log --------------------------------------------------------------------------------------------------------
 
-    @ioctl
-    def get_dirty_log(self, slot: int, out: U64s | None = None) -> U64s:
+    @overload
+    def get_dirty_log(self, slot: int, out: None = None) -> U64s: ...
+    @overload
+    def get_dirty_log(self, slot: int, out: Buffer) -> Buffer: ...
+    def get_dirty_log(self, slot: int, out: Any = None) -> Any:
         """Return which pages of `slot` are dirty: KVM_GET_DIRTY_LOG.
 
         Without manual protect the pages are clean afterwards and their next write is seen again. As with KVM, that has happened
@@ -124,8 +134,8 @@ class VM(Observed):
         ----------
         slot : int
             as_id << 16 | id.
-        out : ndarray of uint64[ceil(npages / 64)], optional
-            Receives the bitmap, bit 0 of word 0 = first page; mutated and returned.
+        out : ndarray of uint64[ceil(npages / 64)], or any other C-contiguous buffer of at least as many bytes, optional
+            Receives the bitmap, bit 0 of word 0 = first page, from its front; mutated and returned.
 
         Returns
         -------
@@ -137,11 +147,14 @@ class VM(Observed):
         DirtyRingInUseError, SlotIdError, NoDirtyLogError
             ENXIO, EINVAL, ENOENT; nothing is changed.
         BufferFaultError
-            EFAULT: `out` is not a writable uint64 array of that size.
+            EFAULT: `out` is shorter, or read-only.
         """
-        return dirty_log.get(self.kvm, slot, out)
+        slot, user = integer(slot, "slot", SlotIdError), None if out is None else dirty_log.bytes_of(out, "out")
+        with self.exclusive:
+            kick(self.kvm)
+            bitmap = dirty_log.get(self.kvm, slot, user)
+        return bitmap if out is None else out
 
-    @ioctl
     def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, bitmap: U64s) -> None:
         """Clear dirty bits of `slot` and make the next write to those pages visible again: KVM_CLEAR_DIRTY_LOG.
 
@@ -153,17 +166,22 @@ class VM(Observed):
             First page, relative to the slot, a multiple of 64.
         num_pages : int
             Pages; a multiple of 64 unless the range ends at the slot's end.
-        bitmap : ndarray of uint64[ceil(num_pages / 64)]
+        bitmap : ndarray of uint64[ceil(num_pages / 64)], or any other C-contiguous buffer of at least as many bytes
             Bit 0 of word 0 = `first_page`; only bits that are dirty take effect. Not changed.
 
         Raises
         ------
         DirtyRingInUseError, SlotIdError, ClearRangeError, NoDirtyLogError, BufferFaultError
-            ENXIO, EINVAL, EINVAL, ENOENT, EFAULT; nothing is changed.
+            ENXIO, EINVAL, EINVAL, ENOENT, EFAULT (`bitmap` is shorter); nothing is changed.
         """
-        dirty_log.clear(self.kvm, slot, first_page, num_pages, bitmap)
+        slot, user = integer(slot, "slot", SlotIdError), dirty_log.bytes_of(bitmap, "bitmap")
+        first_page, num_pages = (
+            integer(n, name, ClearRangeError) for n, name in ((first_page, "first_page"), (num_pages, "num_pages"))
+        )
+        with self.exclusive:
+            kick(self.kvm)
+            dirty_log.clear(self.kvm, slot, first_page, num_pages, user)
 
-    @ioctl
     def reset_dirty_rings(self) -> int:
         """Free the ring entries that userspace marked and re-arm their pages: KVM_RESET_DIRTY_RINGS.
 
@@ -177,11 +195,12 @@ class VM(Observed):
         RingDisabledError
             EINVAL: the VM has no rings.
         """
-        return dirty_log.reset_rings(self.kvm)
+        with self.exclusive:
+            kick(self.kvm)
+            return dirty_log.reset_rings(self.kvm)
 
     # -- capabilities and parameters --------------------------------------------------------------------------------------
 
-    @ioctl
     def enable_cap(self, name: str | int, arg0: int = 0) -> None:
         """Enable a capability of the VM: KVM_ENABLE_CAP.
 
@@ -197,7 +216,11 @@ class VM(Observed):
         CapabilityError
             EINVAL (E2BIG for a ring that is too large); nothing is changed. A ring is always too late here: vCPUs exist.
         """
-        capabilities.enable_cap(self.kvm, name, arg0)
+        arg0 = integer(arg0, "arg0", CapabilityError)
+        cap = capabilities.enabled_number(name)
+        with self.exclusive:
+            kick(self.kvm)
+            capabilities.enable_cap(self.kvm, cap, arg0)
 
     def check_extension(self, cap: str | int) -> int:
         """Return what KVM_CHECK_EXTENSION says of capability `cap`, a name or a number: 0 = unknown."""
@@ -205,26 +228,37 @@ class VM(Observed):
 
     def set_param(self, name: str, value: bool) -> None:
         """Set module parameter `name` (``eager_page_split`` or ``nx_huge_pages``) to `value`; nx_huge_pages zaps everything."""
-        if name not in ("eager_page_split", "nx_huge_pages"):
-            raise CapabilityError(f"parameter {name!r} can not be set; take eager_page_split or nx_huge_pages")
+        if instance(name, "name", str, "the name of a parameter") not in ("eager_page_split", "nx_huge_pages"):
+            raise CapabilityError(f"parameter {spell(name)} can not be set; take eager_page_split or nx_huge_pages")
+        value = flag(value, "value")
         with self.exclusive:
             kick(self.kvm)
             capabilities.set_param(self.kvm, name, value)
 
-    @ioctl
     def kernel_write(self, gfn: int, vcpu: int = 0) -> None:
-        """Write page `gfn` as KVM itself does (string I/O, clocks) while `vcpu` runs: dirty in the log of its slot, no SPTE, no fault."""
-        self.kvm.write_guest_page(gfn, vcpu)
+        """Write page `gfn` as KVM itself does (string I/O, clocks) while `vcpu` runs: dirty in the log of its slot, no SPTE, no fault.
 
-    @ioctl
+        Raises
+        ------
+        SlotRangeError, ArgumentError
+            EINVAL: a gfn beyond 52 bits of address; no such vCPU; nothing is changed.
+        """
+        gfn, vcpu = integer(gfn, "gfn", SlotRangeError, 0, 1 << 40), self._index(vcpu)
+        with self.exclusive:
+            kick(self.kvm)
+            self.kvm.write_guest_page(gfn, vcpu)
+
     def set_tss_addr(self, gpa: int) -> None:
         """Give KVM three pages at `gpa` (bytes) for a TSS, as internal memslots: KVM_SET_TSS_ADDR; KvmError if they are not free."""
-        region.set_tss_addr(self.kvm, gpa)
+        gpa = integer(gpa, "gpa", SlotRangeError, 0, region.TSS_END + 1)
+        with self.exclusive:
+            kick(self.kvm)
+            region.set_tss_addr(self.kvm, gpa)
 
     def set_nr_mmu_pages(self, n: int) -> None:
         """Limit the shadow pages to `n`: KVM_SET_NR_MMU_PAGES; MmuPagesError (EINVAL) below 64. Tables of the TDP MMU do not count."""
-        if n < MIN_MMU_PAGES:
-            raise MmuPagesError(f"n={n} is below {MIN_MMU_PAGES}, the least that KVM works with")
+        if index(n, "n") < MIN_MMU_PAGES:
+            raise MmuPagesError(f"n={spell(n)} is below {MIN_MMU_PAGES}, the least that KVM works with")
 
     # -- life -------------------------------------------------------------------------------------------------------------
 

@@ -170,7 +170,7 @@ def test_dirty_log_perf_test_without_manual_protect():
     for i in (1, 2):
         assert faults(phases["dirty", i]) == 0
         assert phases["dirty", i]["pml_entries"] == phases["get", i]["sptes_written"] == PAGES
-        assert phases["clear", i]["sptes_written"] == 0
+        assert ("clear", i) not in phases
 
 
 def test_dirty_log_perf_test_without_eager_page_split():

@@ -28,6 +28,13 @@ from spte.trace import SHIPPED, TraceError, default_trace, load, shipped
 BYTES_PER_PAGE = 8 * 513 / 512 + 2 / 8 + 1
 """Memory of a guest mapped at 4 KiB: the SPTE and its share of upper tables, two bitmaps, one flag of the check."""
 
+INITIALLY_SET = 3
+"""The argument of --manual that has KVM_DIRTY_LOG_INITIALLY_SET."""
+RING_ARMS_NOTHING = (
+    "spte profile: with initially-set (--manual 3) logging arms no page when it starts, in KVM too: the first CLEAR of each does, "
+    "and a dirty ring has no CLEAR; take --manual 0 or 1 with --ring"
+)
+
 HELP = """What dirty logging costs for a program's writes, on every platform side by side.
 
 Takes a write trace (spte-trace/1, a .npz) and lets a guest perform it: populate (a write to every page), enable dirty
@@ -79,7 +86,7 @@ PERF_OPTIONS = {"vcpus": "-v", "bytes_per_vcpu": "-b", "source": "-s", "overlap"
 @click.option(
     "--manual",
     type=click.Choice([str(m) for m in MANUALS]),
-    help="Manual protect: 1 ENABLE, 3 with INITIALLY_SET; harvest is then GET + CLEAR. Default 0.",
+    help="Manual protect: 1 ENABLE, 3 with INITIALLY_SET (not with --ring); harvest of bitmaps is then GET + CLEAR. Default 0.",
 )
 @click.option("--ring", "ring_bytes", type=size, help="Dirty ring of each vCPU, bytes; harvest: collect + reset.")
 @click.option("--order", type=click.Choice(ORDERS), help="Order of the writes inside an epoch. Default ascending.")
@@ -146,7 +153,7 @@ def profile(
     _print(work, rows, style, output)
     if plot:
         draw(rows, _title(work), plot)
-    return _report_losses(rows)
+    return _report_losses(work, rows)
 
 
 def _traced(
@@ -230,7 +237,7 @@ def _print(work: Workload, rows: list[Row], style: str | None, output: Path | No
         click.echo(text, nl=False)
 
 
-def _report_losses(rows: list[Row]) -> int:
+def _report_losses(work: Workload, rows: list[Row]) -> int:
     for row in rows:
         if row.lost:
             index, epoch = next((i, e) for i, e in enumerate(row.epochs) if e.lost)
@@ -239,4 +246,8 @@ def _report_losses(rows: list[Row]) -> int:
                 f"first gfn {epoch.first_lost} in epoch {index}",
                 err=True,
             )
-    return EXIT_DIFFERENCE if any(row.lost for row in rows) else EXIT_OK
+    if not any(row.lost for row in rows):
+        return EXIT_OK
+    if work.ring_bytes and work.manual == INITIALLY_SET:
+        click.echo(RING_ARMS_NOTHING, err=True)
+    return EXIT_DIFFERENCE
