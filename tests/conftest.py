@@ -1,5 +1,10 @@
 """Fixtures, guests and Hypothesis profiles that all tests share. Every run is deterministic."""
 
+import sys
+import threading
+from concurrent.futures import Future
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -33,6 +38,28 @@ def platform_that_splits_in_place(request):
 @pytest.fixture(params=POLICIES)
 def policy(request):
     return request.param
+
+
+@pytest.fixture
+def pool():
+    """Runs calls on threads that give way to each other at once; one that never ends fails its test, and no more."""
+
+    def submit(call, *args):
+        future = Future()
+
+        def work():
+            try:
+                future.set_result(call(*args))
+            except BaseException as e:
+                future.set_exception(e)
+
+        threading.Thread(target=work, daemon=True).start()
+        return future
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield SimpleNamespace(submit=submit)
+    sys.setswitchinterval(before)
 
 
 def pages_of(bitmap):

@@ -202,7 +202,8 @@ def documented():
     for name, thing in public_api():
         if inspect.isclass(thing):
             yield name, thing
-            for attr, member in vars(thing).items():
+            own = [owner for owner in thing.__mro__ if owner.__module__.startswith("spte.")]
+            for attr, member in (pair for owner in own for pair in vars(owner).items()):
                 if not attr.startswith("_") and (inspect.isfunction(member) or isinstance(member, classmethod | staticmethod)):
                     yield f"{name}.{attr}", getattr(thing, attr)
         elif callable(thing):

@@ -153,8 +153,7 @@ def test_a_slot_by_host_address_hears_what_becomes_of_its_pages(platform):
 
 
 def test_a_slot_that_reaches_into_the_next_memory_hears_of_that_too():
-    above = spte.Backing("4k", 1 << 30)
-    below = spte.Backing("4k", 4096)
+    below, above = sorted((spte.Backing("4k", 8192) for _ in range(2)), key=lambda memory: memory.hva)
     end = (above.hva - below.hva) >> 12
     vm = spte.VM()
     vm.set_memory_region(0, 0, (end + 2) << 12, below)

@@ -1,7 +1,6 @@
 """The lock of VMs and host memory: who waits comes next, a lock can be shared, several are taken in one order."""
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,12 +12,6 @@ SECONDS = 60  # a deadlock fails the test
 
 def new_lock():
     return ExclusiveLock(np.zeros(1, np.int64))
-
-
-@pytest.fixture
-def pool():
-    with ThreadPoolExecutor(8) as threads:
-        yield threads
 
 
 def wait_until(condition):
@@ -116,9 +109,27 @@ def test_locks_that_are_shared_exclude_each_other_and_their_waiters_move_over(po
     assert [lock.needbreak[0] for lock in (a, b, c)] == [0, 0, 0]
 
 
+def test_who_came_for_a_lock_that_is_replaced_meanwhile_takes_the_new_one(pool):
+    a, b, c, taken = new_lock(), new_lock(), new_lock(), []
+
+    def take_b():
+        with all_of(b):
+            taken.append(a.turnstile.main._is_owned())
+
+    with b:
+        first = pool.submit(share, a, b)
+        wait_until(lambda: b.contended)
+        others = [pool.submit(take_b), pool.submit(share, b, c)]  # they stand before the gate of b
+        threading.Event().wait(0.05)
+    for each in (first, *others):
+        each.result(SECONDS)
+    assert taken == [True]
+    assert a.turnstile is b.turnstile is c.turnstile
+
+
 def test_several_are_taken_in_one_order_whoever_asks_and_while_they_become_one(pool):
     """Without one order this deadlocks; a lock that is replaced lets two in at once."""
-    for _ in range(40):
+    for _ in range(20):
         locks, inside, most = [new_lock() for _ in range(4)], [], []
         start = threading.Barrier(6)
 
