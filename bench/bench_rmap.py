@@ -37,7 +37,7 @@ def beside(name, unit, units, pair, work, setup, at_most=SLOT_BAR):
 
 
 def test_write_protect_of_a_slot(compare, both):
-    protect = lambda g: write_protect_slot(g.tables, 0, 0, g.pages, 1)  # noqa: E731
+    protect = lambda g: write_protect_slot(g.tables, 0, 0, g.pages, 1, 1)  # noqa: E731
     compare(beside("write-protect of a slot", "SPTE", both[0].pages, both, protect, Guest.set_all))
 
 

@@ -5,7 +5,8 @@ each of them, and at each level of calls (to compile everything takes 69 s inste
 instead of 5).
 
 It stands on names that numba promises to nobody. Beside the classes imported below these are ``_linking_libraries``,
-``_final_module``, ``_finalized``, ``_get_module_for_linking``, ``finalize`` and ``enable_object_caching`` of a code library;
+``_final_module``, ``_finalized``, ``_get_module_for_linking``, ``_optimize_final_module``, ``finalize`` and
+``enable_object_caching`` of a code library;
 ``define_untyped_pipeline``, ``define_typed_pipeline`` and ``define_nopython_lowering_pipeline`` of the pass builder; ``run_pass``
 of the lowering; ``insert_user_function`` of the target context; the flag ``no_compile``; ``_numba_type_`` of a
 dispatcher; and ``entry_point`` of what it has compiled.
@@ -39,7 +40,7 @@ NEEDLESS = {
     "NoPythonSupportedFeatureValidation", "RewriteDynamicRaises", "RewriteSemanticConstants", "WithLift",
 }  # fmt: skip
 NEEDS: dict[Any, tuple[str, ...]] = {
-    JITCodeLibrary: ("_finalized", "_get_module_for_linking", "finalize", "enable_object_caching"),
+    JITCodeLibrary: ("_finalized", "_get_module_for_linking", "_optimize_final_module", "finalize", "enable_object_caching"),
     DefaultPassBuilder: ("define_untyped_pipeline", "define_typed_pipeline", "define_nopython_lowering_pipeline"),
     NativeLowering: ("run_pass",),
     BaseContext: ("insert_user_function",),
@@ -87,7 +88,18 @@ class KernelLibrary(JITCodeLibrary):
         for library in self._linking_libraries:
             visit(library)
         self._linking_libraries = list(reversed(below))
+        self.own = {f.name for f in self._final_module.functions if not f.is_declaration}
         super().finalize()
+
+    def _optimize_final_module(self) -> None:
+        """Let LLVM know that nobody else calls the parts: it then passes only those of a group's arrays that a part uses.
+
+        Such a part has no name in machine code, where other kernels would find it by the name of theirs.
+        """
+        for function in self._final_module.functions:
+            if not function.is_declaration and function.name not in self.own:
+                function.linkage = "private"
+        super()._optimize_final_module()
 
     def _get_module_for_linking(self) -> Any:
         """Return what the cache keeps beside the machine code: only the names that numba looks up in it, as no kernel links another."""

@@ -10,5 +10,6 @@ A group is a NamedTuple of plain arrays; its records are structured dtypes after
 | ``v`` | `vcpu.Vcpu`: one vCPU |
 | ``m`` | the record in `mode.Modes`: what platform and policy decide; from Python the array comes, as ``mode`` |
 
-``k`` is a memslot's index in its address space, ``row`` a page's in the arena, which is its frame number, and ``i`` an entry's in its page.
+``f`` is a `spte.mmu.page_fault.Fault`, ``k`` a memslot's index in its address space, ``row`` a page's in the arena, which is
+its frame number, and ``i`` an entry's in its page.
 """

@@ -169,7 +169,7 @@ def fault_in_huge(h, block, kind, state):
             h.alone[block, w] = ZERO
 
 
-@kernel_noinline_entry
+@kernel
 def host_fault(h, hpage, write):
     """Make the host map `hpage` as an access needs it; returns ``(code, writable, zero)``.
 

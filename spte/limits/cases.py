@@ -38,7 +38,7 @@ _TOUCH_BARS = {"ascending": 6.0, "random": 12.0}
 
 def write_protect(guest: Guest) -> Case:
     """Write-protect of the slot, rows in arena order."""
-    work = lambda: write_protect_slot(guest.tables, 0, 0, guest.pages, 1)  # noqa: E731
+    work = lambda: write_protect_slot(guest.tables, 0, 0, guest.pages, 1, 1)  # noqa: E731
     return _sweep(guest, f"write-protect, arena order, {guest.vm.platform.name}", work, 1.25)
 
 
@@ -60,7 +60,7 @@ def write_protect_by_two(guest: Guest) -> Case:
     pool, half = ThreadPoolExecutor(2), guest.pages // 2
 
     def one(start: int, end: int) -> int:
-        return int(write_protect_slot(guest.tables, 0, start, end, 1))
+        return int(write_protect_slot(guest.tables, 0, start, end, 1, 1))
 
     def both() -> int:
         return sum(pool.map(one, (0, half), (half, guest.pages)))

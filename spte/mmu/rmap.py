@@ -85,4 +85,5 @@ def rmap_add(s, k, gfn, level, ref):
 def rmap_remove(s, k, gfn, level, ref):
     """Forget that SPTE `ref` maps `gfn` at `level`."""
     at = head_of(s, k, gfn, level)
-    s.rmaps[at] = pte_list_remove(s, s.rmaps[at], ref)
+    head = s.rmaps[at]
+    s.rmaps[at] = np.int64(0) if head == ref + 1 else pte_list_remove(s, head, ref)

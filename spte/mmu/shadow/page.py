@@ -41,17 +41,23 @@ def set_shadowed(t, row, i, gfn, access):
         t.shadowed[row, i] = (U64(gfn) << ACCESS_BITS) | U64(access)
 
 
-@kernel_noinline
-def drop_leaf(t, s, m, row, i):
-    """Make a present leaf of the shadow MMU non-present and take it from its rmap."""
+@helper
+def drop_rmap_leaf(t, s, m, k, row, i):
+    """As `drop_leaf` where slot `k` of the leaf is known, for loops over rmaps."""
     kvm = t.kvm[0]
     level = np.int64(t.pages[row].level)
     gfn = entry_gfn(t, row, i)
     t.sptes[row, i] = m.lay.nonpresent
-    rmap_remove(s, find_slot(s, gfn), gfn, level, row * 512 + i)
+    rmap_remove(s, k, gfn, level, row * 512 + i)
     count_leaf(t, level, -1)
     kvm.zapped += 1
     kvm.sptes_written += 1
+
+
+@kernel_noinline
+def drop_leaf(t, s, m, row, i):
+    """Make a present leaf of the shadow MMU non-present and take it from its rmap: KVM's drop_spte."""
+    drop_rmap_leaf(t, s, m, find_slot(s, entry_gfn(t, row, i)), row, i)
 
 
 @kernel_noinline

@@ -77,7 +77,7 @@ def _finish(t, s, v, m, f, page, row, i, access):
         return EXIT_MMIO
     first = page.pfn & ~((U64(1) << U64(9 * (level - 1))) - U64(1))
     gfn = f.gfn & -(np.int64(1) << (9 * (level - 1)))
-    changed, refused = set_leaf(t, s, v, m, row, i, gfn, HostPage(first, page.map_writable, level), access, f.prefetch)
+    changed, refused = set_leaf(t, s, v, m, f.slot, row, i, gfn, HostPage(first, page.map_writable, level), access, f.prefetch)
     reason = EMULATED if refused and f.kind == WRITE else DONE
     if reason == DONE:
         vcpu.pf_fixed += changed and not f.prefetch

@@ -24,10 +24,9 @@ PREFETCH = 8  # SPTEs of the aligned group that a fault fills
 
 
 @helper
-def set_leaf(t, s, v, m, row, i, gfn, page, access, prefetch):
-    """Put the leaf of `gfn` at entry `i` of `row`: KVM's mmu_set_spte; returns whether the entry changed, and whether W was refused."""
+def set_leaf(t, s, v, m, k, row, i, gfn, page, access, prefetch):
+    """Put the leaf of `gfn` of slot `k` at entry `i` of `row`: mmu_set_spte; returns whether it changed, and whether W was refused."""
     kvm = t.kvm[0]
-    k = find_slot(s, gfn)
     level = np.int64(t.pages[row].level)
     old = t.sptes[row, i]
     flush = False
@@ -65,7 +64,7 @@ def set_leaf(t, s, v, m, row, i, gfn, page, access, prefetch):
     return True, wants and not write
 
 
-@kernel_noinline
+@helper
 def _prefetch_run(t, s, h, v, m, row, first, end):
     """Fill the empty entries ``[first, end)`` of `row` while the host has a writable page at once; False ends all prefetch."""
     gfn = entry_gfn(t, row, first)
@@ -81,7 +80,7 @@ def _prefetch_run(t, s, h, v, m, row, first, end):
     for i in range(first, end):
         if not writable_now(h, hpage + i - first):
             break
-        set_leaf(t, s, v, m, row, i, gfn + i - first, HostPage(U64(hpage + i - first), True, np.int64(1)), access, True)
+        set_leaf(t, s, v, m, k, row, i, gfn + i - first, HostPage(U64(hpage + i - first), True, np.int64(1)), access, True)
     return True
 
 
@@ -138,4 +137,4 @@ def invalidate_address(t, s, h, v, m, address):
     hpage = s.slots[k].hpage + gfn - s.slots[k].base_gfn
     if writable_now(h, hpage):
         access = clean_access(m, gpte, gpte_access(m, gpte) & (np.int64(t.pages[row].role) >> ROLE_ACCESS_SHIFT))
-        set_leaf(t, s, v, m, row, i, gfn, HostPage(U64(hpage), True, np.int64(1)), access, True)
+        set_leaf(t, s, v, m, k, row, i, gfn, HostPage(U64(hpage), True, np.int64(1)), access, True)

@@ -14,7 +14,7 @@ from spte.mmu.make_spte import is_accessed, make_old
 from spte.mmu.memslot import PAGES_COMPOUND_OR_DEVICE, may_collapse
 from spte.mmu.page_track import count_shadowed, is_direct, set_synced
 from spte.mmu.rmap import head_of, next_of, ref_of
-from spte.mmu.shadow.page import drop_leaf
+from spte.mmu.shadow.page import drop_leaf, drop_rmap_leaf
 from spte.mmu.shadow.split import split_rmaps
 from spte.mmu.slot.sweep import place
 
@@ -31,7 +31,7 @@ def zap_rmaps(t, s, mode, k, start, end):
             at = head_of(s, k, max(gfn, start), level)
             while s.rmaps[at] != 0:
                 ref = ref_of(s, s.rmaps[at])
-                drop_leaf(t, s, m, ref >> 9, ref & 511)
+                drop_rmap_leaf(t, s, m, k, ref >> 9, ref & 511)
                 dropped += 1
             gfn += span
     return dropped
