@@ -24,7 +24,7 @@ import numpy as np
 from spte._numba.jit import exchange, helper, kernel, kernel_noinline_entry
 from spte.arrays import reserve as memory
 from spte.arrays.host import BLOCK, HOST_ROWS, MIXED_BLOCK, Host
-from spte.bits import U64, ZERO
+from spte.bits import ALL_ONES, ZERO
 
 UNMAPPED, SMALL, THP, HUGETLB_2M, HUGETLB_1G, SHM = 0, 1, 2, 3, 4, 5  # kinds of memory of a block
 EMPTY, OWN, MIXED, EMPTY_RO = 0, 1, 2, 3
@@ -39,7 +39,6 @@ BLOCKS = 1 << 26  # 2**47 bytes of user address space in 2 MiB blocks
 FIRST_BLOCK = 1 << 15  # below it, pfns name rows of the arena
 ZERO_PFN = np.uint64(FIRST_BLOCK << 9)
 MIXED_ROWS = 1 << 20
-ALL_ONES = ~U64(0)
 WORDS_BLOCKS, WORDS_PAGES = 1 << 16, 1 << 20
 
 
