@@ -82,13 +82,21 @@ def table(infos: list[dict[str, Any]]) -> str:
     return _markdown(rows, (0, 2))
 
 
+def time_of(ns: float) -> str:
+    """Return a time in the unit that people read it in."""
+    for unit, size in (("s", 1e9), ("ms", 1e6), ("us", 1e3)):
+        if ns >= 0.1 * size:
+            return f"{ns / size:.3g} {unit}"
+    return f"{ns:.3g} ns"
+
+
 def starts(infos: list[dict[str, Any]]) -> str:
-    """Return the markdown table of what a fresh process pays."""
-    rows: list[tuple[str, ...]] = [("a fresh process", "s", "at most", "")]
+    """Return the markdown table of what a call and a fresh process take."""
+    rows: list[tuple[str, ...]] = [("a call, a fresh process", "time", "at most", "")]
     for info in infos:
         if "guest" not in info:
             verdict = {True: "met", False: f"missed: {info.get('why', '')}".rstrip(": "), None: ""}[info.get("met")]
-            rows.append((info["name"], f"{info['ns_per_unit'] / 1e9:.3g}", info.get("limit", ""), verdict))
+            rows.append((info["name"], time_of(info["ns_per_unit"]), info.get("limit", ""), verdict))
     return _markdown(rows, (0,))
 
 

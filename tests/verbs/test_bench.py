@@ -58,15 +58,20 @@ def test_the_report_prints_every_figure_and_whether_it_is_met(tmp_path, capsys):
         "",
         "- harvest, 4 GiB: two lines.",
         "",
-        "| a fresh process | s | at most |  |",
+        "| a call, a fresh process | time | at most |  |",
         "| :-- | --: | --: | --: |",
-        "| import | 0.05 |  |  |",
-        "| compilation | 0.05 | 25 s | missed: much code |",
+        "| import | 50 ms |  |  |",
+        "| compilation | 50 ms | 25 s | missed: much code |",
     ]
     path.write_text(json.dumps({"benchmarks": [{"extra_info": INFO | {"name": report.TEN[0]}}]}))
     chart = tmp_path / "chart.png"
     assert report.main([str(path), str(chart)]) == 0
     assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("ns", "text"), [(64.6e9, "64.6 s"), (6.2e7, "62 ms"), (5150, "5.15 us"), (31, "31 ns")])
+def test_a_time_has_the_unit_that_it_is_read_in(ns, text):
+    assert report.time_of(ns) == text
 
 
 def test_the_report_replaces_the_table_between_the_marks_of_a_page(tmp_path, capsys):
