@@ -232,7 +232,7 @@ def test_estimates_are_marked_and_say_what_they_rest_on(capsys, path):
     _, table = cells(out)
     marked = [label for label in table if label.endswith(" (estimated)")]
     assert [label.partition(",")[0] for label in marked] == ["guest stall", "VMM time", "mmu_lock"]
-    assert f"estimated at the costs of guess: {GUESS.title}; guesses: exit, " in out
+    assert f"estimated at the costs of guess: {GUESS.title}; guesses: fast_fault, " in out
 
 
 def test_the_band_of_an_estimate_is_that_of_the_lowest_and_highest_costs(capsys, path):
