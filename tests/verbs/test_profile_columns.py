@@ -261,6 +261,16 @@ def test_the_stall_of_pml_is_a_log_entry_a_page_and_an_exit_for_512(toy):
     assert estimate(row, costs).stall * 3 == pytest.approx(ref)
 
 
+def test_the_stall_of_a_ring_is_an_entry_a_page_and_with_pml_a_kick_to_userspace_a_harvest(toy):
+    log = Log(ring_bytes=65536)
+    rows = profile(TraceWorkload(toy, backing="4k"), ("ept-pml", "ept-nopml"), logs=(Log(), log))
+    bitmap_pml, bitmap, ring_pml, ring = (estimate(row, GUESS.costs).stall * 3 for row in rows)
+    costs = GUESS.costs
+    assert [row.count("ring_full") for row in rows] == [0] * 4
+    assert ring == pytest.approx(bitmap + toy.writes * costs.ring_push)
+    assert ring_pml == pytest.approx(bitmap_pml + toy.writes * costs.ring_push + 3 * costs.ring_full_exit)
+
+
 def test_huge_pages_need_no_second_level_walk():
     (row,) = profile(PerfTest(bytes_per_vcpu=8 << 20, source="anonymous_thp"), ("ept-pml",))
     first, second = estimate(row, GUESS.costs).epochs
