@@ -18,7 +18,7 @@ from spte.cost.costs import ITEMS
 from spte.papers import MACHINES, Experiment, PapersError, Run, compare, experiments, fit, perform
 from spte.papers.compare import verdict
 from spte.papers.fit import Measured, nonnegative_least_squares
-from spte.papers.model import counted, phase_of, seconds
+from spte.papers.model import counted, guest_table_pages, phase_of, seconds
 from spte.papers.published import FIT, PREDICTION, REPORTED
 from spte.policy import parse
 from spte.profile.perf_test import PerfTest
@@ -74,8 +74,14 @@ def test_an_unknown_experiment_lists_what_there_is():
 @pytest.mark.parametrize(("policy", "flushes"), [("6.12", 8), ("6.13", 1)])
 def test_a_collapse_flushes_each_region_or_once_and_recovery_in_place_saves_the_fault(policy, flushes):
     row = perform(made("a", {"run_while_disabling": True})._replace(policy=policy))
-    assert counted(row) == {"flushes": flushes, "faults": {"6.12": 2 * 8, "6.13": 8}[policy]}
+    tables = 8 + 1 + 1 + 1  # of the guest: one for each 2 MiB, and one of each level above
+    assert counted(row) == {"flushes": flushes, "faults": {"6.12": 2 * 8, "6.13": 8}[policy] + tables}
     assert row.dropped(phase_of(row, "disable")) == 8 * 512
+
+
+def test_the_guests_tables_map_its_memory_at_4_kib():
+    assert guest_table_pages(512) == 4
+    assert guest_table_pages(64 << 20) == (64 << 20) // 512 + 256 + 1 + 1  # 64 vCPUs of 4 GiB
 
 
 def test_a_dirty_phase_lasts_as_long_as_its_slowest_vcpu():
@@ -301,6 +307,10 @@ def test_at_real_sizes_three_predictions_hold_the_document_says_so_and_the_profi
     assert [name for name, each in by_name.items() if each["holds"]] == ["F4", "F5", "F7"]
     flushes = {line["run"]: line["estimated"] for line in by_name["F5"]["counts"] if line["what"] == "flushes"}
     assert flushes == {"zap, a flush each": 131_072, "in place, batched": 1}
+    faults = {line["run"]: line for line in by_name["F5"]["counts"] if line["what"] == "faults"}
+    assert [round(line["published"] / 131_072) for line in faults.values()] == [3, 2]
+    assert [round(line["estimated"] / 131_072) for line in faults.values()] == [3, 2]
+    assert all(0 < line["published"] - line["estimated"] < 3 * 64 for line in faults.values())  # code and stacks of 64 vCPUs
     for each in by_name.values():
         logs = [abs(math.log(line["factor"])) for line in each["times"]]
         assert each["typical"] == pytest.approx(math.exp(sum(logs) / len(logs)))

@@ -97,7 +97,7 @@ def _perform(wanted: Sequence[Experiment]) -> Rows:
     return found
 
 
-def _text(found: Sequence[Comparison], costs: CostProfile, *, summary: bool, markdown: bool) -> str:
+def _text(found: Sequence[Comparison], costs: CostProfile, *, summary: bool = False, markdown: bool) -> str:
     lines = []
     for each in [] if summary else found:
         about = each.experiment
