@@ -125,7 +125,7 @@ class _Run:
         finally:
             unsent = len(pages) - (self.sent - sent)
             self.rounds.append(Round(
-                len(self.rounds) + 1, start, self.now - start, self.sent - sent, 0 if dirty is None else len(dirty),
+                len(self.rounds) + 1, start, self.now - start, self.sent - sent, None if dirty is None else len(dirty),
                 unsent if dirty is None else len(dirty), round(guest.stall_ns - stall), round(guest.vmm_ns - vmm), percent, limit,
                 changes(before, guest.counters()),
             ))  # fmt: skip

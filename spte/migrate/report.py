@@ -23,8 +23,8 @@ class Round:
         When it began, since the migration did, and how long it took, ns.
     sent : int
         Pages sent.
-    dirtied : int
-        Pages that the harvest reported.
+    dirtied : int, optional
+        Pages that the harvest reported; None: the migration was cancelled before it.
     remaining : int
         Pages to be sent after it.
     stall_ns : int
@@ -43,7 +43,7 @@ class Round:
     start_ns: int
     duration_ns: int
     sent: int
-    dirtied: int
+    dirtied: int | None
     remaining: int
     stall_ns: int
     vmm_ns: int

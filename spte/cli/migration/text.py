@@ -1,0 +1,134 @@
+"""Migrations as text: rounds, how one ended, and many of them side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from spte.cli.migration.options import BY_KEY, spelled
+from spte.cli.params import spell_bandwidth, spell_size, spell_time
+from spte.migrate.plan import Plan
+from spte.migrate.report import Outcome, Round
+from spte.platform import PAGE_SIZE
+
+FIRST, LAST = 12, 8
+"""Of many rounds so many are shown from the beginning and the end."""
+STALL = "guest stall"
+HEADER = ("round", "began", "took", "sent", "dirtied", "remaining", STALL, "throttle")
+
+
+def ns(value: float) -> str:
+    """Return a time in ns as it is read."""
+    return spell_time(value / 1e9) if value else "0"
+
+
+def title(plan: Plan, cost: str | None, varied: Sequence[str] = ()) -> str:
+    """Return two lines: what the guest runs, and the settings, without those that vary."""
+    work = plan.workload
+    settings = {
+        "memory": spell_size(work.npages * PAGE_SIZE),
+        "backing": f"on {work.backing}",
+        "vcpus": f"{work.vcpus} vCPU{'s' * (work.vcpus > 1)}{', L2' * plan.nested}",
+        "platform": plan.platform,
+        "policy": f"policy {plan.policy}",
+        "log": f"log {plan.log}",
+        "throttle": f"throttle {plan.throttle}",
+        "cost": f"costs {cost or 'none'}",
+        "bandwidth": spell_bandwidth(plan.bandwidth),
+        "downtime_ns": f"downtime at most {ns(plan.downtime_ns)}",
+    }
+    return f"{work.trace.command[:100]}\n" + ", ".join(text for key, text in settings.items() if key not in varied)
+
+
+def rounds(plan: Plan, outcome: Outcome, *, markdown: bool = False) -> str:
+    """Return a table of the rounds, the middle of many left out; the guest's stall only where there are costs."""
+    shown: Sequence[Round] = outcome.rounds
+    hidden = len(shown) - FIRST - LAST
+    lines = [_cells(one) for one in (shown if hidden <= 0 else (*shown[:FIRST], *shown[-LAST:]))]
+    if hidden > 0:
+        lines.insert(FIRST, ("...", f"{hidden} rounds", *[""] * (len(HEADER) - 2)))
+    kept = [i for i, name in enumerate(HEADER) if name != STALL or plan.costs is not None]
+    return table([HEADER[i] for i in kept], [[line[i] for i in kept] for line in lines], markdown=markdown)
+
+
+def _cells(one: Round) -> tuple[str, ...]:
+    throttle = f"{one.throttle_percent} %" if one.dirty_limit is None else f"{one.dirty_limit / 1e6:.3g} MB/s"
+    return (
+        str(one.index), ns(one.start_ns), ns(one.duration_ns), f"{one.sent:,}", "-" if one.dirtied is None else f"{one.dirtied:,}",
+        f"{one.remaining:,}", ns(one.stall_ns), throttle if throttle != "0 %" else "-",
+    )  # fmt: skip
+
+
+def verdict(plan: Plan, outcome: Outcome) -> list[str]:
+    """Return how it ended: the verdict, what it took, and what is left on the source."""
+    source = outcome.source
+    stall = f", estimated guest stall {ns(outcome.stall_ns)}" if plan.costs is not None else ""
+    if outcome.downtime is None:
+        first = f"did not converge: cancelled after {ns(outcome.total_ns)}"
+    else:
+        parts = outcome.downtime
+        first = (
+            f"converged: total time {ns(outcome.total_ns)}, downtime {ns(parts.total_ns)} "
+            f"(last harvest {ns(parts.harvest_ns)}, pages {ns(parts.pages_ns)}, fixed {ns(parts.fixed_ns)})"
+        )
+    rounds_ = f"{len(outcome.rounds)} round{'s' * (len(outcome.rounds) != 1)}"
+    left = (
+        f"logging off: {source.logging_slots} slots log, {source.pending} pages pending, 2 MiB pages {source.huge_before} before, "
+        f"{source.huge_logging} while logging, {source.huge_after} back after {source.refaults} faults"
+    )
+    return [first, f"sent {outcome.bytes_sent / 1e6:,.1f} MB in {rounds_}{stall}", left]
+
+
+def lost_line(outcome: Outcome) -> str:
+    """Return which pages did not arrive."""
+    return f"{len(outcome.lost)} pages arrived in an older version than the source has, the first of them gfn {outcome.lost[0]}"
+
+
+def short(outcome: Outcome) -> str:
+    """Return how it ended in a few characters: total time and downtime, or that it did not."""
+    if outcome.downtime is None:
+        return "no"
+    return f"{ns(outcome.total_ns)} ({ns(outcome.downtime.total_ns)})"
+
+
+def grid(axes: Sequence[tuple[str, tuple[Any, ...]]], outcomes: Sequence[Outcome], *, markdown: bool = False) -> str:
+    """Return a map of two axes, or else a line for each combination."""
+    if len(axes) == 2:
+        (row_key, row_values), (key, values) = axes
+        header = (f"{BY_KEY[row_key].option} \\ {BY_KEY[key].option}", *(spelled(key, value) for value in values))
+        ended = iter(outcomes)
+        lines = [(spelled(row_key, value), *(short(next(ended)) for _ in values)) for value in row_values]
+        return table(header, lines, markdown=markdown)
+    points = _points(axes)
+    header = (*(BY_KEY[key].option for key, _ in axes), "converged", "total", "downtime", "sent", "rounds", "guest stall", "throttle")
+    lines = [(*(spelled(*each) for each in point.items()), *_summary(one)) for point, one in zip(points, outcomes, strict=True)]
+    return table(header, lines, markdown=markdown)
+
+
+def _points(axes: Sequence[tuple[str, tuple[Any, ...]]]) -> list[Mapping[str, Any]]:
+    points: list[dict[str, Any]] = [{}]
+    for key, values in axes:
+        points = [{**point, key: value} for point in points for value in values]
+    return list(points)
+
+
+def _summary(one: Outcome) -> tuple[str, ...]:
+    downtime = "-" if one.downtime is None else ns(one.downtime.total_ns)
+    return (
+        "yes" if one.converged else "no", ns(one.total_ns), downtime, f"{one.bytes_sent / 1e6:,.0f} MB", str(len(one.rounds)),
+        ns(one.stall_ns), f"{one.throttle_percent} %" if one.throttle_percent else "-",
+    )  # fmt: skip
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]], *, markdown: bool) -> str:
+    """Return a table: the first column to the left, the others to the right."""
+    if markdown:
+        rows = ["| " + " | ".join(cells) + " |" for cells in (header, *lines)]
+        return "\n".join([rows[0], "| :-- |" + " --: |" * (len(header) - 1), *rows[1:]])
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = (cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True)))
+        return "  ".join((first, *others)).rstrip()
+
+    return "\n".join(map(line, (header, *lines)))
