@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from spte._numba import jit as _jit
+from spte.profile.columns import INITIALLY_SET, Log
 
 _SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50}
 _NS = {"s": 1e9, "ms": 1e6, "us": 1e3, "ns": 1.0}
@@ -22,6 +23,16 @@ def size(text: str) -> int:
     if match is None or not int(match[1]):
         raise click.BadParameter(f"{text[:40]!r} is no size above 0; take a number and K, M, G or T, like 512M")
     return int(match[1]) << _SHIFTS[match[2].upper()]
+
+
+def log_mode(text: str) -> Log:
+    """Return the way to log that `text` spells: bitmap, manual, initially-set, ring=SIZE, or ring=SIZE and one of the middle two."""
+    words = text.strip().split(",")
+    ring = words.pop(0).partition("=")[2] if words[0].startswith("ring=") else ""
+    manual = {(): 0, ("bitmap",): 0, ("manual",): 1, ("initially-set",): INITIALLY_SET}.get(tuple(words))
+    if manual is None or (not ring and not words) or (ring and words == ["bitmap"]):
+        raise click.BadParameter(f"{text[:40]!r} is no way to log; take bitmap, manual, initially-set or ring=SIZE, like ring=64K")
+    return Log(manual, size(ring) if ring else 0)
 
 
 def address(text: str) -> int:

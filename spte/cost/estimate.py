@@ -114,8 +114,8 @@ def guest_stall(vcpus: Sequence[Counts], costs: Costs, shape: VmShape, *, walks:
     if len(walks) != len(vcpus):
         raise CostError(f"walks has {len(walks)} entries for {len(vcpus)} vCPUs; give one of each")
     slow = np.array([each.get("faults_slow", 0) for each in vcpus], np.float64)
-    under_lock = np.array([_under_lock(each, costs, shape, running=len(vcpus)) for each in vcpus])
-    own = np.array([_without_lock(each, costs, shape, w) for each, w in zip(vcpus, walks, strict=True)]) + under_lock
+    under_lock = np.array([_under_lock(each, costs, shape, running=len(vcpus)) for each in vcpus], np.float64)
+    own = under_lock + np.array([_without_lock(each, costs, shape, w) for each, w in zip(vcpus, walks, strict=True)], np.float64)
     flushes = np.array([each.get("flushes", 0) for each in vcpus], np.float64)
     own += (flushes.sum() - flushes) * costs.exit  # each vCPU is interrupted by the flushes of the others
     meetings = np.minimum.outer(slow, slow)  # faults of vCPU j that fall into the time in which vCPU i faults

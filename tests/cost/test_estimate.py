@@ -112,3 +112,8 @@ def test_enabling_allocates_a_bitmap_and_arms():
 def test_an_unknown_call_is_refused():
     with pytest.raises(CostError, match="kind='put'"):
         call_time("put", {}, FREE, ONE)
+
+
+def test_no_vcpu_loses_nothing():
+    assert guest_stall([], FREE, ONE) == ((), 0.0)
+    assert guest_stall([], FREE, ONE).longest == 0
