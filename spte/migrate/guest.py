@@ -13,6 +13,7 @@ from spte.host.backing import Backing
 from spte.migrate.plan import Plan
 from spte.migrate.playback import TICKS, Int64Array, Playback, Writes
 from spte.platform import PAGE_SIZE, SHADOW
+from spte.policy import parse
 from spte.profile.workload import Gfns
 from spte.trace import PAGES_PER_2M
 from spte.vm.vm import VM
@@ -57,7 +58,7 @@ class Guest:
         work = plan.workload
         self._plan, self._work = plan, work
         ring_bytes = plan.ring_bytes if plan.log == "ring" else 0
-        self.vm = VM(plan.platform, plan.policy, vcpus=work.vcpus, manual=plan.manual, ring_bytes=ring_bytes)
+        self.vm = VM(plan.platform, parse(plan.policy), vcpus=work.vcpus, manual=plan.manual, ring_bytes=ring_bytes)
         self.npages = work.npages + (_table_pages(work.npages) if plan.nested else 0)
         self._backing = Backing(work.backing, self.npages * PAGE_SIZE)
         self.set_logging(0)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import click
 
 from spte.cli.params import bandwidth, duration, rate, size, spell_bandwidth, spell_size, spell_time
+from spte.cost import CostError
 from spte.cost import names as cost_names
-from spte.migrate.plan import AFTER, LOGS, THROTTLES, MigrateError
+from spte.migrate.plan import AFTER, LOGS, THROTTLES, MigrateError, Plan
 from spte.migrate.settings import DEFAULTS, plan_of
-from spte.platform import named
+from spte.platform import PAGE_SIZE, named
 from spte.policy import parse
 from spte.profile.workload import BACKINGS, ORDERS, WorkloadError
 from spte.trace import TraceError
 
 MAX_POINTS = 100_000
+BYTES_PER_PAGE = 9 + 2 * 4 + 8 + 8
+"""Memory of a guest here: its SPTE and bits, two versions, when it is read, its number in what is sent."""
 
 
 class Setting(NamedTuple):
@@ -145,12 +149,19 @@ def combinations(axes: Sequence[tuple[str, tuple[Any, ...]]], base: Mapping[str,
     return points
 
 
-def check(settings: Mapping[str, Any]) -> Any:
+def check(settings: Mapping[str, Any]) -> Plan:
     """Return the `Plan` of `settings`, or refuse them in one line."""
     try:
-        return plan_of(settings)
-    except (MigrateError, WorkloadError, TraceError, ValueError) as error:
+        plan = plan_of(settings)
+    except (MigrateError, WorkloadError, TraceError, CostError) as error:
         raise click.UsageError(str(error)) from None
+    need, have = plan.workload.npages * BYTES_PER_PAGE, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > have:
+        raise click.UsageError(
+            f"a guest of {spell_size(plan.workload.npages * PAGE_SIZE)} may need {spell_size(need)} here and this host has "
+            f"{spell_size(have)}; take less than {spell_size(have / BYTES_PER_PAGE * PAGE_SIZE)}"
+        )
+    return plan
 
 
 def spelled(key: str, value: Any) -> str:
