@@ -27,7 +27,12 @@ VERBS = {
     "record": "Record which pages a program writes.",
     "replay": "Perform a recording of real KVM on the model.",
     "show": "What a write trace holds, and its picture.",
+    "sweep": "Many migrations: all combinations of options, on all cores or a cluster.",
 }
+
+
+EXTRAS = {"matplotlib": "cli", "rich": "cli", "distributed": "cluster", "pyarrow": "data", "plotly": "report"}
+"""Optional packages, and the extra that brings each."""
 
 
 class _Verbs(click.Group):
@@ -93,9 +98,9 @@ def _run(argv: Sequence[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         return _fail("spte: interrupted", EXIT_INTERRUPTED)
     except ModuleNotFoundError as error:
-        if error.name not in ("matplotlib", "rich"):
+        if error.name not in EXTRAS:
             raise
-        return _fail(f"spte: this needs {error.name}; pip install 'kvm-spte[cli]'", EXIT_MISSING)
+        return _fail(f"spte: this needs {error.name}; pip install 'kvm-spte[{EXTRAS[error.name]}]'", EXIT_MISSING)
     except MemoryError:
         return _fail("spte: this host has not enough memory for this; take a smaller guest", EXIT_MISSING)
     except OSError as error:

@@ -117,21 +117,25 @@ class Guest:
             For each vCPU: after how many ns its writes are done, ascending, and their gfns.
         """
         wrote, seen = [], []
-        speed = FULL - percent
+        speed, before = FULL - percent, self.counters()
+        idle = dict.fromkeys(before, 0)
         for index, clock in enumerate(self._clocks):
             owed, began = clock.debt, clock.ticks
             clock.debt = max(0, owed - ns * speed)
             clock.ticks += max(0, ns * speed - owed)
             instants, gfns = self._playbacks[index].until(clock.ticks)
-            before = self.counters()
             if len(gfns):
-                self._write(index, gfns)
-            seen.append(changes(before, self.counters()))
+                reaped = self._write(index, gfns)
+                after = self.counters()
+                seen.append({name: value - reaped.get(name, 0) for name, value in changes(before, after).items()})
+                before = after
+            else:
+                seen.append(idle)
             wrote.append(((instants - began + owed) // speed + 1, gfns))
             if limit is not None:
                 needed = seen[-1]["dirty_marks"] * PAGE_SIZE * 10**9 // limit
                 clock.debt += max(0, needed - ns) * TICKS
-        if self._plan.costs is not None:
+        if self._plan.costs is not None and any(len(gfns) for _, gfns in wrote):
             stall = guest_stall(seen, self._plan.costs, self._shape(running=True))
             for index, lost in enumerate(stall.vcpus):
                 self._delay(index, lost)
@@ -163,14 +167,18 @@ class Guest:
         self.stall_ns += ns
         self._clocks[vcpu].debt += round(ns * TICKS)
 
-    def _write(self, index: int, gfns: Gfns) -> None:
+    def _write(self, index: int, gfns: Gfns) -> dict[str, int]:
+        """Write `gfns`; returns what harvests of full rings changed meanwhile."""
+        reaped: dict[str, int] = {}
         while (stop := self.vm.vcpus[index].write(gfns)) is not None:
             if stop.reason != "dirty_ring_full":
                 raise GuestError(f"vCPU {index} stopped at gfn {stop.gfn}: {stop.reason}")
-            spent = self.vmm_ns
+            before, spent = self.counters(), self.vmm_ns
             self.reap()
             self._delay(index, self.vmm_ns - spent)  # the vCPU's own thread harvests
+            reaped = {name: reaped.get(name, 0) + value for name, value in changes(before, self.counters()).items()}
             gfns = gfns[stop.index :]
+        return reaped
 
 
 def changes(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:

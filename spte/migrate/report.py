@@ -138,6 +138,24 @@ class Outcome:
         """The strongest share of time that every vCPU slept."""
         return max((one.throttle_percent for one in self.rounds), default=0)
 
+    def figures(self) -> dict[str, int | bool | None]:
+        """Return how it ended as one row: times in ns, `down_ns` is the downtime, bytes, pages, faults."""
+        downtime, last = self.downtime, self.rounds[-1] if self.rounds else None
+        return {
+            "converged": self.converged,
+            "total_ns": self.total_ns,
+            "down_ns": None if downtime is None else downtime.total_ns,
+            "down_harvest_ns": None if downtime is None else downtime.harvest_ns,
+            "down_pages_ns": None if downtime is None else downtime.pages_ns,
+            "bytes_sent": self.bytes_sent,
+            "rounds": len(self.rounds),
+            "stall_ns": self.stall_ns,
+            "throttle_percent": self.throttle_percent,
+            "dirty_limit": None if last is None else last.dirty_limit,
+            "lost_pages": len(self.lost),
+            "refaults": self.source.refaults,
+        }
+
     def as_json(self) -> dict[str, Any]:
         """Return all of it as JSON values; of the pages lost at most the first hundred."""
         return {

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+from spte.cost import Costs
 from spte.cost import load as load_costs
 from spte.generate import PATTERNS, generate
 from spte.migrate.plan import MigrateError, Plan
@@ -29,8 +30,17 @@ DEFAULTS: Mapping[str, Any] = {
 the `rate` of `STRESS` (bytes a second), `memory` of the guest (bytes), and the name of its `cost`s."""
 
 
-def plan_of(settings: Mapping[str, Any]) -> Plan:
+def plan_of(settings: Mapping[str, Any], *, trace: Trace | None = None, costs: Costs | None = None) -> Plan:
     """Return the migration that `settings` describe; what they leave out is in `DEFAULTS`.
+
+    Parameters
+    ----------
+    settings : mapping
+        Values by name.
+    trace : Trace, optional
+        What the setting of that name names, where it has been read already.
+    costs : Costs, optional
+        What the setting `cost` names, likewise.
 
     Raises
     ------
@@ -41,21 +51,27 @@ def plan_of(settings: Mapping[str, Any]) -> Plan:
         raise MigrateError(f"setting {unknown[0]!r} is not known; take one of {', '.join(DEFAULTS)}")
     chosen = {**DEFAULTS, **settings}
     cost, memory = chosen.pop("cost"), chosen.pop("memory")
-    trace = _trace(chosen.pop("trace"), chosen.pop("rate"), memory)
+    name, rate = chosen.pop("trace"), chosen.pop("rate")
+    if trace is None:
+        trace = stress(rate, memory) if name == STRESS else load_trace(name)
     pages = None if memory is None else memory // PAGE_SIZE
     if memory is not None and memory % (PAGES_PER_2M * PAGE_SIZE):
         raise MigrateError(f"memory={memory} is not a multiple of 2 MiB; round it")
     work = TraceWorkload(trace, pages, **{name: chosen.pop(name) for name in GUEST})
-    return Plan(work, costs=None if cost is None else load_costs(cost).costs, **chosen)
+    if costs is None and cost is not None:
+        costs = load_costs(cost).costs
+    return Plan(work, costs=costs, **chosen)
 
 
 @functools.lru_cache(maxsize=4)
-def _trace(name: str, rate: int, memory: int | None) -> Trace:
-    if name in SHIPPED:
-        return shipped(name)
-    if name != STRESS:
-        return load(name)
+def load_trace(name: str) -> Trace:
+    """Return a trace that ships or that is a file; TraceError if there is none."""
+    return shipped(name) if name in SHIPPED else load(name)
+
+
+@functools.lru_cache(maxsize=4)
+def stress(rate: int, memory: int | None) -> Trace:
+    """Return one lap of `STRESS` over `memory` bytes at `rate` bytes a second, in whole epochs; TraceError if they are out of range."""
     memory = STRESS_MEMORY if memory is None else memory
-    # One lap over memory, in whole epochs.
     epochs = max(1, -(-memory * 10**9 // (rate * _INTERVAL_NS)))
     return generate(PATTERNS["sequential"](), memory=memory, rate=rate, duration_ns=epochs * _INTERVAL_NS, interval_ns=_INTERVAL_NS)

@@ -24,7 +24,7 @@ FLOORS = {
     "vm": 8, "warm": 8,
     "recording": 9, "record": 9, "cost": 9,
     "replay": 10, "check": 10, "patches": 10, "profile": 10, "limits": 10, "convert": 10, "generate": 10,
-    "migrate": 10,
+    "migrate": 10, "sweep": 10,
     "cli": 11,
 }  # fmt: skip
 TOP = 12  # `spte` itself re-exports the public names and may import all but the command line
@@ -117,7 +117,7 @@ def test_the_library_does_not_import_the_command_line():
     assert not [dotted(p) for p in sources() if "cli" not in p.parts and any("spte.cli" in name for name in imports_of(p))]
 
 
-VERBS = ("recording", "replay", "check", "patches", "cost", "profile", "limits", "convert", "generate", "migrate", "cli")
+VERBS = ("recording", "replay", "check", "patches", "cost", "profile", "limits", "convert", "generate", "migrate", "sweep", "cli")
 
 
 def test_import_spte_loads_no_verb():

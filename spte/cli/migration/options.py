@@ -139,7 +139,7 @@ def combinations(axes: Sequence[tuple[str, tuple[Any, ...]]], base: Mapping[str,
     keys = [key for key, _ in axes]
     for key in keys:
         if keys.count(key) > 1 or key in base:
-            raise click.UsageError(f"--{BY_KEY[key].option if key in BY_KEY else key} is given twice; name all its values in one place")
+            raise click.UsageError(f"--{name_of(key)} is given twice; name all its values in one place")
     points = [{**base, **dict(zip(keys, values, strict=True))} for values in itertools.islice(
         itertools.product(*(values for _, values in axes)), MAX_POINTS + 1)]  # fmt: skip
     if len(points) > MAX_POINTS:
@@ -162,6 +162,11 @@ def check(settings: Mapping[str, Any]) -> Plan:
             f"{spell_size(have)}; take less than {spell_size(have / BYTES_PER_PAGE * PAGE_SIZE)}"
         )
     return plan
+
+
+def name_of(key: str) -> str:
+    """Return the name of a setting as its option has it."""
+    return BY_KEY[key].option if key in BY_KEY else key
 
 
 def spelled(key: str, value: Any) -> str:

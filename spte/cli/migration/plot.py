@@ -5,14 +5,13 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from spte.cli.migration.options import BY_KEY, spelled
-from spte.cli.migration.text import ns, short
+from spte.cli.migration.options import name_of, spelled
+from spte.cli.migration.text import Axis, Figures, ns, short
 from spte.cli.plot import BLUE, GREY, ORANGE
 from spte.migrate.report import Outcome
 
@@ -40,23 +39,23 @@ def draw_rounds(outcome: Outcome, title: str, path: Path) -> None:
     fig.savefig(path, dpi=120)
 
 
-def draw_grid(axes: Sequence[tuple[str, tuple[Any, ...]]], outcomes: Sequence[Outcome], title: str, path: Path) -> None:
+def draw_grid(axes: Sequence[Axis], figures: Sequence[Figures], title: str, path: Path) -> None:
     """Write the map of two axes to `path`: each cell says how it ended, and its shade how long it took."""
     (row_key, row_values), (key, values) = axes
-    ended = np.array([one.total_ns / 1e9 if one.converged else np.nan for one in outcomes]).reshape(len(row_values), len(values))
+    ended = np.array([one["total_ns"] / 1e9 if one["converged"] else np.nan for one in figures]).reshape(len(row_values), len(values))
     fig = Figure(figsize=(max(7.5, 2.4 + 1.7 * len(values)), 1.6 + 0.6 * len(row_values)), layout="constrained")
     fig.suptitle(textwrap.fill(title, 100, replace_whitespace=False), fontsize=8)
     plot = fig.add_subplot()
     plot.set_facecolor("white")
     if np.isfinite(ended).any():
         plot.imshow(np.log(ended), cmap="Blues", aspect="auto", alpha=0.4)
-    for at, one in enumerate(outcomes):
+    for at, one in enumerate(figures):
         row, column = divmod(at, len(values))
-        text = short(one) if one.converged else f"no\nafter {ns(one.total_ns)}"
-        plot.text(column, row, text, ha="center", va="center", fontsize=8, color="black" if one.converged else "#B00000")
+        text = short(one) if one["converged"] else f"no\nafter {ns(one['total_ns'])}"
+        plot.text(column, row, text, ha="center", va="center", fontsize=8, color="black" if one["converged"] else "#B00000")
     plot.set(
-        xticks=range(len(values)), xticklabels=[spelled(key, value) for value in values], xlabel=BY_KEY[key].option,
-        yticks=range(len(row_values)), yticklabels=[spelled(row_key, value) for value in row_values], ylabel=BY_KEY[row_key].option,
+        xticks=range(len(values)), xticklabels=[spelled(key, value) for value in values], xlabel=name_of(key),
+        yticks=range(len(row_values)), yticklabels=[spelled(row_key, value) for value in row_values], ylabel=name_of(row_key),
         xlim=(-0.5, len(values) - 0.5), ylim=(len(row_values) - 0.5, -0.5),
     )  # fmt: skip
     fig.savefig(path, dpi=120)

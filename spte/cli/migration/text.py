@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spte.cli.migration.options import BY_KEY, spelled
+from spte.cli.migration.options import name_of, spelled
 from spte.cli.params import spell_bandwidth, spell_size, spell_time
 from spte.migrate.plan import Plan
 from spte.migrate.report import Outcome, Round
 from spte.platform import PAGE_SIZE
 
+Axis = tuple[str, tuple[Any, ...]]
+Figures = Mapping[str, Any]
 FIRST, LAST = 12, 8
 """Of many rounds so many are shown from the beginning and the end."""
 STALL = "guest stall"
@@ -84,39 +86,33 @@ def lost_line(outcome: Outcome) -> str:
     return f"{len(outcome.lost)} pages arrived in an older version than the source has, the first of them gfn {outcome.lost[0]}"
 
 
-def short(outcome: Outcome) -> str:
+def short(one: Figures) -> str:
     """Return how it ended in a few characters: total time and downtime, or that it did not."""
-    if outcome.downtime is None:
-        return "no"
-    return f"{ns(outcome.total_ns)} ({ns(outcome.downtime.total_ns)})"
+    return f"{ns(one['total_ns'])} ({ns(one['down_ns'])})" if one["converged"] else "no"
 
 
-def grid(axes: Sequence[tuple[str, tuple[Any, ...]]], outcomes: Sequence[Outcome], *, markdown: bool = False) -> str:
-    """Return a map of two axes, or else a line for each combination."""
-    if len(axes) == 2:
-        (row_key, row_values), (key, values) = axes
-        header = (f"{BY_KEY[row_key].option} \\ {BY_KEY[key].option}", *(spelled(key, value) for value in values))
-        ended = iter(outcomes)
-        lines = [(spelled(row_key, value), *(short(next(ended)) for _ in values)) for value in row_values]
-        return table(header, lines, markdown=markdown)
-    points = _points(axes)
-    header = (*(BY_KEY[key].option for key, _ in axes), "converged", "total", "downtime", "sent", "rounds", "guest stall", "throttle")
-    lines = [(*(spelled(*each) for each in point.items()), *_summary(one)) for point, one in zip(points, outcomes, strict=True)]
+def grid(axes: Sequence[Axis], figures: Sequence[Figures], *, markdown: bool = False) -> str:
+    """Return a map of two axes: the first one's values from top to bottom, the second one's from left to right."""
+    (row_key, row_values), (key, values) = axes
+    header = (f"{name_of(row_key)} \\ {name_of(key)}", *(spelled(key, value) for value in values))
+    ended = iter(figures)
+    lines = [(spelled(row_key, value), *(short(next(ended)) for _ in values)) for value in row_values]
     return table(header, lines, markdown=markdown)
 
 
-def _points(axes: Sequence[tuple[str, tuple[Any, ...]]]) -> list[Mapping[str, Any]]:
-    points: list[dict[str, Any]] = [{}]
-    for key, values in axes:
-        points = [{**point, key: value} for point in points for value in values]
-    return list(points)
+def listing(keys: Sequence[str], points: Sequence[Mapping[str, Any]], figures: Sequence[Figures], *, markdown: bool = False) -> str:
+    """Return a line for each point: its settings of `keys`, and how it ended."""
+    header = (*map(name_of, keys), "converged", "total", "downtime", "sent", "rounds", STALL, "throttle")
+    lines = [(*(spelled(key, point[key]) for key in keys), *_summary(one)) for point, one in zip(points, figures, strict=True)]
+    return table(header, lines, markdown=markdown)
 
 
-def _summary(one: Outcome) -> tuple[str, ...]:
-    downtime = "-" if one.downtime is None else ns(one.downtime.total_ns)
+def _summary(one: Figures) -> tuple[str, ...]:
+    downtime = "-" if one["down_ns"] is None else ns(one["down_ns"])
+    limit, percent = one["dirty_limit"], one["throttle_percent"]
     return (
-        "yes" if one.converged else "no", ns(one.total_ns), downtime, f"{one.bytes_sent / 1e6:,.0f} MB", str(len(one.rounds)),
-        ns(one.stall_ns), f"{one.throttle_percent} %" if one.throttle_percent else "-",
+        "yes" if one["converged"] else "no", ns(one["total_ns"]), downtime, f"{one['bytes_sent'] / 1e6:,.0f} MB", str(one["rounds"]),
+        ns(one["stall_ns"]), f"{percent} %" if percent else "-" if limit is None else f"{limit / 1e6:.3g} MB/s",
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import click
 
 from spte._version import __version__
 from spte.cli.exit_codes import EXIT_DIFFERENCE, EXIT_OK
-from spte.cli.migration.options import BY_KEY, axis, check, combinations, with_settings
-from spte.cli.migration.text import grid, lost_line, rounds, title, verdict
+from spte.cli.migration.options import axis, check, combinations, name_of, with_settings
+from spte.cli.migration.text import Axis, grid, listing, lost_line, rounds, title, verdict
 from spte.cli.params import announce_compilation, target
 from spte.migrate import Outcome, Plan
 from spte.migrate import migrate as run_migrate
@@ -51,7 +52,7 @@ combination. --workload stress writes page after page over all memory, again and
 def migrate(
     trace: str | None,
     workload: str,
-    axes: tuple[tuple[str, tuple[Any, ...]], ...],
+    axes: tuple[Axis, ...],
     style: str | None,
     output: Path | None,
     plot: Path | None,
@@ -76,9 +77,7 @@ def migrate(
     if style == "json":
         text = json.dumps(_as_json(plans, outcomes), indent=1, allow_nan=False)
     elif axes:
-        varied = " and ".join(BY_KEY[key].option for key, _ in axes)
-        told = f"{heading}\n{varied} vary; total time (downtime) where it converges" if len(axes) == 2 else f"{heading}\n{varied} vary"
-        text = "\n".join([*([told, ""] if style is None else []), grid(axes, outcomes, markdown=style == "markdown")])
+        text = _of_grid(axes, points, outcomes, heading, style)
     else:
         (plan,), (outcome,) = plans, outcomes
         shown = rounds(plan, outcome, markdown=style == "markdown")
@@ -88,10 +87,18 @@ def migrate(
     else:
         click.echo(text)
     if plot and axes:
-        pictures.draw_grid(axes, outcomes, heading, plot)
+        pictures.draw_grid(axes, [one.figures() for one in outcomes], heading, plot)
     elif plot:
         pictures.draw_rounds(outcomes[0], heading, plot)
     return _report_losses(outcomes)
+
+
+def _of_grid(axes: Sequence[Axis], points: Sequence[dict[str, Any]], outcomes: list[Outcome], heading: str, style: str | None) -> str:
+    keys, figures, markdown = [key for key, _ in axes], [one.figures() for one in outcomes], style == "markdown"
+    is_map = len(axes) == 2
+    shown = grid(axes, figures, markdown=markdown) if is_map else listing(keys, points, figures, markdown=markdown)
+    told = f"{heading}\n{' and '.join(map(name_of, keys))} vary" + "; total time (downtime) where it converges" * is_map
+    return "\n".join([*([told, ""] if style is None else []), shown])
 
 
 def _as_json(plans: list[Plan], outcomes: list[Outcome]) -> dict[str, Any]:
