@@ -21,6 +21,7 @@ VERBS = {
     "convert": "A write trace from what other tools record.",
     "generate": "A write trace by a known pattern: zipf, hot-cold, append-log, ...",
     "migrate": "Will live migration converge: rounds, total time, downtime.",
+    "papers": "Published experiments, run again: published against estimated.",
     "patches": "Each of the 14 patches of the series, before and after.",
     "policies": "List every decision of every kernel version, with its source.",
     "profile": "What dirty logging costs for a program's recorded writes.",

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from spte.cli.metrics import Report, as_json, sections, spell
 from spte.cli.params import spell_size
+from spte.cli.text import columns, pipes
 from spte.platform import PAGE_SIZE
 from spte.profile.columns import shared
 from spte.profile.epochs import epochs
@@ -82,20 +83,18 @@ def _epochs_csv(lines: Sequence[Mapping[str, Any]]) -> str:
     return out.getvalue()
 
 
-def _epochs_markdown(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Return the epochs as a Markdown table without the figures that are 0 in each; `estimated` figures say so by their names."""
+def _epochs_cells(lines: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return the head and a row of cells an epoch, without the figures that are 0 in each; estimates say so by their names."""
     names = [name for name in (lines[0] if lines else ()) if any(line[name] not in (0, None) for line in lines) or name == "epoch"]
-    head = ["| " + " | ".join(names) + " |", "|" + " --: |" * len(names)]
-    return "\n".join([*head, *("| " + " | ".join(_cell(line[name]) for name in names) + " |" for line in lines), ""])
+    return [names, *([_cell(line[name]) for name in names] for line in lines)]
+
+
+def _epochs_markdown(lines: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(f"{line}\n" for line in pipes(_epochs_cells(lines)))
 
 
 def _epochs_text(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Return the epochs in columns, two spaces apart, without the figures that are 0 in each."""
-    cells: Sequence[Sequence[str]] = [
-        [cell.strip() for cell in line.strip("|").split(" | ")] for line in _epochs_markdown(lines).splitlines() if "--:" not in line
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n" for row in cells)
+    return "".join(f"{line}\n" for line in columns(_epochs_cells(lines)))
 
 
 def _cell(value: Any) -> str:

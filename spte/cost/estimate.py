@@ -159,7 +159,8 @@ def call_time(kind: str, counts: Counts, costs: Costs, shape: VmShape, *, words:
         One of `CALLS`: ``"enable"`` and ``"disable"`` of a slot's logging, ``"get"``, ``"clear"``, ``"reset"``; ``"collect"`` is
         userspace reading the rings.
     counts : mapping of str to int
-        Counts of the call: `sptes_written`, `splits_2m`, `splits_1g`, `zapped`, `collapsed`, `flushes`, `vcpu_kicks`.
+        Counts of the call: `sptes_written`, `splits_2m`, `splits_1g`, `zapped`, `collapsed`, `flushes`, `vcpu_kicks`; `masks`, the
+        words of 64 pages of which it arms any; and `dropped`, the leaves that went with their tables, if `zapped` does not hold them.
     costs : Costs
         ns per item.
     shape : VmShape
@@ -183,21 +184,23 @@ def call_time(kind: str, counts: Counts, costs: Costs, shape: VmShape, *, words:
     if kind not in CALLS:
         raise CostError(f"kind={kind!r} is no call; take one of {', '.join(CALLS)}")
     zapped, collapsed = counts.get("zapped", 0), counts.get("collapsed", 0)
-    leaf_by_leaf = zapped == collapsed  # as old kernels collapse; else tables were dropped or recovered whole
-    tables = 0.0 if leaf_by_leaf else max(collapsed, zapped / ENTRIES)
+    leaf_by_leaf = zapped == collapsed  # as kernels before 5.19 collapse; else tables were dropped, or recovered in place
+    leaves = max(zapped, counts.get("dropped", 0))  # a table that goes takes its leaves along, each by an atomic operation
+    tables = 0.0 if leaf_by_leaf else max(collapsed, leaves / ENTRIES)
     armed = max(0, counts.get("sptes_written", 0) - (ENTRIES + 1) * _splits(counts) - collapsed)
     walked = (
         words * (costs.bitmap_word if kind == "enable" else costs.get_word)
         + _splits(counts) * costs.split
+        + counts.get("masks", 0) * costs.mask_walk
         + armed * costs.clear_page
         + tables * costs.collapse_2m
-        + (zapped * costs.zap if leaf_by_leaf else 0.0)
+        + leaves * costs.zap
     )
     hold = 0.0
     if kind == "clear" or (kind == "get" and armed):
         hold = walked
     elif kind == "reset":
-        hold = min(armed, RESET_MASK) * costs.clear_page
+        hold = min(armed, RESET_MASK) * costs.clear_page + min(armed, 1) * costs.mask_walk
     flushes = counts.get("flushes", 0)
     kicks = counts.get("vcpu_kicks", 0) / shape.vcpus
     ns = walked + flushes * _flush(costs, shape.vcpus, shape.running) + kicks * shape.running * costs.flush_vcpu

@@ -70,7 +70,8 @@ def vmm_phase(row: Row, phase: Phase, costs: Costs, *, running: int | None = Non
     shape = shape_of(row, running=running)
     words = -(-row.npages // 64) if phase.kind in ("enable", "get", "clear") and not shape.ring else 0
     entries = row.ring_entries(phase.iteration) if phase.kind == "collect" else 0
-    all_calls = call_time(phase.kind, phase.vmm, costs, shape, words=words, entries=entries)
+    counts = {**phase.vmm, "dropped": row.dropped(phase)} if phase.kind == "disable" else phase.vmm
+    all_calls = call_time(phase.kind, counts, costs, shape, words=words, entries=entries)
     largest = call_time(phase.kind, phase.largest, costs, shape, words=words // phase.calls)
     return Estimate(all_calls.stall * shape.running, all_calls.ns, largest.hold)
 

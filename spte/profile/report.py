@@ -24,7 +24,8 @@ class Phase:
     iteration : int
         From 1; 0 outside iterations.
     counts : dict of str to int
-        Changes of `VM.counters`.
+        Changes of `VM.counters`; and `masks`, the words of 64 pages of which the harvest reported any (of a ring: how often the next
+        entry lies in another word).
     vcpus : dict of int to dict of str to int
         Of each vCPU that ran, the changes while it ran, and its `accesses`.
     calls : int
@@ -126,6 +127,11 @@ class Row:
     def policy(self) -> str:
         """Name of the policy."""
         return self.column.policy.name
+
+    def dropped(self, phase: Phase) -> int:
+        """Return how many pages fewer are mapped at 4 KiB after `phase` than before it."""
+        before = self.phases[self.phases.index(phase) - 1]
+        return max(0, before.pages_4k - phase.pages_4k)
 
     def ring_entries(self, iteration: int) -> int:
         """Return the entries that dirty rings held in an iteration: the pages that it marked."""

@@ -220,25 +220,29 @@ class _Run:
         scatter_bits(self.written.reshape(-1), np.ascontiguousarray(bits))
 
     def _harvest_slot(self, slot: int, get: Phase, clear: Phase | None = None) -> npt.NDArray[np.uint64]:
-        with self._account(get):
+        with self._account(get) as call:
             log = self.vm.get_dirty_log(slot)
-        if clear is not None:
+        if clear is None:
+            _add_masks(get, call, int(np.count_nonzero(log)))
+        else:
             chunk = self.plan.clear_chunk or self.per_slot
             for first in range(0, self.per_slot, chunk):
                 pages = min(chunk, self.per_slot - first)
-                with self._account(clear):
-                    self.vm.clear_dirty_log(slot, first, pages, log[first // 64 : -(-(first + pages) // 64)])
+                words = log[first // 64 : -(-(first + pages) // 64)]
+                with self._account(clear) as call:
+                    self.vm.clear_dirty_log(slot, first, pages, words)
+                _add_masks(clear, call, int(np.count_nonzero(words)))
         return log
 
     def _harvest_rings(self, collect: Phase, reset: Phase) -> None:
         with self._account(collect):
-            for index, vcpu in enumerate(self.vm.vcpus):
-                self._collect(index, vcpu.ring)
-        with self._account(reset):
+            masks = sum(self._collect(index, vcpu.ring) for index, vcpu in enumerate(self.vm.vcpus))
+        with self._account(reset) as call:
             self.vm.reset_dirty_rings()
+        _add_masks(reset, call, masks)
 
-    def _collect(self, index: int, ring: npt.NDArray[np.void]) -> None:
-        """Take the dirty entries of one ring, oldest first, up to the first that is not dirty."""
+    def _collect(self, index: int, ring: npt.NDArray[np.void]) -> int:
+        """Take the dirty entries of one ring, oldest first, up to the first that is not dirty; return how often the word changes."""
         order = (self.fetched[index] + np.arange(len(ring))) % len(ring)
         dirty = ring["flags"][order] == RING_DIRTY
         entries = order[: len(ring) if dirty.all() else int(dirty.argmin())]
@@ -246,6 +250,7 @@ class _Run:
         scatter_bits(self.collected.reshape(-1), bits)
         ring["flags"][entries] = RING_HARVESTED
         self.fetched[index] = (self.fetched[index] + len(entries)) % len(ring)
+        return int(np.count_nonzero(np.diff(bits >> 6, prepend=-1)))
 
     def _guest(self, access: Access, phase: Phase, harvest: Sequence[Phase] | None) -> None:
         vcpu, gfns, kinds = self.vm.vcpus[access.vcpu], access.gfns, access.kinds
@@ -267,7 +272,7 @@ class _Run:
         self.vm.set_memory_region(slot, slot * size, size, self.backings[slot], flags=flags)
 
     def _phase(self, kind: str, iteration: int = 0) -> Phase:
-        phase = Phase(kind, iteration, dict.fromkeys(self.vm.counters(), 0))
+        phase = Phase(kind, iteration, dict.fromkeys((*self.vm.counters(), "masks"), 0))
         self.phases.append(phase)
         return phase
 
@@ -279,13 +284,14 @@ class _Run:
         return {name: stats[name] for name in ("pages_4k", "pages_2m", "pages_1g")}
 
     @contextmanager
-    def _account(self, phase: Phase, vcpu: dict[str, int] | None = None) -> Iterator[None]:
-        """Count and time what is done in between for `phase`, and for a vCPU that runs; else it is a call of the VMM."""
+    def _account(self, phase: Phase, vcpu: dict[str, int] | None = None) -> Iterator[dict[str, int]]:
+        """Count and time what is done in between for `phase`, and for a vCPU that runs; else it is a call of the VMM, and yielded."""
+        changes: dict[str, int] = {}
         before = self.vm.counters()
         start = time.perf_counter()
-        yield
+        yield changes
         phase.seconds += time.perf_counter() - start
-        changes = {name: value - before[name] for name, value in self.vm.counters().items()}
+        changes |= {name: value - before[name] for name, value in self.vm.counters().items()}
         if vcpu is None:
             phase.calls += 1
             if changes["sptes_written"] >= phase.largest.get("sptes_written", 0):
@@ -294,3 +300,8 @@ class _Run:
             if counts is not None:
                 for name, change in changes.items():
                     counts[name] += change
+
+
+def _add_masks(phase: Phase, call: dict[str, int], masks: int) -> None:
+    call["masks"] = masks
+    phase.counts["masks"] += masks

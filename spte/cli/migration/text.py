@@ -7,6 +7,7 @@ from typing import Any
 
 from spte.cli.migration.options import name_of, spelled
 from spte.cli.params import spell_bandwidth, spell_size, spell_time
+from spte.cli.text import columns, pipes
 from spte.migrate.plan import Plan
 from spte.migrate.report import Outcome, Round
 from spte.platform import PAGE_SIZE
@@ -118,13 +119,4 @@ def _summary(one: Figures) -> tuple[str, ...]:
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]], *, markdown: bool) -> str:
     """Return a table: the first column to the left, the others to the right."""
-    if markdown:
-        rows = ["| " + " | ".join(cells) + " |" for cells in (header, *lines)]
-        return "\n".join([rows[0], "| :-- |" + " --: |" * (len(header) - 1), *rows[1:]])
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = (cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True)))
-        return "  ".join((first, *others)).rstrip()
-
-    return "\n".join(map(line, (header, *lines)))
+    return "\n".join((pipes if markdown else columns)((header, *lines), left=1))
