@@ -176,7 +176,7 @@ def test_the_how_to_commands_work_as_printed(tmp_path, command):
     done = subprocess.run(["sh", "-eu", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") > 4
-    assert len(list(tmp_path.iterdir())) == command.count("--plot")
+    assert len(list(tmp_path.iterdir())) == sum(map(command.count, ("--plot", "--report", "-o ")))
 
 
 @compiled

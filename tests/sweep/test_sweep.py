@@ -218,22 +218,9 @@ def test_bad_input_is_one_line(capsys, toy, tmp_path):
 @pytest.mark.parametrize(("module", "extra", "argv"), [
     ("pyarrow", "data", ["-o", "result.parquet"]), ("distributed", "cluster", ["--scheduler", "tcp://127.0.0.1:9"]),
 ])  # fmt: skip
-def test_a_missing_package_is_named_with_its_extra(capsys, toy, monkeypatch, tmp_path, module, extra, argv):
+def test_a_missing_package_is_named_with_its_extra(capsys, toy, monkeypatch, uninstall, tmp_path, module, extra, argv):
     monkeypatch.chdir(tmp_path)
-    for name in [name for name in sys.modules if name.split(".")[0] == module or name == "spte.sweep.parquet"]:
-        monkeypatch.delitem(sys.modules, name)
+    uninstall(module, "spte.sweep.parquet")
     monkeypatch.delattr("spte.sweep.parquet", raising=False)
-    monkeypatch.setattr(sys, "meta_path", [Missing(module), *sys.meta_path])
     assert refused(capsys, "sweep", toy, *argv, code=4) == f"spte: this needs {module}; pip install 'kvm-spte[{extra}]'\n"
     assert list(tmp_path.iterdir()) == [Path(toy)]
-
-
-class Missing:
-    """An import hook: a package that is not installed."""
-
-    def __init__(self, module):
-        self.module = module
-
-    def find_spec(self, name, path=None, target=None):
-        if name == self.module:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)

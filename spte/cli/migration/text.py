@@ -62,8 +62,8 @@ def _cells(one: Round) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def verdict(plan: Plan, outcome: Outcome) -> list[str]:
-    """Return how it ended: the verdict, what it took, and what is left on the source."""
+def verdict(plan: Plan, outcome: Outcome, *, markdown: bool = False) -> list[str]:
+    """Return how it ended: the verdict, what it took, and what is left on the source; in Markdown a list."""
     source = outcome.source
     stall = f", estimated guest stall {ns(outcome.stall_ns)}" if plan.costs is not None else ""
     if outcome.downtime is None:
@@ -79,7 +79,7 @@ def verdict(plan: Plan, outcome: Outcome) -> list[str]:
         f"logging off: {source.logging_slots} slots log, {source.pending} pages pending, 2 MiB pages {source.huge_before} before, "
         f"{source.huge_logging} while logging, {source.huge_after} back after {source.refaults} faults"
     )
-    return [first, f"sent {outcome.bytes_sent / 1e6:,.1f} MB in {rounds_}{stall}", left]
+    return [f"{'- ' * markdown}{line}" for line in (first, f"sent {outcome.bytes_sent / 1e6:,.1f} MB in {rounds_}{stall}", left)]
 
 
 def lost_line(outcome: Outcome) -> str:

@@ -49,6 +49,7 @@ combination. --workload stress writes page after page over all memory, again and
 @click.option("--markdown", "style", flag_value="markdown", help="Print Markdown tables.")
 @click.option("--output", type=target(), metavar="FILE", help="Print there instead of stdout.")
 @click.option("--plot", type=target(".png", ".svg"), metavar="FILE.png", help="Draw the rounds, or the map of two --grid.")
+@click.option("--report", type=target(".html"), metavar="FILE.html", help="Write a page of pictures and tables; needs plotly.")
 def migrate(
     trace: str | None,
     workload: str,
@@ -56,6 +57,7 @@ def migrate(
     style: str | None,
     output: Path | None,
     plot: Path | None,
+    report: Path | None,
     **options: Any,
 ) -> int:
     """Check every option, migrate, print, and return the exit code."""
@@ -70,6 +72,9 @@ def migrate(
         raise click.UsageError(f"--plot draws one migration, or the map of two --grid; there are {len(axes)}")
     if plot:
         from spte.cli.migration import plot as pictures
+    if report:
+        from spte.cli.html import migration as reports
+        from spte.cli.html.page import write
     announce_compilation()
     plans: list[Plan] = [check(point) for point in points]
     outcomes = [run_migrate(plan) for plan in plans]
@@ -80,8 +85,9 @@ def migrate(
         text = _of_grid(axes, points, outcomes, heading, style)
     else:
         (plan,), (outcome,) = plans, outcomes
-        shown = rounds(plan, outcome, markdown=style == "markdown")
-        text = "\n".join([*([heading, ""] if style is None else []), shown, "", *verdict(plan, outcome)])
+        markdown = style == "markdown"
+        shown = [rounds(plan, outcome, markdown=markdown), "", *verdict(plan, outcome, markdown=markdown)]
+        text = "\n".join([*([heading, ""] if style is None else []), *shown])
     if output:
         output.write_text(text + "\n")
     else:
@@ -90,6 +96,10 @@ def migrate(
         pictures.draw_grid(axes, [one.figures() for one in outcomes], heading, plot)
     elif plot:
         pictures.draw_rounds(outcomes[0], heading, plot)
+    if report:
+        keys, figures = [key for key, _ in axes], [outcome.figures() for outcome in outcomes]
+        parts = reports.many(keys, points, figures, axes) if axes else reports.one(plans[0], outcomes[0])
+        write(report, f"spte migrate: {plans[0].workload.trace.command[:80]}", text.splitlines() if style is None else [heading], parts)
     return _report_losses(outcomes)
 
 

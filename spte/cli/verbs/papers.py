@@ -44,10 +44,14 @@ Rows = dict[str, dict[str, Row]]
 @click.option("--figure", "figures", multiple=True, metavar="NAME", help="Only this experiment; repeatable: F1 to F7.")
 @click.option("--cost", metavar="NAME|FILE", help=f"Take these costs, and fit none: {', '.join(names())}, or a TOML file.")
 @click.option("--save", type=target(".toml"), metavar="FILE.toml", help="Write the fitted costs there.")
+@click.option("--report", type=target(".html"), metavar="FILE.html", help="Write a page of pictures and tables; needs plotly.")
 @click.option("--json", "style", flag_value="json", help="Print JSON; `schema` names its version.")
 @click.option("--markdown", "style", flag_value="markdown", help="Print Markdown tables.")
-def papers(figures: tuple[str, ...], cost: str | None, save: Path | None, style: str | None) -> int:
+def papers(figures: tuple[str, ...], cost: str | None, save: Path | None, report: Path | None, style: str | None) -> int:
     """Run, fit, compare, print; a misfit is a result, not an error."""
+    if report:
+        from spte.cli.html.page import write
+        from spte.cli.html.profile import papers as sections
     if cost and save:
         raise click.UsageError(f"--save {str(save)!r} writes fitted costs, and with --cost none are fitted; take one")
     try:
@@ -65,6 +69,8 @@ def papers(figures: tuple[str, ...], cost: str | None, save: Path | None, style:
         save.write_text(dump(costs))
     found = [compare(each, rows[each.name], costs.costs) for each in wanted]
     click.echo(_json(found, costs) if style == "json" else _text(found, costs, markdown=style == "markdown"), nl=False)
+    if report:
+        write(report, "spte papers: published against estimated", _text(found, costs, markdown=False).splitlines(), sections(found))
     return EXIT_OK
 
 

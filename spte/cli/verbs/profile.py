@@ -128,6 +128,7 @@ PERF_OPTIONS = {"vcpus": "-v", "bytes_per_vcpu": "-b", "source": "-s", "overlap"
 @click.option("--markdown", "style", flag_value="markdown", help="Print Markdown tables.")
 @click.option("--output", type=target(), metavar="FILE", help="Print there instead of stdout.")
 @click.option("--plot", type=target(".png", ".svg"), metavar="FILE.png", help="Draw the epochs and the costs.")
+@click.option("--report", "page", type=target(".html"), metavar="FILE.html", help="Write a page of pictures and tables; needs plotly.")
 def profile(
     trace: Path | None,
     platforms: tuple[str, ...],
@@ -139,6 +140,7 @@ def profile(
     style: str | None,
     output: Path | None,
     plot: Path | None,
+    page: Path | None,
     limits: bool,
     backings: tuple[str, ...],
     logs: tuple[Log, ...],
@@ -178,6 +180,9 @@ def profile(
         importlib.import_module("spte.cli.table")  # what the host lacks is said before the work
     if plot:
         from spte.cli.plot import draw
+    if page:
+        from spte.cli.html.page import write
+        from spte.cli.html.profile import profile as page_sections
     announce_compilation()
     with steps_bar() as progress:
         rows = run_profile(
@@ -191,6 +196,9 @@ def profile(
         click.echo(text, nl=False)
     if plot:
         draw(rows, title(work, rows), plot)
+    if page:
+        heading = title(work, rows).splitlines()
+        write(page, f"spte profile: {heading[0][:80]}", [*heading, *report.notes], page_sections(report))
     return _report_losses(rows)
 
 

@@ -47,6 +47,7 @@ one stopped; at the end they are in FILE.parquet, a row a point, and the journal
 @click.option("--workers", type=click.IntRange(1, 4096), help="Processes on this host. Default: one a CPU.")
 @click.option("--scheduler", metavar="ADDRESS", help="Dask scheduler, such as tcp://127.0.0.1:8786; needs distributed.")
 @click.option("--recommend", "wants_best", is_flag=True, help="Name the best point of each trace.")
+@click.option("--report", type=target(".html"), metavar="FILE.html", help="Write a page of pictures and tables; needs plotly.")
 @click.option("--json", "style", flag_value="json", help="Print JSON; `schema` names its version.")
 @click.option("--markdown", "style", flag_value="markdown", help="Print a Markdown table.")
 def sweep(
@@ -57,6 +58,7 @@ def sweep(
     workers: int | None,
     scheduler: str | None,
     wants_best: bool,
+    report: Path | None,
     style: str | None,
     **options: Any,
 ) -> int:
@@ -69,6 +71,9 @@ def sweep(
     named = tuple(dict.fromkeys(traces)) or (STRESS if workload == STRESS else "redis",)
     points = combinations((("trace", named), *axes), base)
     plan = Sweep(points)
+    if report:
+        from spte.cli.html.migration import many
+        from spte.cli.html.page import write
     announce_compilation()
     try:
         figures = _figures(plan, result, workers, scheduler)
@@ -87,6 +92,9 @@ def sweep(
         click.echo(listing(keys, points, figures, markdown=style == "markdown"))
         for line in _recommended(best, keys, points, figures):
             click.echo(line)
+    if report:
+        lines = _recommended(best, keys, points, figures)
+        write(report, f"spte sweep: {', '.join(named)}"[:120], lines, many(keys, points, figures, axes if len(named) == 1 else ()))
     lost = [point for point, found in zip(points, figures, strict=True) if found["lost_pages"]]
     for point in lost:
         click.echo(f"spte sweep: pages were lost with {point}; run `spte migrate` with these options", err=True)
