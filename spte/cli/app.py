@@ -19,6 +19,7 @@ from spte.cli.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MISSING, 
 VERBS = {
     "check": "Compare recordings of real KVM with the model.",
     "convert": "A write trace from what other tools record.",
+    "diff": "What changes when one decision, or the platform, changes.",
     "generate": "A write trace by a known pattern: zipf, hot-cold, append-log, ...",
     "migrate": "Will live migration converge: rounds, total time, downtime.",
     "papers": "Published experiments, run again: published against estimated.",

@@ -20,7 +20,7 @@ class Phase:
     Parameters
     ----------
     kind : str
-        ``"populate"``, ``"enable"``, ``"dirty"``, one of `HARVEST`, or ``"disable"``.
+        ``"populate"``, ``"enable"``, ``"dirty"``, one of `HARVEST`, ``"disable"``, or ``"retouch"``.
     iteration : int
         From 1; 0 outside iterations.
     counts : dict of str to int
@@ -64,6 +64,7 @@ class Phase:
             "collect": f"Iteration {self.iteration} collect dirty rings time",
             "reset": f"Iteration {self.iteration} reset dirty rings time",
             "disable": "Disabling dirty logging time",
+            "retouch": "Retouch memory time",
         }[self.kind]
 
 

@@ -14,7 +14,7 @@ from spte.platform import PAGE_SIZE
 
 Axis = tuple[str, tuple[Any, ...]]
 Figures = Mapping[str, Any]
-FIRST, LAST = 12, 8
+FIRST, LAST = 8, 4
 """Of many rounds so many are shown from the beginning and the end."""
 STALL = "guest stall"
 HEADER = ("round", "began", "took", "sent", "dirtied", "remaining", STALL, "throttle")

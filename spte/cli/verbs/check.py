@@ -16,18 +16,22 @@ SCHEMA = 1
 @click.argument("paths", metavar="FILE_OR_DIR...", nargs=-1, required=True, type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, schema version inside, in place of text.")
 @click.option("--markdown", is_flag=True, help="A table of machines and kernels before the totals, as the README has it.")
-def check(paths: tuple[str, ...], as_json: bool, markdown: bool) -> int:
+@click.option("--policy", metavar="NAME[,FIELD=VALUE]...", help="Another kernel in place of each recorded one: where would it differ?")
+def check(paths: tuple[str, ...], as_json: bool, markdown: bool, policy: str | None) -> int:
     """Replay recordings of real KVM and compare the model with them after every op.
 
     Takes recordings (.jsonl, also .gz and .xz), archives of them (.tar, .tar.gz, .tar.xz), and directories of both.
     Prints the first difference of each recording that has one, then the totals. Exit code 1 on any difference or if
-    nothing was compared, 2 if a file is not a recording.
+    nothing was compared, 2 if a file is not a recording. With --policy the model is of that kernel, whatever was recorded; the recorded
+    module parameters hold unless the policy replaces them.
     """
     from spte.check import run as model
+    from spte.policy import parse
     from spte.recording import file as rec
 
     if as_json and markdown:
         raise click.UsageError("--json and --markdown exclude each other; take one")
+    chosen = parse(policy) if policy else None
     reports: list[model.Report] = []
     bad: list[str] = []
     try:
@@ -36,7 +40,7 @@ def check(paths: tuple[str, ...], as_json: bool, markdown: bool) -> int:
         raise click.UsageError(str(error)) from None
     for path in found:
         try:
-            for report in model.check_all(rec.read_all(path)):
+            for report in model.check_all(rec.read_all(path), chosen):
                 reports.append(report)
                 if report.finding is not None and not as_json:
                     click.echo(f"{report.name}: {_line(str(report.finding))}")
