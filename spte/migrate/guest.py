@@ -136,18 +136,33 @@ class Guest:
                 needed = seen[-1]["dirty_marks"] * PAGE_SIZE * 10**9 // limit
                 clock.debt += max(0, needed - ns) * TICKS
         if self._plan.costs is not None and any(len(gfns) for _, gfns in wrote):
-            stall = guest_stall(seen, self._plan.costs, self._shape(running=True))
+            small = min(1.0, self.vm.stats()["vm"]["pages_4k"] / self.npages)
+            walks = [round(len(gfns) * small) for _, gfns in wrote]
+            stall = guest_stall(seen, self._plan.costs, self._shape(running=True), walks=walks)
             for index, lost in enumerate(stall.vcpus):
                 self._delay(index, lost)
         return wrote
 
-    def call(self, kind: str, do: Callable[[], T], *, words: int = 0, entries: int = 0, running: bool = True) -> tuple[T, CallTime]:
-        """Do a call of the VMM and return what it returns, and its estimated time; running vCPUs lose what the call takes from them."""
+    def call(
+        self,
+        kind: str,
+        do: Callable[[], T],
+        *,
+        words: int = 0,
+        entries: Callable[[T], int] = lambda _: 0,
+        masks: Callable[[T], int] = lambda _: 0,
+        running: bool = True,
+    ) -> tuple[T, CallTime]:
+        """Do a call of the VMM and return what it returns, and its estimated time; running vCPUs lose what the call takes from them.
+
+        Of what it returns, `entries` and `masks` tell how many entries of rings it took, and how many words of 64 pages it armed.
+        """
         before = self.counters()
         result = do()
         if self._plan.costs is None:
             return result, FREE
-        time = call_time(kind, changes(before, self.counters()), self._plan.costs, self._shape(running), words=words, entries=entries)
+        counts = {**changes(before, self.counters()), "masks": masks(result)}
+        time = call_time(kind, counts, self._plan.costs, self._shape(running), words=words, entries=entries(result))
         self.vmm_ns += time.ns
         if running:
             for index in range(len(self._clocks)):

@@ -8,10 +8,10 @@ import numpy.typing as npt
 from spte.migrate.guest import Guest
 from spte.migrate.plan import Plan
 from spte.migrate.playback import Int64Array
+from spte.profile.rings import RingReader, masks
 from spte.trace.build import pages_of
 
 Words = npt.NDArray[np.uint64]
-RING_DIRTY, RING_HARVESTED = 1, 3
 
 
 class Log:
@@ -31,8 +31,15 @@ class Log:
 
     def harvest(self, *, running: bool = True) -> tuple[Words, float]:
         """Return the bitmap of the pages that are dirty, and how long that takes the VMM, ns; `running`: the guest runs meanwhile."""
-        words, time = self._guest.call("get", lambda: self._guest.vm.get_dirty_log(0), words=self._words, running=running)
+        words, time = self._guest.call("get", self._get, words=self._words, masks=self._armed, running=running)
         return words, time.ns
+
+    def _get(self) -> Words:
+        return self._guest.vm.get_dirty_log(0)
+
+    def _armed(self, words: Words) -> int:
+        """Return how many words of the bitmap a GET arms again: all that it reports."""
+        return int(np.count_nonzero(words))
 
     def chunks(self, pages: npt.NDArray[np.uint64]) -> list[tuple[int, npt.NDArray[np.uint64]]]:
         """Return `pages`, ascending, in the parts that are sent in one go, each with its first page."""
@@ -59,6 +66,9 @@ class ManualLog(Log):
         self._shown = words.copy()
         return words, ns
 
+    def _armed(self, words: Words) -> int:
+        return 0
+
     def chunks(self, pages: npt.NDArray[np.uint64]) -> list[tuple[int, npt.NDArray[np.uint64]]]:
         """Return `pages` by chunk of CLEAR."""
         starts = np.arange(0, self._guest.npages, self._chunk)
@@ -71,7 +81,10 @@ class ManualLog(Log):
         shown = self._shown[first // 64 : -(-(first + npages) // 64)]
         if not shown.any():
             return 0.0
-        _, time = self._guest.call("clear", lambda: self._guest.vm.clear_dirty_log(0, first, npages, shown), words=len(shown))
+        armed = int(np.count_nonzero(shown))
+        _, time = self._guest.call(
+            "clear", lambda: self._guest.vm.clear_dirty_log(0, first, npages, shown), words=len(shown), masks=lambda _: armed
+        )
         shown[:] = 0
         return time.ns
 
@@ -81,7 +94,7 @@ class RingLog(Log):
 
     def __init__(self, guest: Guest, plan: Plan) -> None:
         super().__init__(guest, plan)
-        self._taken = [0] * len(guest.vm.vcpus)
+        self._readers = [RingReader() for _ in guest.vm.vcpus]
         self._found = np.zeros(guest.npages, np.bool_)
         guest.reap = self._reap
 
@@ -95,25 +108,17 @@ class RingLog(Log):
         return words, ns
 
     def _reap(self, *, running: bool = True) -> float:
-        entries = [self._dirty(index) for index in range(len(self._taken))]
-        count = sum(map(len, entries))
-        _, collected = self._guest.call("collect", lambda: self._collect(entries), entries=count, running=running)
-        _, reset = self._guest.call("reset", self._guest.vm.reset_dirty_rings, running=running)
+        taken, collected = self._guest.call("collect", self._collect, entries=lambda pages: sum(map(len, pages)), running=running)
+        armed = sum(masks(pages) for pages in taken)
+        _, reset = self._guest.call("reset", self._guest.vm.reset_dirty_rings, masks=lambda _: armed, running=running)
         return collected.ns + reset.ns
 
-    def _dirty(self, index: int) -> Int64Array:
-        """Return the places of the dirty entries of one ring, oldest first, up to the first that is not dirty."""
-        ring = self._guest.vm.vcpus[index].ring
-        order = (self._taken[index] + np.arange(len(ring))) % len(ring)
-        dirty = ring["flags"][order] == RING_DIRTY
-        return order[: len(ring) if dirty.all() else int(dirty.argmin())]
-
-    def _collect(self, entries: list[Int64Array]) -> None:
-        for index, places in enumerate(entries):
-            ring = self._guest.vm.vcpus[index].ring
-            self._found[ring["offset"][places].astype(np.int64)] = True
-            ring["flags"][places] = RING_HARVESTED
-            self._taken[index] = (self._taken[index] + len(places)) % len(ring)
+    def _collect(self) -> list[Int64Array]:
+        vcpus = self._guest.vm.vcpus
+        taken = [reader.take(vcpu.ring)["offset"].astype(np.int64) for reader, vcpu in zip(self._readers, vcpus, strict=True)]
+        for pages in taken:
+            self._found[pages] = True
+        return taken
 
 
 def log_of(guest: Guest, plan: Plan) -> Log:

@@ -91,9 +91,10 @@ class _Run:
             downtime = self._stop(log, self._precopy(log))
         except _TimeIsUp:
             log.harvest()
-        self.throttle.stop()
-        logging = guest.vm.stats()["vm"]["pages_2m"]
-        guest.set_logging(0)
+        finally:  # whatever ends it: nobody else turns logging off
+            self.throttle.stop()
+            logging = guest.vm.stats()["vm"]["pages_2m"]
+            guest.set_logging(0)
         lost = np.flatnonzero(self.source != self.destination).astype(np.uint64) if downtime is not None else NONE
         return Outcome(
             downtime is not None, self.now, downtime, self.sent, tuple(self.rounds), lost, round(enabled.ns), self._left(huge, logging)

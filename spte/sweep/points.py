@@ -62,7 +62,7 @@ class Sweep:
     def __post_init__(self) -> None:
         if not self.points:
             raise SweepError("a sweep of no point; name an option and its values")
-        traces = sorted({str(point.get("trace", DEFAULTS["trace"])) for point in self.points} - {STRESS})
+        traces = sorted({name_of_trace(point) for point in self.points} - {STRESS})
         costs = sorted({str(point["cost"]) for point in self.points if point.get("cost") is not None})
         object.__setattr__(self, "traces", {name: load_trace(name) for name in traces})
         object.__setattr__(self, "costs", {name: load_costs(name).costs for name in costs})
@@ -70,7 +70,7 @@ class Sweep:
     def inputs(self, point: Settings) -> tuple[Trace | None, Costs | None]:
         """Return the trace and the costs of a point."""
         cost = point.get("cost")
-        return self.traces.get(str(point.get("trace", DEFAULTS["trace"]))), None if cost is None else self.costs[cost]
+        return self.traces.get(name_of_trace(point)), None if cost is None else self.costs[cost]
 
     @property
     def digest(self) -> str:
@@ -82,6 +82,11 @@ class Sweep:
                 told.update(array.tobytes())
         told.update(json.dumps({name: dataclasses.asdict(costs) for name, costs in self.costs.items()}, sort_keys=True).encode())
         return told.hexdigest()[:32]
+
+
+def name_of_trace(point: Settings) -> str:
+    """Return what a point names as its trace."""
+    return str(point.get("trace", DEFAULTS["trace"]))
 
 
 def measure(settings: Settings, trace: Trace | None, costs: Costs | None) -> Figures:

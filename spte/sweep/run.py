@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from spte.sweep.journal import Journal
-from spte.sweep.points import Figures, SchedulerError, Sweep, WorkerError, measure
+from spte.sweep.points import Figures, SchedulerError, Sweep, WorkerError, measure, name_of_trace
 from spte.warm import warmup
 
 CONNECT_S = 5
@@ -104,7 +104,7 @@ def _on_cluster(plan: Sweep, left: list[int], address: str) -> Iterator[tuple[in
         for index in left:
             point = plan.points[index]
             trace, costs = plan.inputs(point)
-            given = sent[str(point["trace"])] if trace is not None else None
+            given = sent[name_of_trace(point)] if trace is not None else None
             futures[client.submit(measure, dict(point), given, costs, key=f"spte-{plan.digest}-{index}", retries=2)] = index
         for future in distributed.as_completed(futures):
             try:
