@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from spte._arguments import index, instance, integer
 from spte.cost import Costs
 from spte.platform import PAGE_SIZE
+from spte.profile.columns import check_chunk
 from spte.profile.workload import TraceWorkload
 
 LOGS = ("bitmap", "manual", "initially-set", "ring")
@@ -25,6 +27,7 @@ FIXED_NS = 20_000_000
 """An assumption: what devices and the start on the other side take depends on the machine; measure it there."""
 MAX_NS = 120 * 10**9
 LONGEST_NS = 10**15
+MOST = 10**13
 
 
 class MigrateError(ValueError):
@@ -73,8 +76,10 @@ class Plan:
 
     Raises
     ------
-    MigrateError
+    MigrateError, WorkloadError
         If a parameter is out of range.
+    TypeError
+        If one is of a wrong type.
     """
 
     workload: TraceWorkload
@@ -95,26 +100,24 @@ class Plan:
     costs: Costs | None = None
 
     def __post_init__(self) -> None:
-        trace = self.workload.trace
+        trace = instance(self.workload, "workload", TraceWorkload, "a TraceWorkload").trace
+        if self.costs is not None:
+            instance(self.costs, "costs", Costs, "Costs, such as spte.cost.load(name).costs")
         for name, choices in (("log", LOGS), ("throttle", THROTTLES), ("after", AFTER)):
-            if getattr(self, name) not in choices:
+            if instance(getattr(self, name), name, str, "a name") not in choices:
                 raise MigrateError(f"{name}={getattr(self, name)!r}; take one of {', '.join(choices)}")
         if not trace.writes or not trace.duration_ns:
             lacks = "writes no page" if not trace.writes else "lasts 0 ns"
             raise MigrateError(f"the trace {lacks}; a migration needs writes in time: record or generate another")
-        if not 1 <= self.bandwidth <= 10**13:
-            raise MigrateError(f"bandwidth={self.bandwidth} bytes/s; take 1 to 10^13, such as 1250000000 (10 Gbit/s)")
-        if self.chunk_pages < 64 or self.chunk_pages % 64:
-            raise MigrateError(f"chunk_pages={self.chunk_pages}; CLEAR takes multiples of 64 pages, from 64 on")
-        if self.vcpu_dirty_limit < PAGE_SIZE:
+        if not 1 <= index(self.bandwidth, "bandwidth") <= MOST:
+            raise MigrateError(f"bandwidth={self.bandwidth} bytes/s; take 1 to {MOST}, such as 1250000000 (10 Gbit/s)")
+        check_chunk(index(self.chunk_pages, "chunk_pages"))
+        if index(self.vcpu_dirty_limit, "vcpu_dirty_limit") < PAGE_SIZE:
             raise MigrateError(f"vcpu_dirty_limit={self.vcpu_dirty_limit} bytes/s; take a page a second, {PAGE_SIZE}, or more")
         if self.throttle == "dirty-limit" and self.log != "ring":
             raise MigrateError(f"throttle='dirty-limit' with log={self.log!r}; it counts what each vCPU puts on its ring: take log='ring'")
-        for name in ("downtime_ns", "fixed_ns", "max_ns"):
-            if not 0 <= getattr(self, name) <= LONGEST_NS:
-                raise MigrateError(f"{name}={getattr(self, name)}; take 0 to {LONGEST_NS}")
-        if self.stop_ns is not None and not 0 <= self.stop_ns <= LONGEST_NS:
-            raise MigrateError(f"stop_ns={self.stop_ns}; take 0 to {LONGEST_NS}")
+        for name in ("downtime_ns", "fixed_ns", "max_ns", *(["stop_ns"] if self.stop_ns is not None else [])):
+            integer(getattr(self, name), name, MigrateError, 0, LONGEST_NS + 1)
         if self.downtime_ns <= self.fixed_ns:
             raise MigrateError(
                 f"a downtime of {self.downtime_ns / 1e6:g} ms is not above its fixed part of {self.fixed_ns / 1e6:g} ms, which no page "

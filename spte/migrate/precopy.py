@@ -25,8 +25,10 @@ from spte.policy import parse
 from spte.warm import warmup
 
 Pages = npt.NDArray[np.uint64]
-STEP_NS = 10_000_000
-"""Longest time that vCPUs run before what they lost is taken from them, where anything is."""
+LONGEST_STEP_NS, SHORTEST_STEP_NS = 10_000_000, 500_000
+"""How long vCPUs run before what they lost is taken from them, where anything is: the shorter, the more they lose."""
+LATE_NS = 50_000
+"""What a vCPU may lose in a step, as far as the shortest one allows."""
 NEVER = np.int64(2**62)
 NONE = np.empty(0, np.uint64)
 
@@ -76,6 +78,7 @@ class _Run:
         self.rounds: list[Round] = []
         self.source = np.zeros(guest.npages, np.uint32)
         self.destination = np.zeros(guest.npages, np.uint32)
+        self._step = LONGEST_STEP_NS
         self._read_at = np.full(guest.npages, NEVER)
 
     def outcome(self) -> Outcome:
@@ -154,18 +157,26 @@ class _Run:
                 raise _TimeIsUp
             step = min(ns - passed, plan.max_ns - self.now)
             if in_steps:
-                step = min(step, STEP_NS)
+                step = min(step, self._step)
             writing = plan.stop_ns is None or self.now < plan.stop_ns
             if writing and plan.stop_ns is not None:
                 step = min(step, plan.stop_ns - self.now)
             passed += step
             # Those that are read before the step's end; at the end of all the rest: at a high rate several are read in the last ns.
             due = len(pages) if passed == ns else min(len(pages), -(-passed * plan.bandwidth // (PAGE_SIZE * 10**9)))
-            wrote = self.guest.run(step, self.throttle.percent, self.throttle.limit) if writing else []
+            wrote = self._let_run(step) if writing else []
             self._deliver(pages[sent:due], sent, passed - step, wrote)
             self.sent += due - sent
             sent = due
             self.now += step
+
+    def _let_run(self, ns: int) -> list[tuple[npt.NDArray[np.int64], Pages]]:
+        """Let the guest run for `ns`, and choose the next step by what it lost."""
+        stalled = self.guest.stall_ns
+        wrote = self.guest.run(ns, self.throttle.percent, self.throttle.limit)
+        lost = (self.guest.stall_ns - stalled) / len(wrote)
+        self._step = LONGEST_STEP_NS if not lost else min(LONGEST_STEP_NS, max(SHORTEST_STEP_NS, int(ns * LATE_NS / lost)))
+        return wrote
 
     def _deliver(self, pages: Pages, number: int, began: int, wrote: list[tuple[npt.NDArray[np.int64], Pages]]) -> None:
         """Count up the versions of what the guest wrote, and copy those of `pages`, each when its turn comes.

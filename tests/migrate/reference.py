@@ -126,6 +126,7 @@ class Migration:
                 break
         rest = sorted({*pages, *self.harvest()})
         self.there |= {page: self.version[page] for page in rest}
-        self.sent += len(rest)
+        self.rest = len(rest)
+        self.sent += self.rest
         self.now += self.plan.fixed_ns + self.wire(len(rest))
         return True

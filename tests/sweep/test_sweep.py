@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from spte.cli.migration.options import combinations
 from spte.migrate import migrate
 from spte.migrate.settings import DEFAULTS, plan_of
 from spte.sweep import Journal, Sweep, SweepError, recommend, sweep
-from spte.sweep.points import measure
+from spte.sweep.points import WorkerError, measure
 from spte.trace import Trace, save
 
 pq = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow: pip install 'kvm-spte[data]'")
@@ -110,6 +111,20 @@ def test_a_journal_of_another_sweep_or_of_none_or_in_use_is_refused(toy, tmp_pat
         with pytest.raises(SweepError, match="no journal of a sweep"):
             Journal(path, "one")
         assert path.read_text() == text
+
+
+def test_a_process_that_dies_is_named_and_what_is_finished_is_kept(toy, tmp_path):
+    plan, path = Sweep(points_of(toy, *range(10**6, 10**6 + 4))), tmp_path / "journal"
+
+    def kill(done, total, what):
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    with Journal(path, plan.digest) as journal, pytest.raises(WorkerError, match=r"died.*run the same command again"):
+        sweep(plan, workers=2, journal=journal, progress=kill)
+    with Journal(path, plan.digest) as journal:
+        assert 0 < len(journal.done) < len(plan.points)
+        assert len(sweep(plan, workers=1, journal=journal)) == len(plan.points)
 
 
 def command(toy, result):

@@ -14,6 +14,7 @@ from spte.cli.exit_codes import EXIT_DIFFERENCE, EXIT_OK
 from spte.cli.migration.options import axis, check, combinations, name_of, with_settings
 from spte.cli.migration.text import Axis, grid, listing, lost_line, rounds, title, verdict
 from spte.cli.params import announce_compilation, target
+from spte.cli.progress import steps_bar
 from spte.migrate import Outcome, Plan
 from spte.migrate import migrate as run_migrate
 from spte.migrate.settings import STRESS
@@ -77,7 +78,7 @@ def migrate(
         from spte.cli.html.page import write
     announce_compilation()
     plans: list[Plan] = [check(point) for point in points]
-    outcomes = [run_migrate(plan) for plan in plans]
+    outcomes = _run(plans)
     heading = title(plans[0], base.get("cost"), [key for key, _ in axes])
     if style == "json":
         text = json.dumps(_as_json(plans, outcomes), indent=1, allow_nan=False)
@@ -101,6 +102,16 @@ def migrate(
         parts = reports.many(keys, points, figures, axes) if axes else reports.one(plans[0], outcomes[0])
         write(report, f"spte migrate: {plans[0].workload.trace.command[:80]}", text.splitlines() if style is None else [heading], parts)
     return _report_losses(outcomes)
+
+
+def _run(plans: list[Plan]) -> list[Outcome]:
+    outcomes = []
+    with steps_bar() as progress:
+        for number, plan in enumerate(plans):
+            if progress is not None:
+                progress(number, len(plans), f"{plan.platform} {plan.log}")
+            outcomes.append(run_migrate(plan))
+    return outcomes
 
 
 def _of_grid(axes: Sequence[Axis], points: Sequence[dict[str, Any]], outcomes: list[Outcome], heading: str, style: str | None) -> str:
