@@ -173,7 +173,8 @@ def call_time(kind: str, counts: Counts, costs: Costs, shape: VmShape, *, words:
     Returns
     -------
     CallTime
-        GET that clears, and CLEAR, hold mmu_lock exclusively until they flush, RESET for a mask of 64 pages at a time. Walks of a whole
+        A kick is an exit; before ``"collect"`` it takes the vCPU to userspace, which drains PML into its ring. GET that clears, and
+        CLEAR, hold mmu_lock exclusively until they flush, RESET for a mask of 64 pages at a time. Walks of a whole
         slot let others in when they wait, so enabling and disabling have no hold here.
 
     Raises
@@ -204,7 +205,8 @@ def call_time(kind: str, counts: Counts, costs: Costs, shape: VmShape, *, words:
     flushes = counts.get("flushes", 0)
     kicks = counts.get("vcpu_kicks", 0) / shape.vcpus
     ns = walked + flushes * _flush(costs, shape.vcpus, shape.running) + kicks * shape.running * costs.flush_vcpu
-    return CallTime(ns + entries * costs.ring_collect, hold, (flushes + kicks) * costs.exit)
+    kick = costs.exit + (costs.ring_full_exit if kind == "collect" else 0.0)
+    return CallTime(ns + entries * costs.ring_collect, hold, flushes * costs.exit + kicks * kick)
 
 
 def _splits(counts: Counts) -> int:

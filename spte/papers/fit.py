@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,13 +12,30 @@ import numpy.typing as npt
 from spte.cost import CostProfile, Costs, Origin
 from spte.cost.costs import ITEMS
 from spte.papers.model import seconds, slowest
-from spte.papers.published import Experiment, Run
+from spte.papers.published import Run, experiments
 from spte.profile.report import Row
 
-FITTED = (
-    "fast_fault", "slow_fault_shared", "shared_contention", "split", "pml_log", "bitmap_word", "mask_walk", "clear_page", "walk_2d",
-)  # fmt: skip
-"""What enabling, touching and clearing under the TDP MMU tells; nothing in F1 and F3 tells of the other costs."""
+
+class Machine(NamedTuple):
+    """What is fitted of a published machine: on which experiments, on which of their runs (by the labels' beginning), and which costs."""
+
+    experiments: tuple[str, ...]
+    runs: str
+    items: tuple[str, ...]
+
+
+MACHINES = {
+    "matlack": Machine(("F1", "F3"), "", (
+        "fast_fault", "slow_fault_shared", "shared_contention", "split", "pml_log", "bitmap_word", "mask_walk", "clear_page", "walk_2d",
+    )),
+    "skylake": Machine(("F4",), "Skylake", (
+        "shared_contention", "slow_fault_exclusive", "get_word", "mask_walk", "clear_page", "flush_request", "zap",
+    )),
+    "haswell": Machine(("F4",), "Haswell", (
+        "fast_fault", "slow_fault_exclusive", "split", "mask_walk", "clear_page", "flush_request", "zap",
+    )),
+}  # fmt: skip
+"""By the name of the cost profile. F4 has one figure of slow faults under shared mmu_lock, so that of their costs contention is fitted."""
 COUNTS = 0.05
 """A time tells of a cost if that makes up at least this part of its estimate; the errors of those times are the cost's band."""
 
@@ -36,41 +53,44 @@ class Measured(NamedTuple):
         return self.run.seconds[self.phase]
 
 
-def fit(measured: Sequence[Measured], known: CostProfile, name: str, experiments: Sequence[Experiment]) -> CostProfile:
-    """Return `known` with the costs `FITTED` such that the estimates come nearest to what was measured.
+def measured(name: str, rows: Mapping[str, Mapping[str, Row]]) -> list[Measured]:
+    """Return the published times that tell of a machine of `MACHINES`; `rows` by experiment and label of the run."""
+    machine = MACHINES[name]
+    runs = [(each.name, run) for each in experiments(*machine.experiments) for run in each.runs if run.label.startswith(machine.runs)]
+    return [Measured(run, rows[of][run.label], phase) for of, run in runs for phase in run.seconds]
+
+
+def fit(name: str, times: Sequence[Measured], known: CostProfile) -> CostProfile:
+    """Return `known` with the costs of a machine of `MACHINES` such that the estimates come nearest to what was measured.
 
     Parameters
     ----------
-    measured : sequence of Measured
-        The times to fit. Their estimates must be linear in the costs, as they are under a shared mmu_lock.
+    name : str
+        The machine, and name of the profile returned.
+    times : sequence of Measured
+        The times to fit. Their estimates are to be linear in the costs: mmu_lock shared all the time, or the lock exclusive and busy.
     known : CostProfile
         Where all other costs are taken from.
-    name : str
-        Name of the profile returned.
-    experiments : sequence of Experiment
-        Where the times are from: origin of the fitted costs.
 
     Returns
     -------
     CostProfile
         The band of a fitted cost spans the relative errors of the times that tell of it.
     """
-    published = np.array([each.published for each in measured])
+    items, about = MACHINES[name].items, experiments(*MACHINES[name].experiments)
+    published = np.array([each.published for each in times])
     unit = {item: dataclasses.replace(_nothing(), **{item: 1.0}) for item in ITEMS}
-    vcpus = [slowest(each.row, each.phase, known.costs) for each in measured]  # one and the same for all costs: then they add up
-    parts = np.array([[seconds(*each, unit[item], vcpu) for item in ITEMS] for each, vcpu in zip(measured, vcpus, strict=True)])
+    vcpus = [slowest(each.row, each.phase, known.costs) for each in times]  # one and the same for all costs: then they add up
+    parts = np.array([[seconds(*each, unit[item], vcpu) for item in ITEMS] for each, vcpu in zip(times, vcpus, strict=True)])
     parts /= published[:, None]
-    fitted = [ITEM_INDEX[item] for item in FITTED]
+    fitted = [ITEM_INDEX[item] for item in items]
     values = np.array([getattr(known.costs, item) for item in ITEMS], np.float64)
     values[fitted] = 0.0
     values[fitted] = nonnegative_least_squares(parts[:, fitted], 1.0 - parts @ values)
     shares = parts * values
     estimated = shares.sum(1)
-    source = "least squares by spte papers on " + "; ".join(f"{each.name}: {each.source}" for each in experiments)
-    machines = ", ".join(dict.fromkeys(each.machine for each in experiments))
-    origin = Origin(source, max(each.date for each in experiments), f"{machines}, up to {max(m.row.vcpus for m in measured)} vCPUs")
     new: list[dict[str, float]] = [{}, {}, {}]
-    for item in FITTED:
+    for item in items:
         i = ITEM_INDEX[item]
         telling = shares[:, i] >= COUNTS * estimated
         factors = [1.0, *(1.0 / estimated[telling])]  # published over estimated
@@ -78,8 +98,11 @@ def fit(measured: Sequence[Measured], known: CostProfile, name: str, experiments
             column[item] = float(values[i] * factor)
     columns = zip((known.costs, known.low, known.high), new, strict=True)
     costs, low, high = (dataclasses.replace(old, **changed) for old, changed in columns)
-    title = f"{machines} machine of {' and '.join(each.name for each in experiments)}: fitted by spte papers, the rest as in {known.name}"
-    return CostProfile(name, title, costs, low, high, {**known.origins, **dict.fromkeys(FITTED, origin)})
+    machine = f"{MACHINES[name].runs or 'unnamed'}, up to {max(each.row.vcpus for each in times)} vCPUs"
+    source = "least squares by spte papers on " + "; ".join(f"{each.name}: {each.source}" for each in about)
+    origin = Origin(source, max(each.date for each in about), machine)
+    title = f"machine of {' and '.join(each.name for each in about)} ({machine}): fitted by spte papers, the rest as in {known.name}"
+    return CostProfile(name, title, costs, low, high, {**known.origins, **dict.fromkeys(items, origin)})
 
 
 ITEM_INDEX = {item: i for i, item in enumerate(ITEMS)}

@@ -70,7 +70,11 @@ def vmm_phase(row: Row, phase: Phase, costs: Costs, *, running: int | None = Non
     shape = shape_of(row, running=running)
     words = -(-row.npages // 64) if phase.kind in ("enable", "get", "clear") and not shape.ring else 0
     entries = row.ring_entries(phase.iteration) if phase.kind == "collect" else 0
-    counts = {**phase.vmm, "dropped": row.dropped(phase)} if phase.kind == "disable" else phase.vmm
+    counts = phase.vmm
+    if phase.kind == "disable":
+        counts["dropped"] = row.dropped(phase)
+    elif phase.kind == "collect" and row.column.on.pml:  # userspace kicks every vCPU, or entries stay in PML buffers
+        counts["vcpu_kicks"] = phase.calls * row.vcpus
     all_calls = call_time(phase.kind, counts, costs, shape, words=words, entries=entries)
     largest = call_time(phase.kind, phase.largest, costs, shape, words=words // phase.calls)
     return Estimate(all_calls.stall * shape.running, all_calls.ns, largest.hold)

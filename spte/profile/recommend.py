@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from spte.cost import CostProfile, Costs
 from spte.cost.costs import ITEMS
 from spte.profile.columns import labels
@@ -14,8 +16,12 @@ from spte.profile.report import Row
 
 FARTHEST = 100.0
 """A cost that turns the verdict only if it is more than so many times as high is not named."""
-STEPS = 12
-"""Halvings that find the turn: to a part in 4096 of the range."""
+STEPS = 24
+"""Halvings that find the turn, in a range of up to `FARTHEST` times the cost: to better than a part in 100,000 of the cost."""
+ALIKE = 0.01
+"""Columns whose stall is within this part of the best are as good."""
+TOLD = 8
+"""Columns whose parts are told in words."""
 
 
 class Turn(NamedTuple):
@@ -74,10 +80,16 @@ class Verdict(NamedTuple):
 
     Parameters
     ----------
-    best, next : str
-        That column, and the second; empty if there is none.
-    stall, next_stall : float
-        Their stalls, ns an epoch, CPU time of all vCPUs.
+    best : str
+        That column.
+    stall : float
+        Its stall, ns an epoch, CPU time of all vCPUs.
+    alike : tuple of str
+        Columns within `ALIKE` of it.
+    next : str
+        The best of all others; empty if there is none.
+    next_stall : float
+        Its stall.
     turns : tuple of Turn
         What turns the verdict, the smallest change first.
     refused : tuple of str
@@ -88,6 +100,7 @@ class Verdict(NamedTuple):
 
     best: str
     stall: float
+    alike: tuple[str, ...]
     next: str
     next_stall: float
     turns: tuple[Turn, ...]
@@ -100,11 +113,14 @@ class Verdict(NamedTuple):
         if self.next:
             factor = f", {self.next_stall / self.stall:.3g} times as much" if self.stall else ""
             told[0] += f"; next is {self.next} with {self.next_stall / 1e6:.3g} ms{factor}"
-        told += [f"  {part}" for part in self.parts]
-        if self.next:
-            if not self.turns:
-                told.append(f"  no single cost turns this, from 0 to {FARTHEST:.0f} times its value")
-            told += [f"  it would be {turn}" for turn in self.turns]
+        if self.alike:
+            told.append(f"  as good, within {ALIKE:.0%}: {'; '.join(self.alike)}")
+        told += [f"  {part}" for part in self.parts[:TOLD]]
+        if len(self.parts) > TOLD:
+            told.append(f"  and {len(self.parts) - TOLD} more, up to {self.parts[-1].stall / 1e6:.3g} ms")
+        if self.next and not self.turns:
+            told.append(f"  no single cost turns this, from 0 to {FARTHEST:.0f} times its value")
+        told += [f"  it would be {turn}" for turn in self.turns]
         return told + [f"  not considered, as it loses pages: {name}" for name in self.refused]
 
     def as_dict(self) -> dict[str, Any]:
@@ -112,49 +128,73 @@ class Verdict(NamedTuple):
         return {**self._asdict(), "turns": [turn._asdict() for turn in self.turns]}
 
 
+class _Column:
+    """A row's stall and VMM time at any costs: linear in them, so 20 estimates serve for all, unless the lock is exclusive."""
+
+    def __init__(self, row: Row, name: str) -> None:
+        self.row, self.name = row, name
+        self.units = np.array([self._estimate(each) for each in _UNITS]) if row.column.on.tdp_mmu else None
+
+    def _estimate(self, costs: Costs) -> tuple[float, float]:
+        found = estimate(self.row, costs)
+        return found.stall, found.vmm
+
+    def at(self, costs: Costs) -> tuple[float, float]:
+        """Return stall and VMM time, ns."""
+        if self.units is None:
+            return self._estimate(costs)
+        stall, vmm = np.array([getattr(costs, item) for item in ITEMS]) @ self.units
+        return float(stall), float(vmm)
+
+    def part(self, costs: Costs) -> Part:
+        """Return what its stall is made of."""
+        stall = self.at(costs)[0]
+        without = {item: self.at(dataclasses.replace(costs, **{item: 0.0}))[0] for item in ITEMS}
+        shares = sorted(((1 - value / stall if stall else 0.0, item) for item, value in without.items()), reverse=True)
+        return Part(self.name, stall, tuple((item, share) for share, item in shares if share >= 0.01))
+
+
+_NOTHING = Costs(**dict.fromkeys(ITEMS, 0.0))
+_UNITS = [dataclasses.replace(_NOTHING, **{item: 1.0}) for item in ITEMS]
+
+
 def recommend(rows: Sequence[Row], profile: CostProfile) -> Verdict | None:
     """Return the column of least estimated stall among those that lose no page; None if all do.
 
-    Of columns that stall alike, the one whose VMM needs less time is best.
+    Of columns that stall alike to the last digit, the one whose VMM needs less time is best.
     """
-    names = dict(zip(map(id, rows), (", ".join(label) for label in labels([row.column for row in rows])), strict=True))
-    sound = [row for row in rows if not row.lost]
-    refused = tuple(names[id(row)] for row in rows if row.lost)
+    names = [", ".join(label) for label in labels([row.column for row in rows])]
+    sound = [_Column(row, name) for row, name in zip(rows, names, strict=True) if not row.lost]
+    refused = tuple(name for row, name in zip(rows, names, strict=True) if row.lost)
     if not sound:
         return None
+    ranked = sorted(sound, key=lambda column: column.at(profile.costs))
+    parts = tuple(column.part(profile.costs) for column in ranked)
+    limit = parts[0].stall * (1 + ALIKE)
+    alike = tuple(part.name for part in parts[1:] if part.stall <= limit)
+    others = parts[1 + len(alike) :]
+    rest = (others[0].name, others[0].stall) if others else ("", 0.0)
+    turns = tuple(_turns(sound, profile, {parts[0].name, *alike})) if others else ()
+    return Verdict(parts[0].name, parts[0].stall, alike, *rest, turns, refused, parts)
 
-    def order(costs: Costs) -> list[tuple[float, float, int]]:
-        found = [(each.stall, each.vmm, i) for i, each in enumerate(estimate(row, costs) for row in sound)]
-        return sorted(found)
 
-    ranked = order(profile.costs)
-    best = ranked[0][2]
-    second = ranked[1] if len(ranked) > 1 else None
+def _turns(columns: Sequence[_Column], profile: CostProfile, best: set[str]) -> list[Turn]:
+    """Return the single costs at which no column of `best` is best, the smallest change first."""
 
-    def winner(item: str, value: float) -> int:
-        return order(dataclasses.replace(profile.costs, **{item: value}))[0][2]
-
-    def part(row: Row, stall: float) -> Part:
-        without = {item: estimate(row, dataclasses.replace(profile.costs, **{item: 0.0})).stall for item in ITEMS}
-        shares = sorted(((1 - value / stall if stall else 0.0, item) for item, value in without.items()), reverse=True)
-        return Part(names[id(row)], stall, tuple((item, share) for share, item in shares if share >= 0.01))
+    def winner(item: str, value: float) -> str:
+        costs = dataclasses.replace(profile.costs, **{item: value})
+        return min(columns, key=lambda column: column.at(costs)).name
 
     turns = []
     for item in ITEMS:
         now = getattr(profile.costs, item)
         for limit in (0.0, now * FARTHEST):
-            if limit == now or winner(item, limit) == best:
+            if limit == now or winner(item, limit) in best:
                 continue
             keeps, loses = now, limit
             for _ in range(STEPS):
                 middle = (keeps + loses) / 2
-                keeps, loses = (middle, loses) if winner(item, middle) == best else (keeps, middle)
+                keeps, loses = (middle, loses) if winner(item, middle) in best else (keeps, middle)
             low, high = getattr(profile.low, item), getattr(profile.high, item)
-            name = names[id(sound[winner(item, loses)])]
-            turns.append(Turn(item, now, loses, name, low <= loses <= high, profile.origins[item].guess))
-    turns.sort(key=lambda turn: max(turn.then, turn.now) / max(min(turn.then, turn.now), 1e-9))
-    name, stall = names[id(sound[best])], ranked[0][0]
-    parts = tuple(part(sound[i], stall) for stall, _, i in ranked)
-    return Verdict(
-        name, stall, names[id(sound[second[2]])] if second else "", second[0] if second else 0.0, tuple(turns), refused, parts
-    )
+            turns.append(Turn(item, now, loses, winner(item, loses), low <= loses <= high, profile.origins[item].guess))
+    return sorted(turns, key=lambda turn: max(turn.then, turn.now) / max(min(turn.then, turn.now), 1e-9))

@@ -93,6 +93,12 @@ def test_a_reset_holds_the_lock_for_one_mask_at_a_time():
     assert call_time("collect", {}, costs(ring_collect=3), ONE, entries=7).ns == 21
 
 
+def test_a_kick_before_collecting_takes_the_vcpu_to_userspace():
+    given = costs(exit=10, ring_full_exit=100, flush_vcpu=1000)
+    assert call_time("collect", {"vcpu_kicks": 2}, given, VmShape(2, 2, shared=True, ring=True)) == (2000, 0, 110)
+    assert call_time("get", {"vcpu_kicks": 2}, given, VmShape(2, 2, shared=True)) == (2000, 0, 10)
+
+
 def test_disabling_costs_a_zap_a_leaf_or_a_collapse_a_table():
     """Of a table that goes, each leaf goes, too."""
     given = costs(zap=1, collapse_2m=1000, clear_page=10**6)

@@ -1,7 +1,6 @@
 """A migration by single events, in plain Python and without KVM: what `spte.migrate` must give. As straightforward as can be."""
 
 import itertools
-from fractions import Fraction
 
 TICKS = 100
 PAGE = 4096
@@ -14,7 +13,7 @@ def lap(work, vcpu):
         gfns = [int(gfn) for access in work.epoch(epoch) if access.vcpu == vcpu for gfn in access.gfns]
         began, ended = (int(work.t_ns[e]) - start for e in (epoch, epoch + 1))
         for i, gfn in enumerate(gfns):
-            yield int((began + Fraction(2 * i + 1, 2 * len(gfns)) * (ended - began)) * TICKS), gfn
+            yield began * TICKS + (2 * i + 1) * (ended - began) * TICKS // (2 * len(gfns)), gfn
 
 
 class Vcpu:

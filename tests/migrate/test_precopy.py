@@ -95,7 +95,7 @@ def test_a_throttle_changes_what_the_guest_writes_to_the_ns():
 @pytest.mark.parametrize("vcpus", [1, 3])
 @pytest.mark.parametrize(("name", "bandwidth"), [("redis", 50 * 10**6), ("redis", 10**9), ("sqlite", 400 * 10**6)])
 def test_a_recorded_trace_takes_as_long_as_by_single_events(name, bandwidth, vcpus):
-    same(Plan(TraceWorkload(shipped(name), vcpus=vcpus, order="random"), bandwidth=bandwidth, max_ns=6 * 10**9))
+    same(Plan(TraceWorkload(shipped(name), vcpus=vcpus, order="random"), bandwidth=bandwidth, max_ns=3 * 10**9))
 
 
 # -- what logging takes from the guest

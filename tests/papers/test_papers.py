@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import math
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,17 +13,19 @@ import pytest
 from spte._numba import jit as _jit
 from spte.cli.app import run as command
 from spte.cli.verbs import papers as verb
-from spte.cost import dump, load
+from spte.cost import CostError, dump, load, names
 from spte.cost.costs import ITEMS
-from spte.papers import FITTED, Experiment, PapersError, Run, compare, experiments, fit, perform
+from spte.papers import MACHINES, Experiment, PapersError, Run, compare, experiments, fit, perform
 from spte.papers.compare import verdict
 from spte.papers.fit import Measured, nonnegative_least_squares
-from spte.papers.model import counted, phase_of, seconds
+from spte.papers.model import counted, guest_table_pages, phase_of, seconds
 from spte.papers.published import FIT, PREDICTION, REPORTED
 from spte.policy import parse
 from spte.profile.perf_test import PerfTest
 
 GUESS = load("guess")
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "costs.md").read_text()
+FITTED = MACHINES["matlack"].items
 ALL = {each.name: each for each in experiments()}
 SMALL = {"vcpus": 2, "bytes_per_vcpu": 8 << 20, "source": "anonymous_hugetlb_2mb"}
 
@@ -69,8 +74,14 @@ def test_an_unknown_experiment_lists_what_there_is():
 @pytest.mark.parametrize(("policy", "flushes"), [("6.12", 8), ("6.13", 1)])
 def test_a_collapse_flushes_each_region_or_once_and_recovery_in_place_saves_the_fault(policy, flushes):
     row = perform(made("a", {"run_while_disabling": True})._replace(policy=policy))
-    assert counted(row) == {"flushes": flushes, "faults": {"6.12": 2 * 8, "6.13": 8}[policy]}
+    tables = 8 + 1 + 1 + 1  # of the guest: one for each 2 MiB, and one of each level above
+    assert counted(row) == {"flushes": flushes, "faults": {"6.12": 2 * 8, "6.13": 8}[policy] + tables}
     assert row.dropped(phase_of(row, "disable")) == 8 * 512
+
+
+def test_the_guests_tables_map_its_memory_at_4_kib():
+    assert guest_table_pages(512) == 4
+    assert guest_table_pages(64 << 20) == (64 << 20) // 512 + 256 + 1 + 1  # 64 vCPUs of 4 GiB
 
 
 def test_a_dirty_phase_lasts_as_long_as_its_slowest_vcpu():
@@ -112,7 +123,7 @@ def test_the_fit_finds_the_costs_that_made_the_times():
         {"no_manual_protect": True}, {"no_manual_protect": True, "write_percent": 5}, {}, {"vcpus": 4, "no_manual_protect": True},
         {"vcpus": 8, "write_percent": 50, "no_manual_protect": True},
     ]  # fmt: skip
-    measured = []
+    times_of = []
     for policy in ("6.12", "6.12,eager_page_split=N", "6.2,eager_page_split=N"):
         for option in options:
             bare = made("a", option)._replace(policy=policy)
@@ -120,8 +131,8 @@ def test_the_fit_finds_the_costs_that_made_the_times():
             names = [f"{p.kind} {p.iteration}".removesuffix(" 0") for p in row.phases if p.kind in ("enable", "dirty", "clear")]
             times = {phase: seconds(bare, row, phase, true) for phase in names}
             run = bare._replace(seconds={phase: time for phase, time in times.items() if time})
-            measured += [Measured(run, row, phase) for phase in run.seconds]
-    fitted = fit(measured, GUESS, "mine", experiments("F1"))
+            times_of += [Measured(run, row, phase) for phase in run.seconds]
+    fitted = fit("matlack", times_of, GUESS)
     for item in ITEMS:
         assert getattr(fitted.costs, item) == pytest.approx(getattr(true, item), rel=1e-6), item
     assert set(fitted.guesses) == set(GUESS.guesses) - set(FITTED)
@@ -165,6 +176,31 @@ def test_only_predictions_are_judged(role, factor, holds):
         assert verdict([found]) == f"{int(holds)} of 1 predictions hold within a factor of 2: {'X1' if holds else 'none; X1 not'}"
 
 
+# -- the document ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_example_of_the_document_is_a_profile_but_for_what_it_leaves_out(tmp_path):
+    (example,) = re.findall(r"```toml\n(.*?)```", DOCUMENT, re.DOTALL)
+    path = tmp_path / "mine.toml"
+    path.write_text(example)
+    with pytest.raises(CostError, match=r"slow_fault_shared, shared_contention, .* missing") as error:
+        load(path)
+    assert not {"exit,", "fast_fault,"} & set(str(error.value).split())
+
+
+@pytest.mark.skipif(_jit.PLAIN, reason="millions of accesses in plain Python")
+def test_every_command_of_the_document_runs(capsys, monkeypatch):
+    monkeypatch.setattr(_jit, "is_warm", lambda: True)
+    (block,) = re.findall(r"```sh\n(.*?)```", DOCUMENT, re.DOTALL)
+    for line in block.splitlines():
+        assert command(shlex.split(line)[1:]) == 0
+        assert "stimated" in capsys.readouterr().out
+
+
+def test_the_document_names_every_profile_that_ships():
+    assert all(f"`{name}`" in DOCUMENT for name in names())
+
+
 # -- the command --------------------------------------------------------------------------------------------------------------------
 
 
@@ -189,13 +225,15 @@ def test_every_published_time_is_printed_and_a_misfit_is_no_error(capsys, tiny):
     code, out, err = spte(capsys, "--cost", "guess")
     assert (code, err) == (0, "")
     for each in ALL.values():
-        assert f"{each.name}, {each.role}: {each.title}" in out
+        role = REPORTED if each.role == REPORTED else PREDICTION  # with --cost nothing is fitted
+        assert f"{each.name}, {role}: {each.title}" in out
         assert all(f"not in the model: {missing}\n" in out for missing in each.missing)
     times = sum(len(run.seconds) + len(run.unpredicted) + len(run.counts) for each in ALL.values() for run in each.runs)
-    assert sum(out.count(end) for end in (" s  ",)) >= times - sum(len(run.counts) for each in ALL.values() for run in each.runs)
+    lines = [line for line in out.splitlines() if line.startswith(tuple(run.label for each in ALL.values() for run in each.runs))]
+    assert len(lines) == times
     assert " !" in out
     assert "costs of guess: " in out
-    assert "of 4 predictions hold" in out
+    assert "of 6 predictions hold" in out
 
 
 def test_json_and_markdown_hold_the_same(capsys, tiny):
@@ -212,18 +250,28 @@ def test_fitted_costs_are_saved_and_taken_again(capsys, tiny, tmp_path):
     path = tmp_path / "mine.toml"
     code, out, _ = spte(capsys, "--figure", "F7", "--save", path)
     assert code == 0
-    assert "costs of matlack: unnamed machine of F1 and F3" in out
+    assert "costs of matlack: machine of F1 and F3 (unnamed, up to 2 vCPUs): fitted by spte papers" in out
     saved = load(path)
-    assert set(saved.guesses) == set(ITEMS) - set(FITTED)
+    assert set(saved.guesses) == set(GUESS.guesses) - set(FITTED)
     again = json.loads(spte(capsys, "--figure", "F7", "--cost", path, "--json")[1])
     fitted = json.loads(spte(capsys, "--figure", "F7", "--json")[1])
     for a, b in zip(again["experiments"][0]["times"], fitted["experiments"][0]["times"], strict=True):
         assert a["estimated"] == pytest.approx(b["estimated"], rel=1e-3)  # a file has four digits
 
 
+def test_what_another_machine_is_fitted_on_is_no_prediction(capsys, tiny):
+    roles = {}
+    for machine in MACHINES:
+        report = json.loads(spte(capsys, "--fit", machine, "--json")[1])
+        roles[machine] = {each["name"] for each in report["experiments"] if each["role"] == FIT}
+        assert set(report["costs"]["guesses"]) == set(GUESS.guesses) - set(MACHINES[machine].items)
+    assert roles == {"matlack": {"F1", "F3"}, "skylake": {"F4"}, "haswell": {"F4"}}
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
+        (["--fit", "epyc"], "'epyc'"),
         (["--figure", "F9"], "'F9' is not known; take one of F1"),
         (["--cost", "mine"], "there is no cost profile 'mine'"),
         (["--cost", "guess", "--save", "a.toml"], "with --cost none are fitted"),
@@ -238,14 +286,31 @@ def test_bad_input_is_refused_in_one_line(capsys, argv, said):
 
 @pytest.mark.long
 @pytest.mark.skipif(_jit.PLAIN, reason="billions of accesses in plain Python")
-def test_at_real_sizes_three_predictions_hold_and_the_profile_that_ships_is_the_fit(capsys, tmp_path):
+def test_at_real_sizes_three_predictions_hold_the_document_says_so_and_the_profiles_that_ship_are_the_fits(capsys, tmp_path, monkeypatch):
+    performed, rows = verb._perform, {}
+
+    def once(wanted):
+        rows.update(performed([each for each in wanted if each.name not in rows]))
+        return rows
+
+    monkeypatch.setattr(verb, "_perform", once)
+    for machine in ("skylake", "haswell"):
+        path = tmp_path / f"{machine}.toml"
+        assert spte(capsys, "--figure", "F4", "--fit", machine, "--save", path)[0] == 0
+        assert path.read_text() == dump(load(machine))
     path = tmp_path / "matlack.toml"
     report = json.loads(spte(capsys, "--json", "--save", path)[1])
     assert path.read_text() == dump(load("matlack"))
+    shown = re.search(r"<!-- spte papers --summary --markdown -->\n(.*?)<!-- end -->", DOCUMENT, re.DOTALL)[1]
+    assert spte(capsys, "--summary", "--markdown")[1].startswith(shown)
     by_name = {each["name"]: each for each in report["experiments"]}
     assert [name for name, each in by_name.items() if each["holds"]] == ["F4", "F5", "F7"]
     flushes = {line["run"]: line["estimated"] for line in by_name["F5"]["counts"] if line["what"] == "flushes"}
     assert flushes == {"zap, a flush each": 131_072, "in place, batched": 1}
+    faults = {line["run"]: line for line in by_name["F5"]["counts"] if line["what"] == "faults"}
+    assert [round(line["published"] / 131_072) for line in faults.values()] == [3, 2]
+    assert [round(line["estimated"] / 131_072) for line in faults.values()] == [3, 2]
+    assert all(0 < line["published"] - line["estimated"] < 3 * 64 for line in faults.values())  # code and stacks of 64 vCPUs
     for each in by_name.values():
         logs = [abs(math.log(line["factor"])) for line in each["times"]]
         assert each["typical"] == pytest.approx(math.exp(sum(logs) / len(logs)))

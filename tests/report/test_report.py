@@ -35,7 +35,7 @@ def browser(tmp_path):
 
 
 RUNS = {
-    "migrate": (["--bandwidth", "3MB/s", "--downtime", "21ms", "--cost", "guess"], 4),
+    "migrate": (["--bandwidth", "3MB/s", "--downtime", "21ms", "--cost", "guess", "--max-time", "8s"], 4),
     "grid": (["--grid", "bandwidth=1MB/s,1Gbit", "--grid", "downtime=25ms,1s", "--max-time", "3s", "--cost", "guess"], 3),
     "sweep": (["--vary", "log=bitmap,ring", "--vary", "vcpus=1,2", "--vary", "bandwidth=1Gbit,2Gbit", "--workers", "1"], 1),
     "profile": (["--cost", "guess", "--platform", "npt", "--platform", "ept-pml"], 5),

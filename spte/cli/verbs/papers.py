@@ -14,27 +14,26 @@ from spte.cli.exit_codes import EXIT_OK
 from spte.cli.params import announce_compilation, target
 from spte.cli.text import columns, pipes
 from spte.cost import CostError, CostProfile, dump, load, names
-from spte.papers import Comparison, Experiment, PapersError, compare, experiments, fit, perform
+from spte.papers import MACHINES, Comparison, Experiment, PapersError, compare, experiments, fit, measured, perform
 from spte.papers.compare import Line, verdict
-from spte.papers.fit import Measured
-from spte.papers.published import FIT
+from spte.papers.published import FIT, PREDICTION, REPORTED
 from spte.profile.report import Row
 
 SCHEMA = "spte-papers/1"
-FITTED_NAME = "matlack"
-"""The cost profile that ships is what this command fits."""
 HEAD = ("run", "phase", "published", "estimated", "est/pub", "to before, published", "estimated", "left, ns/page")
+
+SUMMARY = ("", "experiment", "what it is here", "times within a factor of 2", "typical factor")
 
 HELP = """Published experiments with dirty_log_perf_test, run again on the model at their real sizes.
 
-Counts are the model's. Costs are fitted on two of the experiments, F1 and F3; what the fit does not tell is a guess, and
+Counts are the model's. Costs are fitted on two of the experiments, F1 and F3; what these do not tell of is a guess, and
 the others are predictions: a prediction holds if its times are typically (geometric mean) within a factor of two. `left` is what
 was published less the estimate, for each 4 KiB page: what a missing cost would have to be. Takes about two minutes and 2 GB.
 
 \b
   spte papers
   spte papers --figure F5 --cost matlack
-  spte papers --save costs.toml
+  spte papers --fit skylake --save skylake.toml
 """
 
 Rows = dict[str, dict[str, Row]]
@@ -43,11 +42,24 @@ Rows = dict[str, dict[str, Row]]
 @click.command(help=HELP, short_help="Published experiments, run again: published against estimated.")
 @click.option("--figure", "figures", multiple=True, metavar="NAME", help="Only this experiment; repeatable: F1 to F7.")
 @click.option("--cost", metavar="NAME|FILE", help=f"Take these costs, and fit none: {', '.join(names())}, or a TOML file.")
+@click.option(
+    "--fit", "machine", type=click.Choice(list(MACHINES)), default="matlack", show_default=True,
+    help="Fit the costs of that machine: skylake and haswell on F4, which then is no prediction.",
+)
 @click.option("--save", type=target(".toml"), metavar="FILE.toml", help="Write the fitted costs there.")
+@click.option("--summary", is_flag=True, help="A line an experiment, in place of its times.")
 @click.option("--report", type=target(".html"), metavar="FILE.html", help="Write a page of pictures and tables; needs plotly.")
 @click.option("--json", "style", flag_value="json", help="Print JSON; `schema` names its version.")
 @click.option("--markdown", "style", flag_value="markdown", help="Print Markdown tables.")
-def papers(figures: tuple[str, ...], cost: str | None, save: Path | None, report: Path | None, style: str | None) -> int:
+def papers(
+    figures: tuple[str, ...],
+    cost: str | None,
+    machine: str,
+    save: Path | None,
+    summary: bool,
+    report: Path | None,
+    style: str | None,
+) -> int:
     """Run, fit, compare, print; a misfit is a result, not an error."""
     if report:
         from spte.cli.html.page import write
@@ -60,18 +72,26 @@ def papers(figures: tuple[str, ...], cost: str | None, save: Path | None, report
     except (CostError, PapersError) as error:
         raise click.UsageError(str(error)) from None
     announce_compilation()
-    fitted = [each for each in experiments() if each.role == FIT]
-    rows = _perform([*wanted, *([] if costs else [each for each in fitted if each not in wanted])])
+    fitted = () if costs else experiments(*MACHINES[machine].experiments)
+    rows = _perform([*wanted, *(each for each in fitted if each not in wanted)])
     if costs is None:
-        measured = [Measured(run, rows[each.name][run.label], phase) for each in fitted for run in each.runs for phase in run.seconds]
-        costs = fit(measured, load("guess"), FITTED_NAME, fitted)
+        costs = fit(machine, measured(machine, rows), load("guess"))
     if save:
         save.write_text(dump(costs))
-    found = [compare(each, rows[each.name], costs.costs) for each in wanted]
-    click.echo(_json(found, costs) if style == "json" else _text(found, costs, markdown=style == "markdown"), nl=False)
+    found = [compare(_in_role(each, fitted), rows[each.name], costs.costs) for each in wanted]
+    text = _json(found, costs) if style == "json" else _text(found, costs, summary=summary, markdown=style == "markdown")
+    click.echo(text, nl=False)
     if report:
-        write(report, "spte papers: published against estimated", _text(found, costs, markdown=False).splitlines(), sections(found))
+        told = _text(found, costs, summary=True, markdown=False).splitlines()
+        write(report, "spte papers: published against estimated", told, sections(found))
     return EXIT_OK
+
+
+def _in_role(each: Experiment, fitted: Sequence[Experiment]) -> Experiment:
+    """Return the experiment as what it is here: what costs are fitted on is no prediction, all else is that is judged."""
+    if each.role == REPORTED:
+        return each
+    return each._replace(role=FIT if each in fitted else PREDICTION)
 
 
 def _perform(wanted: Sequence[Experiment]) -> Rows:
@@ -92,9 +112,9 @@ def _perform(wanted: Sequence[Experiment]) -> Rows:
     return found
 
 
-def _text(found: Sequence[Comparison], costs: CostProfile, *, markdown: bool) -> str:
+def _text(found: Sequence[Comparison], costs: CostProfile, *, summary: bool = False, markdown: bool) -> str:
     lines = []
-    for each in found:
+    for each in [] if summary else found:
         about = each.experiment
         title = f"{about.name}, {about.role}: {about.title}. {about.source}; {about.date}, machine: {about.machine}"
         lines += [f"### {title}" if markdown else title, ""]
@@ -102,6 +122,8 @@ def _text(found: Sequence[Comparison], costs: CostProfile, *, markdown: bool) ->
         lines += [*(pipes(rows, 2) if markdown else columns(rows, 2)), "", _summary(each)]
         lines += [f"not in the model: {missing}" for missing in about.missing]
         lines.append("")
+    rows = [SUMMARY, *(_summarized(each) for each in found)]
+    lines += [*(pipes(rows, 3) if markdown else columns(rows, 3)), ""]
     lines.append(f"costs of {costs.name}: {costs.title}; guesses: {', '.join(costs.guesses) or 'none'}")
     if any(each.holds is not None for each in found):
         lines.append(verdict(found))
@@ -128,6 +150,11 @@ def _time(line: Line) -> tuple[str, ...]:
 def _summary(each: Comparison) -> str:
     judged = {None: "", True: ": held", False: ": not held"}[each.holds]
     return f"{each.held} of {len(each.lines)} times within a factor of 2 (! is not), typically {each.typical:.2f}{judged}"
+
+
+def _summarized(each: Comparison) -> tuple[str, ...]:
+    judged = {None: each.experiment.role, True: "prediction, held", False: "prediction, not held"}[each.holds]
+    return (each.experiment.name, each.experiment.title, judged, f"{each.held} of {len(each.lines)}", f"{each.typical:.2f}")
 
 
 def _json(found: Sequence[Comparison], costs: CostProfile) -> str:
