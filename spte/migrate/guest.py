@@ -151,17 +151,20 @@ class Guest:
         words: int = 0,
         entries: Callable[[T], int] = lambda _: 0,
         masks: Callable[[T], int] = lambda _: 0,
+        kicks: int = 0,
         running: bool = True,
     ) -> tuple[T, CallTime]:
         """Do a call of the VMM and return what it returns, and its estimated time; running vCPUs lose what the call takes from them.
 
         Of what it returns, `entries` and `masks` tell how many entries of rings it took, and how many words of 64 pages it armed.
+        `kicks`: vCPUs that userspace kicks for it.
         """
         before = self.counters()
         result = do()
         if self._plan.costs is None:
             return result, FREE
         counts = {**changes(before, self.counters()), "masks": masks(result)}
+        counts["vcpu_kicks"] += kicks
         time = call_time(kind, counts, self._plan.costs, self._shape(running), words=words, entries=entries(result))
         self.vmm_ns += time.ns
         if running:

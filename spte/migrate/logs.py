@@ -100,15 +100,18 @@ class RingLog(Log):
 
     def harvest(self, *, running: bool = True) -> tuple[Words, float]:
         """Return the bitmap of what the rings held since the last harvest."""
-        ns = self._reap(running=running)
+        # With PML each vCPU is kicked for it, or pages would stay in its buffer.
+        ns = self._reap(kicks=len(self._readers) if running and self._guest.vm.platform.pml else 0, running=running)
         words = np.zeros(self._words, np.uint64)
         packed = np.packbits(self._found, bitorder="little")
         words.view(np.uint8)[: len(packed)] = packed
         self._found[:] = False
         return words, ns
 
-    def _reap(self, *, running: bool = True) -> float:
-        taken, collected = self._guest.call("collect", self._collect, entries=lambda pages: sum(map(len, pages)), running=running)
+    def _reap(self, *, kicks: int = 0, running: bool = True) -> float:
+        taken, collected = self._guest.call(
+            "collect", self._collect, entries=lambda pages: sum(map(len, pages)), kicks=kicks, running=running
+        )
         armed = sum(masks(pages) for pages in taken)
         _, reset = self._guest.call("reset", self._guest.vm.reset_dirty_rings, masks=lambda _: armed, running=running)
         return collected.ns + reset.ns
