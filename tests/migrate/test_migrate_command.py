@@ -1,5 +1,6 @@
 """`spte migrate`: what it prints, what it refuses, and the commands of docs/migrate.md."""
 
+import dataclasses
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import pytest
 
 from spte._numba import jit as _jit
 from spte.cli.app import run
+from spte.cost import dump, load
 from spte.migrate.settings import DEFAULTS, plan_of
 from spte.trace import Trace, save
 from spte.vm.vm import VM
@@ -63,6 +65,18 @@ def test_a_run_prints_its_rounds_how_it_ended_and_what_is_left(capsys, toy):
     assert re.search(r"^converged: total time .* ms, downtime .* ms \(last harvest .* [un]s, pages .*s, fixed 20 ms\)$", out, re.MULTILINE)
     assert "0 slots log, 0 pages pending, 2 MiB pages 2 before, 0 while logging, 2 back after 2 faults" in out
     assert "guest stall" not in spte(capsys, "migrate", toy)[1]
+
+
+def test_a_downtime_above_what_was_allowed_is_told(capsys, toy, tmp_path):
+    costs = tmp_path / "slow.toml"
+    profile = load("guess")
+    slow = {kind: dataclasses.replace(getattr(profile, kind), get_word=200_000.0) for kind in ("costs", "low", "high")}
+    costs.write_text(dump(dataclasses.replace(profile, **slow)))
+    argv = ["migrate", toy, "--bandwidth", "100Mbit", "--cost", costs, "--fixed-downtime", "1us"]  # a GET takes 3.2 ms
+    assert "more than the" not in spte(capsys, *argv, "--downtime", "100ms")[1]
+    out = spte(capsys, *argv, "--downtime", "5ms", "--max-time", "10s")[1]
+    told = re.search(r"^converged: .* downtime ([\d.]+) ms .*, more than the ([\d.]+) ms allowed", out, re.MULTILINE)
+    assert 5 == float(told[2]) < float(told[1])
 
 
 def test_json_holds_the_plan_and_every_round(capsys, toy):

@@ -19,9 +19,9 @@ def one(plan: Plan, outcome: Outcome) -> list[Section]:
     rounds = outcome.rounds
     bounds = [each.start_ns / 1e9 for each in rounds] + [(rounds[-1].start_ns + rounds[-1].duration_ns) / 1e9]
     pages = figure("time, s", "4 KiB pages")
-    steps(pages, 4, "sent in the round", bounds, [each.sent for each in rounds])
+    steps(pages, 0, "sent in the round", bounds, [each.sent for each in rounds])
     steps(pages, 1, "dirtied meanwhile", bounds, [each.dirtied for each in rounds])
-    points(pages, 0, "remaining at its end", bounds[1:], [each.remaining for each in rounds], [f"round {each.index}" for each in rounds])
+    points(pages, 2, "remaining at its end", bounds[1:], [each.remaining for each in rounds], [f"round {each.index}" for each in rounds])
     about = "A round sends what the one before left; it converges when little is left."
     sections = [Section("Remaining and dirty per round", about, pages)]
     lengths = [later - earlier or 1.0 for earlier, later in pairwise(bounds)]

@@ -74,6 +74,8 @@ def verdict(plan: Plan, outcome: Outcome, *, markdown: bool = False) -> list[str
             f"converged: total time {ns(outcome.total_ns)}, downtime {ns(parts.total_ns)} "
             f"(last harvest {ns(parts.harvest_ns)}, pages {ns(parts.pages_ns)}, fixed {ns(parts.fixed_ns)})"
         )
+        if parts.total_ns > plan.downtime_ns:
+            first += f", more than the {ns(plan.downtime_ns)} allowed: the guest wrote during the harvest before"
     rounds_ = f"{len(outcome.rounds)} round{'s' * (len(outcome.rounds) != 1)}"
     left = (
         f"logging off: {source.logging_slots} slots log, {source.pending} pages pending, 2 MiB pages {source.huge_before} before, "
