@@ -104,10 +104,11 @@ def grid(axes: Sequence[Axis], figures: Sequence[Figures], *, markdown: bool = F
 
 
 def listing(keys: Sequence[str], points: Sequence[Mapping[str, Any]], figures: Sequence[Figures], *, markdown: bool = False) -> str:
-    """Return a line for each point: its settings of `keys`, and how it ended."""
-    header = (*map(name_of, keys), "converged", "total", "downtime", "sent", "rounds", STALL, "throttle")
+    """Return a line for each point: its settings of `keys`, and how it ended; the guest's stall only if there is any."""
+    header = (*map(name_of, keys), "converged", "total", "downtime", "sent", "rounds", STALL, "throttled")
     lines = [(*(spelled(key, point[key]) for key in keys), *_summary(one)) for point, one in zip(points, figures, strict=True)]
-    return table(header, lines, markdown=markdown)
+    kept = [i for i, name in enumerate(header) if name != STALL or any(one["stall_ns"] for one in figures)]
+    return table([header[i] for i in kept], [[line[i] for i in kept] for line in lines], markdown=markdown)
 
 
 def _summary(one: Figures) -> tuple[str, ...]:
