@@ -133,8 +133,8 @@ class Guest:
                 seen.append(idle)
             wrote.append(((instants - began + owed) // speed + 1, gfns))
             if limit is not None:
-                needed = seen[-1]["dirty_marks"] * PAGE_SIZE * 10**9 // limit
-                clock.debt += max(0, needed - ns) * TICKS
+                needed, awake = seen[-1]["dirty_marks"] * PAGE_SIZE * 10**9 // limit, ns - min(ns, owed // speed)
+                clock.debt += max(0, needed - awake) * TICKS
         if self._plan.costs is not None and any(len(gfns) for _, gfns in wrote):
             small = min(1.0, self.vm.stats()["vm"]["pages_4k"] / self.npages)
             walks = [round(len(gfns) * small) for _, gfns in wrote]

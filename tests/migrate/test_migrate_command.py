@@ -205,6 +205,13 @@ def test_what_a_page_shows_is_what_its_command_prints(capsys, command, text):
     assert spte(capsys, *command.split()[1:]) == (0, text, "")
 
 
+@compiled
+def test_the_how_to_from_python_works(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", HOW_TO, re.DOTALL)
+    exec(compile(block, "docs/migrate.md", "exec"), {})
+    assert "Downtime(" in capsys.readouterr().out
+
+
 def test_one_run_converges_and_one_does_not_until_it_is_throttled():
     told = {param.values[0]: "- converged" in param.values[1] for param in SHOWN}
     assert told["spte migrate redis --bandwidth 1Gbit --markdown"]
