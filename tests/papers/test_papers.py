@@ -194,7 +194,11 @@ def test_every_command_of_the_document_runs(capsys, monkeypatch):
     (block,) = re.findall(r"```sh\n(.*?)```", DOCUMENT, re.DOTALL)
     for line in block.splitlines():
         assert command(shlex.split(line)[1:]) == 0
-        assert "stimated" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "stimated" in out
+        if "--recommend" in line:
+            shown = re.search(r"<!-- the verdict .*?-->\n```text\n(.*?)```", DOCUMENT, re.DOTALL)[1]
+            assert out.endswith(f"\n\n{shown}")
 
 
 def test_the_document_names_every_profile_that_ships():
