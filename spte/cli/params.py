@@ -89,6 +89,25 @@ def rate(text: str) -> int:
     return bytes_per_s
 
 
+def bandwidth(text: str) -> int:
+    """Return the bytes a second that `text` spells: a number and Mbit, Gbit or the like (powers of 1000), or what `rate` takes."""
+    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)([KMGT]?)bit(?:/s)?", text.strip(), re.ASCII | re.IGNORECASE)
+    if match is None and re.search(r"B/s\s*$", text, re.IGNORECASE):
+        return rate(text)
+    bytes_per_s = round(float(match[1]) * 1000 ** _POWERS_OF_1000[match[2].upper()] / 8) if match else 0
+    if not bytes_per_s:
+        raise click.BadParameter(f"{text[:40]!r} is no bandwidth above 0; take a number and Mbit or Gbit, like 10Gbit, or MB/s")
+    return bytes_per_s
+
+
+def spell_bandwidth(bytes_per_s: float) -> str:
+    """Return `bytes_per_s` in bits, in the largest unit that keeps the number at 1 or more, such as ``"10 Gbit/s"``."""
+    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if bytes_per_s * 8 >= scale:
+            return f"{bytes_per_s * 8 / scale:.4g} {unit}bit/s"
+    return f"{bytes_per_s * 8:.4g} bit/s"
+
+
 def spell_time(seconds: float) -> str:
     """Return `seconds` in the largest unit that keeps the number at 1 or more, such as ``"49.5 ms"``."""
     for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):

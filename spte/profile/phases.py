@@ -17,13 +17,10 @@ from spte.limits.bare_loops import scatter_bits
 from spte.platform import PAGE_SIZE
 from spte.profile.columns import Column
 from spte.profile.report import HARVEST, Epoch, Phase, Row
+from spte.profile.rings import RingReader, masks
 from spte.profile.verify import compare
 from spte.profile.workload import Access, Workload
 from spte.vm.vm import VM
-
-RING_DIRTY = 1
-RING_HARVESTED = 3
-"""Flags of a dirty-ring entry that userspace collected: dirty | reset."""
 
 Observe = Callable[[VM, Phase], None]
 
@@ -75,7 +72,7 @@ class Run:
         if not plan.from_creation:
             for slot in range(workload.slots):
                 self._set_slot(slot, 0)
-        self.fetched = [0] * workload.vcpus
+        self.readers = [RingReader() for _ in range(workload.vcpus)]
         self.phases: list[Phase] = []
         self.accesses = 0
         words = -(-self.per_slot // 64)
@@ -179,21 +176,17 @@ class Run:
 
     def _harvest_rings(self, collect: Phase, reset: Phase) -> None:
         with self._account(collect):
-            masks = sum(self._collect(index, vcpu.ring) for index, vcpu in enumerate(self.vm.vcpus))
+            taken = sum(self._collect(index, vcpu.ring) for index, vcpu in enumerate(self.vm.vcpus))
         with self._account(reset) as call:
             self.vm.reset_dirty_rings()
-        _add_masks(reset, call, masks)
+        _add_masks(reset, call, taken)
 
     def _collect(self, index: int, ring: npt.NDArray[np.void]) -> int:
-        """Take the dirty entries of one ring, oldest first, up to the first that is not dirty; return how often the word changes."""
-        order = (self.fetched[index] + np.arange(len(ring))) % len(ring)
-        dirty = ring["flags"][order] == RING_DIRTY
-        entries = order[: len(ring) if dirty.all() else int(dirty.argmin())]
-        bits = ring["slot"][entries].astype(np.int64) * (64 * self.collected.shape[1]) + ring["offset"][entries].astype(np.int64)
+        """Take the dirty entries of one ring; return in how many masks they will be reset."""
+        entries = self.readers[index].take(ring)
+        bits = entries["slot"].astype(np.int64) * (64 * self.collected.shape[1]) + entries["offset"].astype(np.int64)
         scatter_bits(self.collected.reshape(-1), bits)
-        ring["flags"][entries] = RING_HARVESTED
-        self.fetched[index] = (self.fetched[index] + len(entries)) % len(ring)
-        return int(np.count_nonzero(np.diff(bits >> 6, prepend=-1)))
+        return masks(bits)
 
     def _guest(self, access: Access, phase: Phase, harvest: Sequence[Phase] | None) -> None:
         vcpu, gfns, kinds = self.vm.vcpus[access.vcpu], access.gfns, access.kinds

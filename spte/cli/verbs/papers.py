@@ -48,10 +48,22 @@ Rows = dict[str, dict[str, Row]]
 )
 @click.option("--save", type=target(".toml"), metavar="FILE.toml", help="Write the fitted costs there.")
 @click.option("--summary", is_flag=True, help="A line an experiment, in place of its times.")
+@click.option("--report", type=target(".html"), metavar="FILE.html", help="Write a page of pictures and tables; needs plotly.")
 @click.option("--json", "style", flag_value="json", help="Print JSON; `schema` names its version.")
 @click.option("--markdown", "style", flag_value="markdown", help="Print Markdown tables.")
-def papers(figures: tuple[str, ...], cost: str | None, machine: str, save: Path | None, summary: bool, style: str | None) -> int:
+def papers(
+    figures: tuple[str, ...],
+    cost: str | None,
+    machine: str,
+    save: Path | None,
+    summary: bool,
+    report: Path | None,
+    style: str | None,
+) -> int:
     """Run, fit, compare, print; a misfit is a result, not an error."""
+    if report:
+        from spte.cli.html.page import write
+        from spte.cli.html.profile import papers as sections
     if cost and save:
         raise click.UsageError(f"--save {str(save)!r} writes fitted costs, and with --cost none are fitted; take one")
     try:
@@ -69,6 +81,9 @@ def papers(figures: tuple[str, ...], cost: str | None, machine: str, save: Path 
     found = [compare(_in_role(each, fitted), rows[each.name], costs.costs) for each in wanted]
     text = _json(found, costs) if style == "json" else _text(found, costs, summary=summary, markdown=style == "markdown")
     click.echo(text, nl=False)
+    if report:
+        told = _text(found, costs, summary=True, markdown=False).splitlines()
+        write(report, "spte papers: published against estimated", told, sections(found))
     return EXIT_OK
 
 

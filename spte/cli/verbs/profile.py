@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import click
 from spte.cli.exit_codes import EXIT_DIFFERENCE, EXIT_OK
 from spte.cli.metrics import Report
 from spte.cli.params import announce_compilation, log_mode, size, spell_size, target
+from spte.cli.progress import steps_bar
 from spte.cli.report import Wanted, render, title
 from spte.cost import CostError, CostProfile, names
 from spte.cost import load as load_costs
@@ -24,7 +24,7 @@ from spte.profile.columns import LOG_FROM, Log, check_chunk, labels
 from spte.profile.notes import notes
 from spte.profile.perf_test import SOURCES, PerfTest
 from spte.profile.report import Row
-from spte.profile.run import DIRECT, Progress
+from spte.profile.run import DIRECT
 from spte.profile.run import profile as run_profile
 from spte.profile.workload import BACKINGS, MANUALS, ORDERS, TraceWorkload, Workload, WorkloadError
 from spte.trace import SHIPPED, TraceError, default_trace, load, shipped
@@ -128,6 +128,7 @@ PERF_OPTIONS = {"vcpus": "-v", "bytes_per_vcpu": "-b", "source": "-s", "overlap"
 @click.option("--markdown", "style", flag_value="markdown", help="Print Markdown tables.")
 @click.option("--output", type=target(), metavar="FILE", help="Print there instead of stdout.")
 @click.option("--plot", type=target(".png", ".svg"), metavar="FILE.png", help="Draw the epochs and the costs.")
+@click.option("--report", "page", type=target(".html"), metavar="FILE.html", help="Write a page of pictures and tables; needs plotly.")
 def profile(
     trace: Path | None,
     platforms: tuple[str, ...],
@@ -139,6 +140,7 @@ def profile(
     style: str | None,
     output: Path | None,
     plot: Path | None,
+    page: Path | None,
     limits: bool,
     backings: tuple[str, ...],
     logs: tuple[Log, ...],
@@ -178,8 +180,11 @@ def profile(
         importlib.import_module("spte.cli.table")  # what the host lacks is said before the work
     if plot:
         from spte.cli.plot import draw
+    if page:
+        from spte.cli.html.page import write
+        from spte.cli.html.profile import profile as page_sections
     announce_compilation()
-    with _progress() as progress:
+    with steps_bar() as progress:
         rows = run_profile(
             work, platforms, policies, logs=logs, backings=backings, clear_chunk=clear_chunk, log_from=log_from, progress=progress
         )
@@ -191,6 +196,9 @@ def profile(
         click.echo(text, nl=False)
     if plot:
         draw(rows, title(work, rows), plot)
+    if page:
+        heading = title(work, rows).splitlines()
+        write(page, f"spte profile: {heading[0][:80]}", [*heading, *report.notes], page_sections(report))
     return _report_losses(rows)
 
 
@@ -259,26 +267,6 @@ def _refuse_too_large(work: Workload) -> None:
             f"a guest of {spell_size(work.npages * PAGE_SIZE)} may need {spell_size(need)} for its page tables and "
             f"this host has {spell_size(have)}; take less than {spell_size(have / BYTES_PER_PAGE * PAGE_SIZE)}"
         )
-
-
-@contextmanager
-def _progress() -> Iterator[Progress | None]:
-    """Yield what shows progress on stderr, or None when that is no terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("")
-
-        def show(done: int, total: int, what: str) -> None:
-            bar.update(task, completed=done, total=total, description=what)
-
-        yield show
 
 
 def _report_losses(rows: Sequence[Row]) -> int:
