@@ -37,7 +37,7 @@ KVM = record("kvm", [
     *columns("i8", "indirect_shadow_pages", "mmu_unsync"),  # pages that shadow guest tables; those of them that are unsync
     ("needbreak", "i8"),  # another thread waits for the VM: rwlock_needbreak
     ("nr_tdp_mmu_roots", "i8"),
-    ("tdp_mmu_roots", "i8", (MAX_TDP_ROOTS,)),  # rows of the TDP MMU's valid roots
+    ("tdp_mmu_roots", "i8", (MAX_TDP_ROOTS,)),  # rows of the TDP MMU's valid roots of address space 0
     ("path", "i8", (2 * PATH,)),  # scratch of a walk over the pages below a root
 ])  # fmt: skip
 

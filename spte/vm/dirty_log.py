@@ -22,7 +22,7 @@ from spte.mmu.slot.set_dirty import set_dirty_slot
 from spte.mmu.slot.split import split_slot
 from spte.mmu.slot.write_protect import count_protected, write_protect_slot
 from spte.vm.kvm import Kvm
-from spte.vm.memslots import Memslot, check_slot_number
+from spte.vm.memslots import ADDRESS_SPACES, Memslot, check_slot_number
 
 
 def _write_protect(kvm: Kvm, slot: Memslot, level: int, tdp_level: int) -> int:
@@ -188,9 +188,10 @@ def reset_rings(kvm: Kvm) -> int:
     if not kvm.ring_entries:
         raise RingDisabledError("the VM has no dirty rings; pass ring_bytes when making it")
     freed = 0
+    spaces, roots = tuple(kvm.memslots.spaces), tuple(kvm.mmu.roots(as_id) for as_id in range(ADDRESS_SPACES))
     for vcpu in kvm.vcpus:
         with kvm.mmu.traced():
-            got, changed = reset_ring(kvm.mmu.tables, kvm.memslots.spaces[0], kvm.mmu.mode, vcpu.arrays, kvm.mmu.roots(0))
+            got, changed = reset_ring(kvm.mmu.tables, spaces, kvm.mmu.mode, vcpu.arrays, roots)
         kvm.mmu.log.ring_reset(vcpu.index, vcpu.arrays)
         kvm.mmu.tables.kvm["sptes_written"][0] += changed
         freed += got

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,17 +13,17 @@ from spte.arrays.mode import mode_of
 from spte.arrays.slots import READONLY
 from spte.arrays.tables import PAE_ROOT
 from spte.arrays.vcpu import KVM_VCPU, LOG_COLUMNS, PIECE, WALKS_AHEAD, Vcpu
-from spte.errors import ClosedError
+from spte.errors import ClosedError, KernelWarning
 from spte.host.backing import backings_at
 from spte.host.lock import ExclusiveLock
 from spte.host.mmu_notifier import MmuNotifier, Ranges, host_write
 from spte.host.pages import HOST_EFAULT
 from spte.kernel_bits import KernelBits, kernel_bits
-from spte.mmu.mark_dirty import mark_dirty
+from spte.mmu.mark_dirty import U32_MASK, mark_dirty
 from spte.observe.listing import KeptRoot
 from spte.platform import PAGE_SIZE, Platform
 from spte.policy import Policy
-from spte.vm.memslots import Memslots
+from spte.vm.memslots import Memslot, Memslots
 from spte.vm.mmu import Mmu
 from spte.vm.root_cache import VcpuMmu
 
@@ -45,6 +47,13 @@ class NestedState:
     l2: L2 | None = None  # None: the vCPU runs L1
     ran: bool = False  # L2 ran once, so that vmcs02 has its controls
     update_deferred: bool = False  # the PML control of L1 changed while L2 ran: update_vmcs01_cpu_dirty_logging
+
+
+class Interrupted(NamedTuple):
+    """What a vCPU goes back to at the end of system management mode."""
+
+    cr3: int | None
+    long_mode: bool
 
 
 class KvmVcpu:
@@ -75,6 +84,7 @@ class KvmVcpu:
         self.cr3: int | None = None  # bytes; None: the guest's paging is off, or its tables do not matter
         self.pml01 = kvm.pml_wanted  # the PML control while L1 runs
         self.long_mode = False  # the guest has its paging on
+        self.smm: Interrupted | None = None  # the vCPU is in system management mode
         self.in_guest = False  # a run has ended without an exit: vcpu->mode is IN_GUEST_MODE
         self.paused = False  # a run lets another thread in and goes on afterwards
         self.update_requested = False  # KVM_REQ_UPDATE_CPU_DIRTY_LOGGING
@@ -84,6 +94,11 @@ class KvmVcpu:
     def in_l2(self) -> bool:
         """The vCPU runs L2: is_guest_mode."""
         return self.nested.l2 is not None
+
+    @property
+    def as_id(self) -> int:
+        """Address space whose memslots the vCPU runs on: 1 in system management mode, kvm_arch_vcpu_memslots_id."""
+        return int(self.smm is not None)
 
     def keep_log(self, on: bool) -> None:
         """Record events of the coming accesses, or stop to."""
@@ -118,6 +133,8 @@ class Kvm:
         self.vcpus: tuple[KvmVcpu, ...] = ()
         self.vcpus_in_guest = 0
         self.closed = False
+        self._warned: set[str] = set()
+        self._to_warn: list[str] = []
 
     @property
     def pml_wanted(self) -> bool:
@@ -217,17 +234,51 @@ class Kvm:
         users: set[MmuNotifier] = {user for backing in backings_at(hpage * PAGE_SIZE, PAGE_SIZE) for user in backing.users}
         return host_write(users | {self}, hpage)
 
-    def write_guest_page(self, gfn: int, vcpu: int) -> None:
+    def write_guest_page(self, gfn: int, vcpu: int | None) -> bool:
         """Write page `gfn` as KVM does: dirty in the log of its slot, no SPTE: kvm_vcpu_write_guest_page.
 
-        Without a writable slot and host page nothing happens.
+        `vcpu` is the one that runs, None if none does: kvm_write_guest_page. Without a writable slot and host page nothing happens;
+        returns whether it did.
         """
-        slot = self.memslots.at(gfn)
-        if slot is None or slot.flags & READONLY:
-            return
-        if self.host_write(slot.hpage_of(gfn)) == HOST_EFAULT:
-            return
+        slot = self.memslots.at(gfn, self.vcpus[vcpu].as_id if vcpu is not None else 0)
+        if slot is None or slot.flags & READONLY or self.host_write(slot.hpage_of(gfn)) == HOST_EFAULT:
+            return False
+        if vcpu is None:
+            self._mark_without_vcpu(slot, gfn)
+            return True
         s, k = self.memslots.row_of(slot)
         v = self.vcpus[vcpu].arrays
+        reg = v.vcpu[0]
+        full = slot.logs and 0 < reg.ring_size <= (reg.dirty_index - reg.reset_index) & U32_MASK
         mark_dirty(self.mmu.tables, s, v, np.int64(k), np.int64(gfn))
         self.mmu.log.collect(vcpu, v)
+        if full:
+            self._warn_once(f"a full dirty ring is overrun: KVM's write of gfn {gfn:#x} has taken the place of the oldest entry, now lost")
+        return True
+
+    def _mark_without_vcpu(self, slot: Memslot, gfn: int) -> None:
+        """Mark a page that KVM wrote while no vCPU runs: mark_page_dirty_in_slot without kvm_get_running_vcpu.
+
+        A ring belongs to a vCPU, so that a VM with rings loses the page: x86 has no KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP.
+        """
+        lost = slot.logs and (slot.bitmap < 0 or self.policy.write_without_vcpu == "dropped")
+        if self.policy.write_without_vcpu != "marked" or lost:
+            self._warn_once("KVM wrote guest memory while no vCPU ran" + (f": gfn {gfn:#x} is in no dirty log" if lost else ""))
+        if slot.logs and not lost:
+            page = gfn - slot.base_gfn
+            self.memslots.bitmap(slot)[page >> 6] |= np.uint64(1) << np.uint64(page & 63)
+            self.mmu.tables.kvm[0].dirty_marks += 1
+
+    # -- warnings ---------------------------------------------------------------------------------------------------------
+
+    def _warn_once(self, text: str) -> None:
+        """Warn at the end of the ioctl, if the VM has not warned of its like: WARN_ON_ONCE."""
+        kind = text.partition(":")[0]
+        if kind not in self._warned:
+            self._warned.add(kind)
+            self._to_warn.append(text)
+
+    def give_warnings(self) -> None:
+        """Emit as KernelWarning what the last ioctl has to warn of. The caller holds no lock."""
+        while self._to_warn:
+            warnings.warn(self._to_warn.pop(), KernelWarning, stacklevel=4)

@@ -31,7 +31,6 @@ from spte.arrays.vcpu import (
     NO_EXIT,
     READ,
     WRITE,
-    Vcpu,
 )
 from spte.bits import GUEST_EPT, GUEST_EPT_NO_AD, GUEST_LONG, PFN_MASK, WRITABLE, is_leaf
 from spte.cpu.prefault import prefault
@@ -69,6 +68,7 @@ def ioctl(kvm: Kvm) -> Iterator[None]:
     with kvm.exclusive:
         kick(kvm)
         yield
+    kvm.give_warnings()
 
 
 def leave_guest(kvm: Kvm, vcpu: KvmVcpu) -> None:
@@ -174,7 +174,7 @@ def vcpu_run(kvm: Kvm, vcpu: KvmVcpu, gfns: I64s, kinds: Kinds, *, leave: bool =
             if no_entry:
                 _set_in_guest(kvm, vcpu, False)
             run = run_shadow if mmu.has_shadow_pages else run_guest
-        at = run(mmu.tables, kvm.memslots.spaces[0], the_host(), v, vcpu.mmu.mode, gfns, kinds, at)
+        at = run(mmu.tables, kvm.memslots.spaces[vcpu.as_id], the_host(), v, vcpu.mmu.mode, gfns, kinds, at)
         if mmu.log.on:
             mmu.log.collect(vcpu.index, v)
         reason = int(v.vcpu["exit_reason"][0])
@@ -183,7 +183,7 @@ def vcpu_run(kvm: Kvm, vcpu: KvmVcpu, gfns: I64s, kinds: Kinds, *, leave: bool =
                 _set_in_guest(kvm, vcpu, True)
             return None
         if reason == EXIT_HOST:
-            _copy_page(kvm, v, int(v.vcpu[0].exit_gfn))
+            _copy_page(kvm, vcpu, int(v.vcpu[0].exit_gfn))
         elif reason == EXIT_NOMEM:
             raise OutOfTablesError(f"no page-table page left for gfn {v.vcpu[0].exit_gfn:#x}; delete slots or close the VM")
         elif reason == EXIT_ROOT:
@@ -213,16 +213,15 @@ def await_turn(vcpu: KvmVcpu) -> None:
         vcpu.exclusive.let_in()
 
 
-def _copy_page(kvm: Kvm, v: Vcpu, gfn: int) -> None:
+def _copy_page(kvm: Kvm, vcpu: KvmVcpu, gfn: int) -> None:
     """Let the host copy the zero page under `gfn`; its notifier makes KVM let the guest fault again, SPTE or not."""
-    if v.vcpu[0].pgd >= 0:
-        gfn = int(v.vcpu[0].walker.gfn)
-    _host_write(kvm, gfn)
+    reg = vcpu.arrays.vcpu[0]
+    _host_write(kvm, vcpu, gfn if reg.pgd < 0 else int(reg.walker.gfn))
 
 
-def _host_write(kvm: Kvm, gfn: int) -> int:
-    """Make the host map page `gfn` writable; returns the host page."""
-    slot = kvm.memslots.at(gfn)
+def _host_write(kvm: Kvm, vcpu: KvmVcpu, gfn: int) -> int:
+    """Make the host map page `gfn` of the vCPU writable; returns the host page."""
+    slot = kvm.memslots.at(gfn, vcpu.as_id)
     assert slot is not None
     hpage = slot.hpage_of(gfn)
     kvm.host_write(hpage)
@@ -236,7 +235,7 @@ def written_page(kvm: Kvm, vcpu: KvmVcpu, gfn: int) -> int:
     spte = t.sptes[row, i]
     if is_leaf(spte, level) and spte & WRITABLE:
         return (int(spte & PFN_MASK) >> 12) + (gfn & ((1 << (9 * (int(level) - 1))) - 1))
-    return _host_write(kvm, gfn if v.vcpu[0].pgd < 0 else int(v.vcpu[0].walker.gfn))  # KVM did the write itself
+    return _host_write(kvm, vcpu, gfn if v.vcpu[0].pgd < 0 else int(v.vcpu[0].walker.gfn))  # KVM did the write itself
 
 
 def pre_fault_memory(kvm: Kvm, vcpu: KvmVcpu, gpa: int, size: int, flags: int) -> tuple[int, int]:
@@ -249,7 +248,7 @@ def pre_fault_memory(kvm: Kvm, vcpu: KvmVcpu, gpa: int, size: int, flags: int) -
     enter_guest(kvm, vcpu)
     at, end = gpa >> 12, (gpa + size) >> 12
     while at < end:
-        args = kvm.mmu.tables, kvm.memslots.spaces[0], the_host(), vcpu.arrays, vcpu.mmu.mode, np.int64(at)
+        args = kvm.mmu.tables, kvm.memslots.spaces[vcpu.as_id], the_host(), vcpu.arrays, vcpu.mmu.mode, np.int64(at)
         reason, level = prefault(*args)
         if reason != DONE and at << 12 == gpa:
             if reason == EXIT_NOMEM:
