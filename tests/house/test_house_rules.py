@@ -23,6 +23,7 @@ FLOORS = {
     "cpu": 7, "guest_tables": 7, "observe": 7,
     "vm": 8, "warm": 8,
     "recording": 9, "record": 9, "replay": 10, "check": 10, "patches": 10, "profile": 10, "limits": 10, "convert": 10, "generate": 10,
+    "devkvm": 10,
     "cli": 11,
 }  # fmt: skip
 TOP = 12  # `spte` itself re-exports the public names and may import all but the command line
@@ -115,7 +116,7 @@ def test_the_library_does_not_import_the_command_line():
     assert not [dotted(p) for p in sources() if "cli" not in p.parts and any("spte.cli" in name for name in imports_of(p))]
 
 
-VERBS = ("recording", "replay", "check", "patches", "profile", "limits", "convert", "generate", "cli")
+VERBS = ("recording", "replay", "check", "devkvm", "patches", "profile", "limits", "convert", "generate", "cli")
 
 
 def test_import_spte_loads_no_verb():
