@@ -22,8 +22,9 @@ FLOORS = {
     "arrays": 3, "kernels": 4, "host": 5, "mm": 5, "mmu": 6,
     "cpu": 7, "guest_tables": 7, "observe": 7,
     "vm": 8, "warm": 8,
-    "recording": 9, "record": 9, "replay": 10, "check": 10, "patches": 10, "profile": 10, "limits": 10, "convert": 10, "generate": 10,
-    "devkvm": 10,
+    "recording": 9, "record": 9, "cost": 9,
+    "replay": 10, "check": 10, "patches": 10, "profile": 10, "limits": 10, "convert": 10, "generate": 10,
+    "devkvm": 10, "calibrate": 10,
     "cli": 11,
 }  # fmt: skip
 TOP = 12  # `spte` itself re-exports the public names and may import all but the command line
@@ -116,7 +117,9 @@ def test_the_library_does_not_import_the_command_line():
     assert not [dotted(p) for p in sources() if "cli" not in p.parts and any("spte.cli" in name for name in imports_of(p))]
 
 
-VERBS = ("recording", "replay", "check", "devkvm", "patches", "profile", "limits", "convert", "generate", "cli")
+VERBS = (
+    "recording", "replay", "check", "devkvm", "calibrate", "patches", "cost", "profile", "limits", "convert", "generate", "cli",
+)  # fmt: skip
 
 
 def test_import_spte_loads_no_verb():
