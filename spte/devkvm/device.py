@@ -20,6 +20,7 @@ PATH = "/dev/kvm"
 BAD_POINTER = 8  # what a recording's badptr=1 gives KVM
 _CANARY = np.uint64(0xA5A5_A5A5_A5A5_A5A5)
 _GUARD_WORDS = 8
+_MAP_NORESERVE, _MAP_HUGETLB, _MAP_HUGE_SHIFT = 0x4000, 0x40000, 26
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -90,9 +91,9 @@ class HostMemory:
     def __init__(
         self, size: int, *, align: int = 1 << 21, offset: int = 0, huge: bool | None = None, shared: bool = False, hugetlb: int = 0
     ) -> None:
-        flags = mmap.MAP_ANONYMOUS | (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE)
+        flags = mmap.MAP_ANONYMOUS | _MAP_NORESERVE | (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE)
         if hugetlb:
-            flags |= 0x40000 | hugetlb << 26  # MAP_HUGETLB, and the size where MAP_HUGE_SHIFT has it
+            flags |= _MAP_HUGETLB | hugetlb << _MAP_HUGE_SHIFT
         room = size if hugetlb else size + align + offset
         self.size = size
         self._map = mmap.mmap(-1, -(-room >> hugetlb << hugetlb) if hugetlb else room, flags=flags)
@@ -202,6 +203,10 @@ class HostVm:
         ioctl(self.fd, abi.GET_DIRTY_LOG, abi.DIRTY_LOG.pack(slot, 0, pointer))
         behind = np.flatnonzero(buffer[words:] != _CANARY)
         return buffer[: words + (int(behind[-1]) + 1 if behind.size else 0)]
+
+    def get_dirty_log_into(self, slot: int, words: U64s) -> None:
+        """KVM_GET_DIRTY_LOG into `words`, at least uint64[ceil(npages / 64)], which is mutated."""
+        ioctl(self.fd, abi.GET_DIRTY_LOG, abi.DIRTY_LOG.pack(slot, 0, int(words.ctypes.data)))
 
     def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, bitmap: U64s) -> None:
         """KVM_CLEAR_DIRTY_LOG. A read-only `bitmap` that holds nothing stands for a bad pointer."""

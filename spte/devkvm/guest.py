@@ -51,6 +51,8 @@ _LOOP = bytes.fromhex(
     "be001000c0"  #  mov esi, 0xc0001000
     "ebd4"  #        jmp next
 )
+EXIT_ROUTINE = "cpuid"
+"""A routine that is no op of a recording: an exit that KVM handles by itself, and the entry after it."""
 _ROUTINES = {
     "guest_read": "8b17 c3",  # mov edx, [edi]; ret
     "guest_write": "891f c3",  # mov [edi], ebx; ret
@@ -58,6 +60,7 @@ _ROUTINES = {
     "guest_cmpxchg_fail": "50 b8efbeadde f00fb11f 58 c3",  # push eax; mov eax, 0xdeadbeef; lock cmpxchg [edi], ebx; pop eax; ret
     "guest_read_write": "8b17 891f c3",  # mov edx, [edi]; mov [edi], ebx; ret
     "guest_exec": "ffd7 c3",  # call edi; ret
+    EXIT_ROUTINE: "50 53 51 31c0 0fa2 59 5b 58 c3",  # push eax, ebx, ecx; xor eax, eax; cpuid; pop ecx, ebx, eax; ret
     "guest_insb": "51 57 b910000000 ba10000000 f36c 5f 59 c3",  # rep insb of 16 bytes from port 16
 }
 _ROUTINE_BYTES = 32
