@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 from typing import Any
@@ -91,9 +92,8 @@ class HostMemory:
     def __init__(
         self, size: int, *, align: int = 1 << 21, offset: int = 0, huge: bool | None = None, shared: bool = False, hugetlb: int = 0
     ) -> None:
-        flags = mmap.MAP_ANONYMOUS | _MAP_NORESERVE | (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE)
-        if hugetlb:
-            flags |= _MAP_HUGETLB | hugetlb << _MAP_HUGE_SHIFT
+        flags = mmap.MAP_ANONYMOUS | (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE)
+        flags |= _MAP_HUGETLB | hugetlb << _MAP_HUGE_SHIFT if hugetlb else _MAP_NORESERVE
         room = size if hugetlb else size + align + offset
         self.size = size
         self._map = mmap.mmap(-1, -(-room >> hugetlb << hugetlb) if hugetlb else room, flags=flags)
@@ -103,6 +103,7 @@ class HostMemory:
         self.bytes = whole[start : start + size]
         """View of the memory, uint8."""
         self.hva = int(whole.ctypes.data) + start
+        self._writable = np.ones(-(-size // PAGE_SIZE), np.bool_)
         if huge is not None and not hugetlb:
             self._map.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE, start, size)
 
@@ -112,7 +113,9 @@ class HostMemory:
             self.bytes[offset::PAGE_SIZE] = value
 
     def write(self, first: int, count: int) -> None:
-        """Store into pages ``[first, first + count)``."""
+        """Store into pages ``[first, first + count)``; OSError EFAULT if one is protected."""
+        if not self._writable[first : first + count].all():
+            raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
         self.bytes[first * PAGE_SIZE : (first + count) * PAGE_SIZE : PAGE_SIZE] |= 0
 
     def advise(self, advice: int, first: int, count: int) -> None:
@@ -124,6 +127,7 @@ class HostMemory:
         if _libc.mprotect(ctypes.c_void_p(self.hva + first * PAGE_SIZE), ctypes.c_size_t(count * PAGE_SIZE), prot):
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
+        self._writable[first : first + count] = bool(prot & mmap.PROT_WRITE)
 
     def table(self, page: int) -> U64s:
         """Return the 512 words of a page."""

@@ -12,10 +12,12 @@ from spte.devkvm.device import HostMemory, HostVm, ioctl
 from spte.devkvm.guest import RET, HostGuest
 from spte.devkvm.host import Host
 from spte.errors import KvmError
+from spte.mm import PROT_READ, PROT_READ_WRITE
 from spte.recording.ops import GUEST_OPS, UINT64, RecordingError, short, with_defaults
 from spte.replay import nested_ops as nested
 from spte.replay import ops as replay
 from spte.replay.guest import UnsupportedOp
+from spte.replay.host import ADVICE
 from spte.replay.machine import TSS, Args, Machine, Region, Result, success
 from spte.replay.payload import CODE, CODE_PAGES, CODE_SLOT, PML4, TABLE_PAGES, TABLE_SLOT, identity_map
 from spte.vm.memslots import ADDRESS_SPACES
@@ -126,10 +128,17 @@ class HostMachine(Machine):
         of_smm = given.get("slot", 0) >> 16 == 1 or (op == "check_ext" and given["cap"] == abi.CAP_ADDRESS_SPACES)
         if of_smm and self.address_spaces < ADDRESS_SPACES:
             raise SkippedOp("its KVM has one address space: no system management mode")
+        if op in _RUNS and not all(map(_is_backed, self.regions.values())):
+            raise UnsupportedOp(f"op {op}: a slot maps memory of this process that is no backing's, which the guest must not reach")
         try:
             return _HANDLERS[op](self, given, record)
         except KvmError as error:
             raise UnsupportedOp(f"op {op}: {error}") from None
+
+
+def _is_backed(region: Region) -> bool:
+    """Tell whether a slot maps nothing but memory of its backing."""
+    return region.backing is not None and 0 <= region.off <= region.off + region.size <= region.backing.size
 
 
 def _backing(machine: HostMachine, args: Args, record: Args) -> Result:
@@ -178,10 +187,14 @@ def _on_pages(call: Callable[[Any, int, int], None], machine: HostMachine, args:
 
 
 def _madvise(machine: HostMachine, args: Args, record: Args) -> Result:
+    if args["advice"] not in ADVICE:
+        raise RecordingError(f"advice {args['advice']} is not known; known are {', '.join(map(str, ADVICE))}")
     return _on_pages(lambda memory, first, count: memory.advise(args["advice"], first, count), machine, args)
 
 
 def _mprotect(machine: HostMachine, args: Args, record: Args) -> Result:
+    if args["prot"] not in (PROT_READ, PROT_READ_WRITE):
+        raise RecordingError(f"prot {args['prot']} is not known; known are {PROT_READ} and {PROT_READ_WRITE}")
     return _on_pages(lambda memory, first, count: memory.protect(args["prot"], first, count), machine, args)
 
 
@@ -190,6 +203,7 @@ def _host_write(machine: HostMachine, args: Args, record: Args) -> Result:
     return {}
 
 
+_RUNS = frozenset({*GUEST_OPS, "resume", "prefault", "set_msr"})  # those in which guest memory may be written
 _SAME = (
     "new_vm", "create_slot", "set_region", "set_flags", "move_slot", "delete_slot", *GUEST_OPS, "resume", "get_dirty_log",
     "clear_dirty_log", "collect_ring", "reset_rings", "enable_cap", "check_ext", "prefault", "set_nr_mmu_pages",

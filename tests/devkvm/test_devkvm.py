@@ -10,8 +10,10 @@ from spte import devkvm
 from spte.cli.app import run
 from spte.devkvm import abi, device, guest, scenarios
 from spte.devkvm.device import HostMemory, HostVm, IoctlError, NoKvmError, open_kvm
+from spte.devkvm.machine import SkippedOp
 from spte.policy import VERSIONS, mainline
 from spte.recording.file import Recording, read_all, write
+from spte.recording.ops import RecordingError
 from spte.replay.guest import UnsupportedOp
 from spte.replay.machine import PLATFORMS, Machine
 from spte.replay.payload import Command
@@ -208,4 +210,46 @@ def test_a_guest_that_does_not_halt_is_stopped(kvm, monkeypatch):
     machine.backing("m").bytes[:2] = 0xEB, 0xFE  # jmp to itself
     with pytest.raises(UnsupportedOp, match="the guest has not halted within"):
         machine.guest.start(0, [Command("guest_exec", 1024, 1, 0)])
+    machine.close()
+
+
+def host_machine(kvm):
+    machine = devkvm.HostMachine(devkvm.host(), kvm)
+    machine.perform("new_vm", {}, {"args": {}})
+    machine.perform("backing", {"name": "m", "kind": "4k", "size": 8192}, {})
+    return machine
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("slot", [
+    {"hva": 0x400000, "size": 4096}, {"backing": "m", "size": 16384}, {"backing": "m", "off": 4096, "size": 8192},
+    {"backing": "m", "off": -4096, "size": 4096},
+])  # fmt: skip
+def test_a_guest_never_reaches_memory_of_this_process_that_is_no_backings(kvm, slot):
+    machine = host_machine(kvm)
+    assert machine.perform("set_region", {"slot": 0, "gpa": 4 << 20, **slot}, {})["errno"] == "0"
+    for op, args in (("guest_write", {"gfns": [[1024, 1]]}), ("resume", {}), ("set_msr", {"index": 0x4B564D00, "data": 4 << 20})):
+        with pytest.raises(UnsupportedOp, match=f"op {op}: a slot maps memory of this process that is no backing's"):
+            machine.perform(op, args, {"op": op, "args": args})
+    machine.close()
+
+
+@pytest.mark.long
+def test_a_recording_can_not_harm_the_host(kvm):
+    machine = host_machine(kvm)
+    page = {"backing": "m", "pages": [[0, 1]]}
+    with pytest.raises(RecordingError, match="advice 100 is not known; known are 4, 8, 20, 21"):  # MADV_HWPOISON
+        machine.perform("madvise", {**page, "advice": 100}, {})
+    with pytest.raises(RecordingError, match="prot 0 is not known"):
+        machine.perform("mprotect", {**page, "prot": 0}, {})
+    assert machine.perform("mprotect", {**page, "prot": 1}, {}) == {"ret": 0, "errno": "0"}
+    assert machine.perform("host_write", page, {}) == {}  # no SIGSEGV
+    with pytest.raises(UnsupportedOp, match="of memory free"):
+        machine.perform("backing", {"name": "n", "kind": "4k", "size": 1 << 44}, {})
+    with pytest.raises(SkippedOp, match="parameter 'enable_pmu'"):
+        machine.perform("param", {"name": "enable_pmu", "val": "Y"}, {})
+    with pytest.raises(UnsupportedOp, match="op 'fork': this process does not do it to itself"):
+        machine.perform("fork", {}, {})
+    with pytest.raises(RecordingError, match=r"\[0, 3\] is outside backing 'm'"):
+        machine.perform("host_write", {"backing": "m", "pages": [[0, 3]]}, {})
     machine.close()
