@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,8 @@ from spte.replay.guest import UnsupportedOp
 from spte.replay.machine import PLATFORMS, Machine
 from spte.replay.payload import Command
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "6.18-amd-tdp.tar.xz"
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden" / "6.18-amd-tdp.tar.xz"
 SHIPPED = {recording.name: recording for recording in devkvm.interface()}
 
 
@@ -253,3 +257,13 @@ def test_a_recording_can_not_harm_the_host(kvm):
     with pytest.raises(RecordingError, match=r"\[0, 3\] is outside backing 'm'"):
         machine.perform("host_write", {"backing": "m", "pages": [[0, 3]]}, {})
     machine.close()
+
+
+@pytest.mark.long
+def test_the_commands_of_the_document_work_as_printed(kvm, tmp_path):
+    (block,) = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "kvm.md").read_text(), re.DOTALL)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["sh", "-eu", "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"{len(SHIPPED)} of {len(SHIPPED)} recordings are equal" in done.stdout
+    assert (tmp_path / "costs.toml").read_text().startswith("title = ")
