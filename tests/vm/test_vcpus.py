@@ -355,3 +355,29 @@ def test_vcpus_in_and_out_of_smm_share_nothing_but_the_memory(name):
     assert entries(vm.vcpus[1]) == [(0, 6)]
     assert sorted(entries(vm.vcpus[0])) == [(SMM, 6), (SMM, SMRAM)]
     vm.check()
+
+
+def test_a_page_of_smm_leaves_an_unsync_page_of_the_same_gfn_alone():
+    """Under shadow paging SMM has a level-2 page of gfn 0x40000, where the guest has a table of its own: other slots hold its rmaps."""
+    vm, tables_at = guest("shadow", vcpus=2), 0x40000 - 3
+    memory = spte.Backing("4k", 16 * PAGE)
+    vm.set_memory_region(5, tables_at * PAGE, 16 * PAGE, memory)
+    tables = spte.GuestTables(memory, tables_at * PAGE)
+    tables.map(10, 20, count=4)
+    tables.map(0x40000, 0x40000)
+    address, entry, _ = tables.entry(10)
+    assert address >> 12 == 0x40000
+    vcpu, other = vm.vcpus
+    vcpu.load_cr3(tables.address())
+    vcpu.write([10])
+    vcpu.store(address, entry)  # the table of level 1 is unsync from now on
+    assert int(vm.mmu.tables.kvm[0].mmu_unsync) == 1
+    other.enter_smm()
+    other.write([20])
+    assert int(vm.mmu.tables.kvm[0].mmu_unsync) == 1
+    vm.check()
+    vcpu.write([10])
+    assert dirty(vm) == {20}
+    assert dirty(vm, SMM) == {20, SMRAM}
+    vm.set_memory_region(0, BASE, NPAGES * PAGE, flags=0)
+    vm.check()
