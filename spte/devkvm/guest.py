@@ -119,7 +119,7 @@ class HostGuest:
         words = np.zeros((len(commands) + 1, COMMAND_BYTES // 4), np.uint32)
         for n, command in enumerate(commands):
             address = command.first * PAGE_SIZE + command.off
-            if address + command.count * PAGE_SIZE > 1 << 32:
+            if address + max(command.count, 1) * PAGE_SIZE > 1 << 32:
                 raise UnsupportedOp(f"an access at gfn {command.first:#x}, beyond the 4 GiB that the guest reaches")
             routine = BASE + _ROUTINES_AT + list(_ROUTINES).index(command.op) * _ROUTINE_BYTES
             words[n, :3] = routine, address, command.count

@@ -125,6 +125,8 @@ class HostMachine(Machine):
         if op not in _HANDLERS:
             raise UnsupportedOp(f"op {short(op)}: this process does not do it to itself")
         given = with_defaults(op, args)
+        if op == "check_ext" and given["cap"] not in _CAPABILITIES:
+            raise SkippedOp(f"capability {given['cap']}: the model does not say")
         of_smm = given.get("slot", 0) >> 16 == 1 or (op == "check_ext" and given["cap"] == abi.CAP_ADDRESS_SPACES)
         if of_smm and self.address_spaces < ADDRESS_SPACES:
             raise SkippedOp("its KVM has one address space: no system management mode")
@@ -203,6 +205,10 @@ def _host_write(machine: HostMachine, args: Args, record: Args) -> Result:
     return {}
 
 
+_CAPABILITIES = frozenset({
+    abi.CAP_MEMSLOTS, abi.CAP_ADDRESS_SPACES, abi.CAP_MANUAL_PROTECT, abi.CAP_RING, abi.CAP_RING_ACQ_REL, abi.CAP_RING_WITH_BITMAP,
+    abi.CAP_PRE_FAULT,
+})  # fmt: skip
 _RUNS = frozenset({*GUEST_OPS, "resume", "prefault", "set_msr"})  # those in which guest memory may be written
 _SAME = (
     "new_vm", "create_slot", "set_region", "set_flags", "move_slot", "delete_slot", *GUEST_OPS, "resume", "get_dirty_log",
