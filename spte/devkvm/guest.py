@@ -22,7 +22,7 @@ from spte.devkvm import abi
 from spte.devkvm.device import HostMemory, HostVcpu, IoctlError, ioctl
 from spte.platform import PAGE_SIZE
 from spte.replay.guest import HALT, RING_FULL, Exits, UnsupportedOp, elided
-from spte.replay.payload import CODE, COMMAND_BYTES, COMMANDS, PML4, STACK, Command
+from spte.replay.payload import CODE, CODE_PAGES, COMMAND_BYTES, COMMANDS, PML4, STACK, Command
 
 BASE = CODE * PAGE_SIZE
 STACK_TOP = STACK * PAGE_SIZE + 0xFC0
@@ -121,6 +121,10 @@ class HostGuest:
             address = command.first * PAGE_SIZE + command.off
             if address + max(command.count, 1) * PAGE_SIZE > 1 << 32:
                 raise UnsupportedOp(f"an access at gfn {command.first:#x}, beyond the 4 GiB that the guest reaches")
+            pages = range(command.first, command.first + command.count)
+            own = command.op != "guest_read" and max(pages.start, CODE) < min(pages.stop, CODE + CODE_PAGES)
+            if own or (self._user and END_GPA // PAGE_SIZE in pages):
+                raise UnsupportedOp(f"accesses of {command.count} pages from gfn {command.first:#x}: they are the guest's own")
             routine = BASE + _ROUTINES_AT + list(_ROUTINES).index(command.op) * _ROUTINE_BYTES
             words[n, :3] = routine, address, command.count
         at = (COMMANDS - CODE) * PAGE_SIZE
