@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
@@ -20,12 +22,12 @@ from spte.vm.kvm import Kvm, KvmVcpu
 from spte.vm.vcpu_run import (
     ONE_KIND,
     Kinds,
-    await_turn,
     check_reach,
     enter_guest,
     frames,
     integers,
     pre_fault_memory,
+    run_beside,
     vcpu_run,
     written_page,
 )
@@ -36,13 +38,23 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+@contextmanager
+def _loaded(vcpu: KvmVcpu) -> Iterator[None]:
+    """Keep other threads from the vCPU: vcpu_load."""
+    while not vcpu.mutex.acquire(blocking=not vcpu.exclusive.is_mine):
+        vcpu.exclusive.let_in()
+    try:
+        yield
+    finally:
+        vcpu.mutex.release()
+
+
 def _ioctl(call: Callable[Concatenate[VirtualCpu, P], R]) -> Callable[Concatenate[VirtualCpu, P], R]:
-    """Let `call` hold the VM's lock, once no other thread runs the vCPU."""
+    """Let `call` have the vCPU, and the VM's lock."""
 
     @functools.wraps(call)
     def alone(vcpu: VirtualCpu, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with vcpu.exclusive:
-            await_turn(vcpu)
+        with _loaded(vcpu), vcpu.exclusive:
             return call(vcpu, *args, **kwargs)
 
     return alone
@@ -130,10 +142,16 @@ class VirtualCpu(KvmVcpu):
 
     def _run(self, gfns: npt.ArrayLike, kinds: Kinds, *, leave: bool = True) -> Exit | None:
         array, low, high = frames(gfns)
-        with self.exclusive:
-            if self.paused:
-                await_turn(self)
-            return self._access(array, low, high, kinds, leave)
+        with _loaded(self):
+            done = 0
+            if leave and self.exclusive.met and not self.exclusive.is_mine:
+                check_reach(self._kvm, self, low, high)
+                done, stop = run_beside(self._kvm, self, array, kinds)
+                if stop is not None or 0 < done == len(array):
+                    return stop
+            with self.exclusive:
+                stop = self._access(array[done:], low, high, kinds[done:] if len(kinds) > 1 else kinds, leave)
+            return stop if stop is None or not done else replace(stop, index=stop.index + done)
 
     def _access(self, gfns: I64s, low: int, high: int, kinds: Kinds, leave: bool) -> Exit | None:
         check_reach(self._kvm, self, low, high)
