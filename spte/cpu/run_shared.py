@@ -71,15 +71,16 @@ def _kicked(t, s, v, m):
 
 
 @helper
-def _try_fault(t, s, h, v, m, gfn, kind, row, i, level):
-    """Handle a fault as `fault` does; EXIT_EXCLUSIVE, and nothing is counted, if it wants the VM for itself."""
+def _try_fault(t, s, h, v, m, gfn, kind, row, i, level, spte):
+    """Handle a fault on `spte` as `fault` does; EXIT_EXCLUSIVE, and nothing is counted, if it wants the VM for itself."""
     vcpu = v.vcpu[0]
     counted = vcpu.violations, vcpu.misconfigs, vcpu.pf_taken, vcpu.slow_faults, vcpu.exits
     vcpu.exits += 1
     reason = fault(t, s, h, v, m, gfn, kind, row, i, level)
     if reason == EXIT_NOMEM or reason == EXIT_HOST or reason == EXIT_EXCLUSIVE:
         vcpu.violations, vcpu.misconfigs, vcpu.pf_taken, vcpu.slow_faults, vcpu.exits = counted
-        return EXIT_EXCLUSIVE
+        # Another vCPU may have mapped the page since the walk.
+        return DONE if spte == m.lay.nonpresent and read_spte(t, row, i) != spte else EXIT_EXCLUSIVE
     return reason
 
 
@@ -128,7 +129,7 @@ def run_shared(t, s, h, v, mode, gfns, kinds, start):
                 drain(t, s, v, m)
         elif level == 1 or not is_link(spte):
             drain(t, s, v, m)
-            reason = _try_fault(t, s, h, v, m, gfn, kind, row, i, level)
+            reason = _try_fault(t, s, h, v, m, gfn, kind, row, i, level, spte)
             together = at + ONE_BY_ONE  # as faults come in clusters
         if reason == DONE and soft_full(v):
             reason = EXIT_RING_FULL
