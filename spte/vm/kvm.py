@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,10 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from spte.arrays import reserve as memory
 from spte.arrays.mode import mode_of
-from spte.arrays.slots import READONLY
-from spte.arrays.tables import PAE_ROOT
-from spte.arrays.vcpu import KVM_VCPU, LOG_COLUMNS, PIECE, WALKS_AHEAD, Vcpu
+from spte.arrays.records import Records
+from spte.arrays.slots import READONLY, Slots
+from spte.arrays.tables import COUNTERS, KVM, PAE_ROOT, SharedTables
+from spte.arrays.vcpu import KVM_VCPU, LOG_COLUMNS, NEEDBREAK, PIECE, REQUESTS, STAMP, WALKS_AHEAD, Vcpu
+from spte.cpu.run_shared import has_exited, request_exit
 from spte.errors import ClosedError, KernelWarning
 from spte.host.backing import backings_at
 from spte.host.lock import ExclusiveLock
@@ -74,6 +79,8 @@ class KvmVcpu:
             vcpu=np.zeros(1, KVM_VCPU), pml=np.zeros(512, np.uint64),
             ring=np.zeros((kvm.ring_entries, 2), np.uint64), log=np.zeros((0, LOG_COLUMNS), np.uint64),
             walked=np.zeros(2 * WALKS_AHEAD, np.uint64),
+            requests=np.zeros(3 * REQUESTS, np.int64)[REQUESTS : 2 * REQUESTS],  # on a cache line that no other vCPU writes
+            memory=np.zeros(0, np.uint64),
         )  # fmt: skip
         reg = self.arrays.vcpu[0]
         reg.l1_pml_gfn, reg.l1_pml_index, reg.piece = -1, 511, PIECE
@@ -86,7 +93,10 @@ class KvmVcpu:
         self.long_mode = False  # the guest has its paging on
         self.smm: Interrupted | None = None  # the vCPU is in system management mode
         self.in_guest = False  # a run has ended without an exit: vcpu->mode is IN_GUEST_MODE
-        self.paused = False  # a run lets another thread in and goes on afterwards
+        self.arrays.requests[STAMP] = index
+        kvm.exclusive.kicked.append(self.arrays.requests[NEEDBREAK : NEEDBREAK + 1])
+        self.mutex = threading.RLock()  # one thread's at a time: vcpu->mutex
+        self._beside: tuple[SharedTables, Slots] | None = None
         self.update_requested = False  # KVM_REQ_UPDATE_CPU_DIRTY_LOGGING
         self.sync_requested = False  # KVM_REQ_MMU_SYNC
 
@@ -99,6 +109,17 @@ class KvmVcpu:
     def as_id(self) -> int:
         """Address space whose memslots the vCPU runs on: 1 in system management mode, kvm_arch_vcpu_memslots_id."""
         return int(self.smm is not None)
+
+    def beside(self, kvm: Kvm) -> tuple[SharedTables, Slots]:
+        """Return the VM's page tables and memslots for a run beside others: counts, free rows and scratch are the vCPU's own."""
+        s = kvm.memslots.spaces[0]
+        if self._beside is None:
+            t, own = kvm.mmu.tables, np.zeros(1, KVM)
+            own["rows"] = len(t.pages)
+            shared = SharedTables(*t)._replace(kvm=own, leaf_rows=memory.reserve(np.uint32, len(t.leaf_rows)))
+            self._beside = shared, s._replace(memslots=s.memslots.copy())
+        self._beside[1].memslots[:] = s.memslots
+        return self._beside
 
     def keep_log(self, on: bool) -> None:
         """Record events of the coming accesses, or stop to."""
@@ -132,6 +153,8 @@ class Kvm:
         self.nr_memslots_dirty_logging = 0
         self.vcpus: tuple[KvmVcpu, ...] = ()
         self.vcpus_in_guest = 0
+        self.counting = threading.Lock()  # held while counts of the VM change beside others
+        self.shared_tables = SharedTables(*self.mmu.tables)
         self.closed = False
         self._warned: set[str] = set()
         self._to_warn: list[str] = []
@@ -178,6 +201,20 @@ class Kvm:
         log.hardware = log.hardware if hardware is None else hardware
         for vcpu in self.vcpus:
             vcpu.keep_log(log.on)
+
+    def count(self, own: Records) -> None:
+        """Add the counts of `own`, which are 0 then, to the VM's."""
+        total, part = (record.view(np.int64) for record in (self.mmu.tables.kvm, own))
+        with self.counting:
+            total[COUNTERS] += part[COUNTERS]
+        part[COUNTERS] = 0
+
+    def kick_and_wait(self) -> None:
+        """Make every vCPU that runs beside others exit once; return when each has: kvm_make_all_cpus_request."""
+        asked = [(requests, request_exit(requests)) for requests in (v.requests for v in self.vcpu_arrays)]
+        for requests, request in asked:
+            while not has_exited(requests, request):
+                time.sleep(0)
 
     def check_alive(self) -> None:
         """Raise ClosedError if the VM was closed."""
@@ -237,8 +274,7 @@ class Kvm:
     def write_guest_page(self, gfn: int, vcpu: int | None) -> bool:
         """Write page `gfn` as KVM does: dirty in the log of its slot, no SPTE: kvm_vcpu_write_guest_page.
 
-        `vcpu` is the one that runs, None if none does: kvm_write_guest_page. Without a writable slot and host page nothing happens;
-        returns whether it did.
+        `vcpu` is the one that runs, None if none does: kvm_write_guest_page. Returns whether there was a writable slot and host page.
         """
         slot = self.memslots.at(gfn, self.vcpus[vcpu].as_id if vcpu is not None else 0)
         if slot is None or slot.flags & READONLY or self.host_write(slot.hpage_of(gfn)) == HOST_EFAULT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,16 @@ from spte.errors import PrefaultError, SlotAlignmentError
 from spte.exits import Exit
 from spte.host.guest_memory import contents
 from spte.vm.modes import nested
-from spte.vm.modes.vcpu import GuestModes, ioctl_of_vcpu
+from spte.vm.modes.vcpu import GuestModes, ioctl_of_vcpu, loaded
 from spte.vm.vcpu_run import (
     ONE_KIND,
     Kinds,
-    await_turn,
     check_reach,
     enter_guest,
     frames,
     integers,
     pre_fault_memory,
+    run_beside,
     vcpu_run,
     written_page,
 )
@@ -107,10 +108,16 @@ class VirtualCpu(GuestModes):
 
     def _run(self, gfns: npt.ArrayLike, kinds: Kinds, *, leave: bool = True) -> Exit | None:
         array, low, high = frames(gfns)
-        with self.exclusive:
-            if self.paused:
-                await_turn(self)
-            return self._access(array, low, high, kinds, leave)
+        with loaded(self):
+            done = 0
+            if leave and self.exclusive.met and not self.exclusive.is_mine:
+                check_reach(self._kvm, self, low, high)
+                done, stop = run_beside(self._kvm, self, array, kinds)
+                if stop is not None or 0 < done == len(array):
+                    return stop
+            with self.exclusive:
+                stop = self._access(array[done:], low, high, kinds[done:] if len(kinds) > 1 else kinds, leave)
+            return stop if stop is None or not done else replace(stop, index=stop.index + done)
 
     def _access(self, gfns: I64s, low: int, high: int, kinds: Kinds, leave: bool) -> Exit | None:
         check_reach(self._kvm, self, low, high)

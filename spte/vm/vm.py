@@ -27,8 +27,8 @@ MIN_MMU_PAGES = 64  # KVM_MIN_ALLOC_MMU_PAGES
 class VM(Observed):
     """A virtual machine with KVM's dirty logging.
 
-    Many threads may use it: its calls, its vCPUs' and those of `spte.mm` on its memory exclude each other, and a batch of accesses lets
-    others in between. Two VMs run side by side, unless they share a `Backing`.
+    Many threads may use it: its vCPUs run side by side and beside GET and CLEAR; other calls, and those of `spte.mm` on its memory,
+    have the vCPUs leave the guest first. Two VMs run side by side, unless they share a `Backing`. See docs/threads.md.
 
     Parameters
     ----------
@@ -174,8 +174,8 @@ class VM(Observed):
             EFAULT: `out` is shorter, or read-only.
         """
         slot, user = integer(slot, "slot", SlotIdError), None if out is None else dirty_log.bytes_of(out, "out")
-        with ioctl(self.kvm):
-            bitmap = dirty_log.get(self.kvm, slot, user)
+        with dirty_log.harvest(self.kvm) as beside:
+            bitmap = dirty_log.get(self.kvm, slot, user, beside)
         return bitmap if out is None else out
 
     def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, bitmap: U64s) -> None:
@@ -199,8 +199,8 @@ class VM(Observed):
         """
         slot, user = integer(slot, "slot", SlotIdError), dirty_log.bytes_of(bitmap, "bitmap")
         first_page, num_pages = integer(first_page, "first_page", ClearRangeError), integer(num_pages, "num_pages", ClearRangeError)
-        with ioctl(self.kvm):
-            dirty_log.clear(self.kvm, slot, first_page, num_pages, user)
+        with dirty_log.harvest(self.kvm) as beside:
+            dirty_log.clear(self.kvm, slot, first_page, num_pages, user, beside)
 
     def reset_dirty_rings(self) -> int:
         """Free the ring entries that userspace marked and re-arm their pages: KVM_RESET_DIRTY_RINGS.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from spte._numba.atomics import is_shared
 from spte._numba.jit import helper, kernel_noinline
 from spte.arrays.slots import LOG_DIRTY_PAGES
 from spte.bits import SHIFT_PAGE, U64
@@ -41,7 +42,7 @@ def drain(t, s, v, m):
 def _drain(t, s, v, m):
     vcpu = v.vcpu[0]
     first = first_logged(vcpu.pml_index)
-    if vcpu.ring_size == 0 and v.log.shape[0] == 0:
+    if vcpu.ring_size == 0 and v.log.shape[0] == 0 and not is_shared(t):
         _mark_in_bitmaps(t, s, v, first)
     else:
         for j in range(512 - first):

@@ -43,5 +43,5 @@ def clear_indirect(t, row, as_id, start, end, shift):
     for i in range(ONE << INDEX_BITS):
         if start <= np.int64(t.shadowed[row, i] >> GFN_SHIFT) < end:
             at = (U64(row) << INDEX_BITS) + i
-            changed += clear_entry(t.flat, at, shift, shift, small | (t.flat[at] >> LARGE_SHIFT))
+            changed += clear_entry(t.flat, at, shift, shift, small | (t.flat[at] >> LARGE_SHIFT), False)
     return np.int64(changed)

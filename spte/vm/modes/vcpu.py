@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Concatenate, ParamSpec, TypeVar
 
 from spte._arguments import flag, index, integer, spell
 from spte.errors import NestedError, SmmError
 from spte.vm.kvm import Kvm, KvmVcpu
 from spte.vm.modes import nested, smm
-from spte.vm.vcpu_run import await_turn
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -18,13 +18,23 @@ V = TypeVar("V", bound="GuestModes")
 SMBASE = 0x30000  # where SMRAM lies after a reset, bytes
 
 
+@contextmanager
+def loaded(vcpu: KvmVcpu) -> Iterator[None]:
+    """Keep other threads from the vCPU: vcpu_load."""
+    while not vcpu.mutex.acquire(blocking=not vcpu.exclusive.is_mine):
+        vcpu.exclusive.let_in()
+    try:
+        yield
+    finally:
+        vcpu.mutex.release()
+
+
 def ioctl_of_vcpu(call: Callable[Concatenate[V, P], R]) -> Callable[Concatenate[V, P], R]:
-    """Let `call` hold the VM's lock, once no other thread runs the vCPU."""
+    """Let `call` have the vCPU, and the VM's lock."""
 
     @functools.wraps(call)
     def alone(vcpu: V, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with vcpu.exclusive:
-            await_turn(vcpu)
+        with loaded(vcpu), vcpu.exclusive:
             result = call(vcpu, *args, **kwargs)
         vcpu._kvm.give_warnings()
         return result
