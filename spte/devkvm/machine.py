@@ -24,6 +24,7 @@ from spte.vm.memslots import ADDRESS_SPACES
 
 POPULATED = (0, 16)  # bytes of a page where a populated backing holds a `ret`
 HUGETLB = {"hugetlb2m": 21, "hugetlb1g": 30}
+FAR = 1 << 36  # bytes
 MEMORY_SHARE = 2  # a recording may ask for this part of the memory that is free
 
 
@@ -130,6 +131,8 @@ class HostMachine(Machine):
         of_smm = given.get("slot", 0) >> 16 == 1 or (op == "check_ext" and given["cap"] == abi.CAP_ADDRESS_SPACES)
         if of_smm and self.address_spaces < ADDRESS_SPACES:
             raise SkippedOp("its KVM has one address space: no system management mode")
+        if abs(given.get("off", 0)) >= FAR and op in ("create_slot", "set_region"):
+            raise SkippedOp("memory so far from a backing: whether the process may have it depends on where that lies")
         if op in _RUNS and not all(map(_is_backed, self.regions.values())):
             raise UnsupportedOp(f"op {op}: a slot maps memory of this process that is no backing's, which the guest must not reach")
         try:

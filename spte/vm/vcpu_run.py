@@ -281,16 +281,17 @@ def written_page(kvm: Kvm, vcpu: KvmVcpu, gfn: int) -> int:
 
 def pre_fault_memory(kvm: Kvm, vcpu: KvmVcpu, gpa: int, size: int, flags: int) -> tuple[int, int]:
     """Map ``[gpa, gpa + size)`` before the guest asks for it; see `VirtualCpu.prefault`: KVM_PRE_FAULT_MEMORY."""
-    inside = 0 <= gpa < gpa + size <= 1 << kvm.platform.gpa_bits
-    if not kvm.policy.prefault or flags or gpa % 4096 or size % 4096 or not inside:
+    if not kvm.policy.prefault or flags or gpa % 4096 or size % 4096 or not 0 <= gpa < gpa + size < 1 << 64:
         raise PrefaultError(f"gpa={gpa:#x}, size={size:#x}, flags={flags:#x}: take page multiples, flags 0, a policy with prefault")
     if kvm.platform.paging == SHADOW or vcpu.mmu.active is vcpu.mmu.guest_mmu:
         raise PrefaultUnsupportedError("shadowed guest tables have no prefault; take a platform with EPT or NPT, and L1")
     enter_guest(kvm, vcpu)
     at, end = gpa >> 12, (gpa + size) >> 12
     while at < end:
-        args = kvm.mmu.tables, kvm.memslots.spaces[vcpu.as_id], the_host(), vcpu.arrays, vcpu.mmu.mode, np.int64(at)
-        reason, level = prefault(*args)
+        reason, level = EXIT_MMIO, 1  # beyond what a guest can address is a hole without an SPTE
+        if at < 1 << (kvm.platform.gpa_bits - 12):
+            args = kvm.mmu.tables, kvm.memslots.spaces[vcpu.as_id], the_host(), vcpu.arrays, vcpu.mmu.mode, np.int64(at)
+            reason, level = prefault(*args)
         if reason != DONE and at << 12 == gpa:
             if reason == EXIT_NOMEM:
                 raise OutOfTablesError(f"no page-table page left for gfn {at:#x}; delete slots or close the VM")
@@ -299,7 +300,7 @@ def pre_fault_memory(kvm: Kvm, vcpu: KvmVcpu, gpa: int, size: int, flags: int) -
             raise PrefaultHostError(f"the host has no memory for gpa {gpa:#x}")
         if reason != DONE:
             break
-        at = (at | ((1 << (9 * (level - 1))) - 1)) + 1
+        at = (at | ((1 << (9 * (int(level) - 1))) - 1)) + 1
         if kvm.exclusive.contended:
             kvm.exclusive.let_in()
             enter_guest(kvm, vcpu)

@@ -381,3 +381,25 @@ def test_a_page_of_smm_leaves_an_unsync_page_of_the_same_gfn_alone():
     assert dirty(vm, SMM) == {20, SMRAM}
     vm.set_memory_region(0, BASE, NPAGES * PAGE, flags=0)
     vm.check()
+
+
+# -- found beside the host's KVM --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1 << 40, 1 << 52, (1 << 64) - (8 << 20)])
+def test_prefault_looks_at_no_limit_but_64_bits(platform, size):
+    """KVM refuses a range that wraps, none that is large: it maps up to the first hole, and says what is left."""
+    vm = guest(platform)
+    vcpu = vm.vcpus[0]
+    if platform == "shadow":
+        with pytest.raises(spte.KvmError, match="EOPNOTSUPP"):
+            vcpu.prefault(0, size)
+        return
+    end = NPAGES * PAGE
+    assert vcpu.prefault(end - 2 * PAGE, size) == (end, size - 2 * PAGE)
+    for hole in (end, 1 << 52, (1 << 64) - 8192):
+        with pytest.raises(spte.KvmError, match="ENOENT"):
+            vcpu.prefault(hole, PAGE)
+    with pytest.raises(spte.KvmError, match="EINVAL"):
+        vcpu.prefault(PAGE, (1 << 64) - PAGE)
+    vm.check()
