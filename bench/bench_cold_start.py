@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from bench.conftest import best
 from spte._numba import jit as _jit
 
 IMPORT = "import time, numba; t = time.perf_counter(); import spte; print(time.perf_counter() - t)"
@@ -18,6 +19,15 @@ from spte.bits import is_link
 
 start = time.perf_counter()
 is_link(np.uint64(0))
+print(time.perf_counter() - start)
+"""
+PROFILE = """
+import contextlib, io, time
+
+start = time.perf_counter()
+from spte.cli.app import run
+with contextlib.redirect_stdout(io.StringIO()):
+    assert run(["profile"]) == 0
 print(time.perf_counter() - start)
 """
 SLOWEST = """
@@ -57,17 +67,6 @@ def fresh(code: str, **env: str) -> float:
     return float(done.stdout)
 
 
-def best(benchmark, name: str, run, at_most_s: float | None, rounds: int = 9, why: str = "") -> None:
-    found = []
-    benchmark.pedantic(lambda: found.append(run()), rounds=rounds)
-    info = {"name": name, "unit": "process", "units": 1, "ns_per_unit": min(found) * 1e9}
-    if at_most_s is not None:
-        ratio = min(found) / at_most_s
-        limit = {"limit": f"{at_most_s:g} s", "limit_ns_per_unit": at_most_s * 1e9}
-        info |= limit | {"ratio": ratio, "at_most": 1.0, "met": ratio <= 1.0, "why": why}
-    benchmark.extra_info.update(info)
-
-
 def test_import_over_numba(benchmark):
     fresh(IMPORT)
     why = "a third of it is a full garbage collection of numba's objects, which falls into it"
@@ -95,3 +94,9 @@ def test_start_of_numba(benchmark):
 def test_compilation_of_everything(benchmark, tmp_path):
     why = "half in numba's Python, which types and lowers 250 functions, half in LLVM, with what several kernels share once in each"
     best(benchmark, "compilation of every kernel", lambda: fresh(WARM, SPTE_CACHE_DIR=str(tmp_path)), 25.0, rounds=1, why=why)
+
+
+@pytest.mark.skipif(_jit.PLAIN, reason="nothing is compiled in plain Python")
+def test_the_first_profile_ever(benchmark, tmp_path):
+    why = "it compiles the kernels that it calls; the rest takes 3 s"
+    best(benchmark, "first spte profile: kernels compiled", lambda: fresh(PROFILE, SPTE_CACHE_DIR=str(tmp_path)), 10.0, rounds=1, why=why)

@@ -26,7 +26,7 @@ from spte import mm
 PAGE, LOG = 4096, 1
 BASE, PAGES, MOVED = 512, 1 << 15, 64
 PLACES = 1 << 18, (1 << 18) + 4096  # gfns where slot 1 may be
-BATCH, WINDOW = 1 << 13, 256  # writes of a batch, and the pages among which they go: so a page's last write may be any of a round
+BATCH, WINDOW = 1 << 16, 256  # writes of a batch, and the pages among which 1024 of them go: so a page's last one may be any
 ROUND = 1 << 22  # writes of all vCPUs
 CHUNK = 4096  # pages of one CLEAR
 PLATFORMS, MODES, THREADS = ("ept-pml", "npt"), ("get", "manual 1", "manual 3", "ring"), (2, 4, 8)
@@ -68,9 +68,9 @@ class Migration:
     def write(self, v: int, writes: int) -> int:
         """Write from vCPU `v`; pages of slot 1 are each of one vCPU, so that of two places the higher stamp is the page's."""
         rng, done = np.random.default_rng((self.seed, v, writes, self.result.writes)), 0
+        within = BASE + rng.integers(0, WINDOW, BATCH)
         while done < writes:
-            window = rng.integers(0, self.pages - WINDOW)
-            gfns = BASE + window + rng.integers(0, WINDOW, BATCH)
+            gfns = within + np.repeat(rng.integers(0, self.pages - WINDOW, BATCH // 1024), 1024)
             if rng.integers(4) == 0:
                 count = len(self.vm.vcpus)
                 gfns[: BATCH // 8] = PLACES[rng.integers(2)] + rng.integers(0, MOVED // count, BATCH // 8) * count + v
@@ -199,6 +199,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--platforms", nargs="+", default=PLATFORMS)
     parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
     chosen = parser.parse_args(args)
+    sys.setswitchinterval(1e-5)  # threads give way to each other at once
     lost = 0
     for platform, mode, vcpus in itertools.product(chosen.platforms, chosen.modes, chosen.threads):
         r = stress(platform, mode, vcpus, int(chosen.writes))

@@ -16,6 +16,7 @@ from spte.platform import EPT, Platform
 
 U64 = np.uint64
 ZERO, ONE = U64(0), U64(1)
+ALL_ONES = ~ZERO
 SHIFT_PAGE = U64(12)
 INDEX_BITS, INDEX_MASK = U64(9), U64(511)  # of an entry in its table
 

@@ -115,7 +115,7 @@ def _advise(backing: Backing, hpage: int, count: int, advice: int, ages: bool) -
         return
     h = the_host()
     for block, a, b in _blocks(hpage, count):
-        state, kind = int(h.blocks["state"][block]), int(h.blocks["kind"][block])
+        state, kind = int(h.blocks["state"][block]), int(h.kinds[block])
         if b - a == _BLOCK_PAGES and (_is_huge(block) or (state == hostmm.OWN and kind != hostmm.THP)):
             h.blocks["state"][block] = hostmm.EMPTY if state in (hostmm.HUGE, hostmm.HUGE_WP, hostmm.OWN) else hostmm.EMPTY_RO
         elif state not in (hostmm.EMPTY, hostmm.EMPTY_RO):
@@ -199,7 +199,7 @@ def _set_protection(hpage: int, count: int, protect: bool, restores: bool) -> No
     back = _UNPROTECT if restores else _UNPROTECT | {hostmm.HUGE_RO: hostmm.HUGE_WP}
     for block, a, b in _blocks(hpage, count):
         state = int(h.blocks["state"][block])
-        empty = state == hostmm.EMPTY and h.blocks["kind"][block] in (hostmm.SMALL, hostmm.SHM)
+        empty = state == hostmm.EMPTY and h.kinds[block] in (hostmm.SMALL, hostmm.SHM)
         known = _PROTECT if protect else back
         if b - a == _BLOCK_PAGES and state in known and not empty:
             h.blocks["state"][block] = known[state]

@@ -10,7 +10,6 @@ import numpy.typing as npt
 from spte.arrays.records import I64s, Records, U64s, columns, record
 
 BLOCK = record("block", [
-    ("kind", "u1"),  # kind of memory
     ("device", "u1"),  # 1: device memory (DAX)
     ("state", "u1"),
     ("row", "i4"),  # of a block in state MIXED: its row in `page`
@@ -25,7 +24,8 @@ HOST_ROWS = record("host_rows", columns("i8", "used", "free"))  # rows of `page`
 class Host(NamedTuple):
     """The host's memory."""
 
-    blocks: Records  # BLOCK
+    kinds: npt.NDArray[np.uint8]  # [blocks] kind of memory: all that a block takes until it is touched
+    blocks: Records  # [blocks] BLOCK
     rows: Records  # [1] HOST_ROWS
     rows_lock: I64s  # [1] 1: a thread takes or gives back a row of `page`, which all VMs have from one array
     pages_lock: I64s  # [1] 1: a vCPU that runs beside others changes page states in a fault

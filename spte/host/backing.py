@@ -53,15 +53,15 @@ def _release_gone() -> None:
 def _release(first_block: int, blocks: int, unit: int, units: int) -> None:
     h = hostmm.the_host()
     guest_memory.forget(first_block, blocks)
-    for block in first_block + np.flatnonzero(h.blocks["state"][first_block : first_block + blocks] == hostmm.MIXED):
+    state = h.blocks["state"]
+    touched = first_block + np.flatnonzero(state[first_block : first_block + blocks] != hostmm.EMPTY)  # the others take no memory
+    for block in touched[state[touched] == hostmm.MIXED]:
         hostmm.drop_mixed(h, block, np.uint8(hostmm.EMPTY))
         h.alone[block] = 0
-    small = (h.blocks["state"][first_block : first_block + blocks] == hostmm.OWN) & (
-        h.blocks["kind"][first_block : first_block + blocks] == hostmm.THP
-    )
-    h.alone[first_block + np.flatnonzero(small)] = 0
-    h.blocks["state"][first_block : first_block + blocks] = hostmm.EMPTY
-    h.blocks["kind"][first_block : first_block + blocks] = hostmm.UNMAPPED
+    h.alone[touched[(state[touched] == hostmm.OWN) & (h.kinds[touched] == hostmm.THP)]] = 0
+    state[touched] = hostmm.EMPTY
+    h.blocks["device"][touched] = 0
+    h.kinds[first_block : first_block + blocks] = hostmm.UNMAPPED
     _units().give(unit, units)
 
 
@@ -135,17 +135,18 @@ class Backing:
         self._first_block, self._end_block = self.hva // _BLOCK, -(-(self.hva + size) // _BLOCK)
         end = self._end_block
         blocks = slice(self._first_block, end)
-        h.blocks["kind"][blocks] = _KINDS[kind]
-        h.blocks["device"][blocks] = kind.startswith("devdax")
+        h.kinds[blocks] = _KINDS[kind]
+        if kind.startswith("devdax"):
+            h.blocks["device"][blocks] = 1
         if kind == "thp":  # a block that sticks out of the mapping can not be huge
             if self.hva % _BLOCK:
-                h.blocks["kind"][self._first_block] = hostmm.SMALL
+                h.kinds[self._first_block] = hostmm.SMALL
             if (self.hva + size) % _BLOCK:
-                h.blocks["kind"][end - 1] = hostmm.SMALL
+                h.kinds[end - 1] = hostmm.SMALL
         self.exclusive = ExclusiveLock(np.zeros(1, np.int64))  # the VMs' that map it, once they do
         weakref.finalize(self, _gone.append, (self._first_block, end - self._first_block, unit0, units)).atexit = False
         if populate or kind.startswith("devdax"):
-            huge = (h.blocks["kind"][blocks] != hostmm.SMALL) & (h.blocks["kind"][blocks] != hostmm.SHM)
+            huge = (h.kinds[blocks] != hostmm.SMALL) & (h.kinds[blocks] != hostmm.SHM)
             h.blocks["state"][blocks] = np.where(huge, np.uint8(hostmm.HUGE), np.uint8(hostmm.OWN))
         _end_mapping(self.hpage, self.hpage + size // PAGE_SIZE)
         self.users: weakref.WeakSet[MmuNotifier] = weakref.WeakSet()

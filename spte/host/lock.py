@@ -55,13 +55,13 @@ class _Turnstile:
             self._ask(self.gone)
 
     def _ask(self, waiting: bool) -> None:
-        self.waiting = waiting
-        self._tell()
-
-    def _tell(self) -> None:
         with self.telling:
-            for member in self._members():
-                member.needbreak[0] = self.waiting or self.runs_wait > 0
+            self._tell(waiting)
+            self.waiting = waiting
+
+    def _tell(self, waiting: bool) -> None:
+        for member in self._members():
+            member.needbreak[0] = waiting or self.runs_wait > 0
 
     def _members(self) -> Iterator[ExclusiveLock]:
         return (member for ref in self.members if (member := ref()) is not None)
@@ -123,18 +123,21 @@ class _Turnstile:
     def _wait_for_turn(self) -> bool:
         """Wait for the end of the one that keeps runs out; True if the run is among those that come before the next one."""
         self.met = True
-        self.runs_wait += 1
-        self._tell()
+        self._count_waiting(1)
         self.changed.notify_all()
         try:
             while self.depth and not self.turn and not self.gone:
                 self.changed.wait()
             return self.turn > 0
         finally:
-            self.runs_wait -= 1
             self.turn = max(self.turn - 1, 0)
-            self._tell()
+            self._count_waiting(-1)
             self.changed.notify_all()
+
+    def _count_waiting(self, change: int) -> None:
+        with self.telling:
+            self.runs_wait += change
+            self._tell(self.waiting)
 
     def leave_run(self) -> None:
         """Count a run out."""

@@ -25,7 +25,7 @@ from spte._numba.atomics import relax, store, swap
 from spte._numba.jit import helper, kernel, kernel_noinline_entry
 from spte.arrays import reserve as memory
 from spte.arrays.host import BLOCK, HOST_ROWS, MIXED_BLOCK, Host
-from spte.bits import U64, ZERO
+from spte.bits import ALL_ONES, ZERO
 
 UNMAPPED, SMALL, THP, HUGETLB_2M, HUGETLB_1G, SHM = 0, 1, 2, 3, 4, 5  # kinds of memory of a block
 EMPTY, OWN, MIXED, EMPTY_RO = 0, 1, 2, 3
@@ -40,7 +40,6 @@ BLOCKS = 1 << 26  # 2**47 bytes of user address space in 2 MiB blocks
 FIRST_BLOCK = 1 << 15  # below it, pfns name rows of the arena
 ZERO_PFN = np.uint64(FIRST_BLOCK << 9)
 MIXED_ROWS = 1 << 20
-ALL_ONES = ~U64(0)
 WORDS_BLOCKS, WORDS_PAGES = 1 << 16, 1 << 20
 
 
@@ -60,7 +59,7 @@ def the_host() -> Host:
 def _new_host() -> Host:
     res = memory.reserve
     return Host(
-        blocks=res(BLOCK, BLOCKS), rows=np.zeros(1, HOST_ROWS), rows_lock=np.zeros(1, np.int64),
+        kinds=res(np.uint8, BLOCKS), blocks=res(BLOCK, BLOCKS), rows=np.zeros(1, HOST_ROWS), rows_lock=np.zeros(1, np.int64),
         pages_lock=np.zeros(1, np.int64), mixed_blocks=res(MIXED_BLOCK, MIXED_ROWS), page=res(np.uint8, MIXED_ROWS, 512),
         alone=res(np.uint64, BLOCKS, 8),
         words_page=res(np.int32, WORDS_BLOCKS, 512), words=res(np.uint64, WORDS_PAGES, 512),
@@ -113,7 +112,7 @@ def make_mixed(h, block):
     for i in range(512):
         h.page[row, i] = state
     h.mixed_blocks[row].own_pages = 512 if state == PAGE_OWN else 0
-    if h.blocks[block].kind == THP and (was == EMPTY or was == EMPTY_RO):
+    if h.kinds[block] == THP and (was == EMPTY or was == EMPTY_RO):
         for w in range(8):
             h.alone[block, w] = ALL_ONES
     h.blocks[block].row = row
@@ -147,7 +146,7 @@ def host_level(h, hpage):
     """Return the level at which the host maps `hpage`: 3, 2, or 1 (also when absent)."""
     if h.blocks[hpage >> 9].state < HUGE:
         return np.int64(1)
-    return np.int64(3 if h.blocks[hpage >> 9].kind == HUGETLB_1G else 2)
+    return np.int64(3 if h.kinds[hpage >> 9] == HUGETLB_1G else 2)
 
 
 @helper
@@ -180,7 +179,7 @@ def host_fault(h, hpage, write):
     it and asks again.
     """
     block = hpage >> 9
-    kind = h.blocks[block].kind
+    kind = h.kinds[block]
     state = h.blocks[block].state
     if kind == UNMAPPED:
         return HOST_EFAULT, False, False

@@ -61,12 +61,20 @@ def count_bits(masks, first, end):
 
 
 @kernel_noinline
-def list_pages(masks, first, end, places):
-    """Put the pages of the set bits of ``masks[first:end]`` into `places`, without a branch on single bits; returns their number.
-
-    `places` has room for one more.
-    """
+def list_pages(masks, first, end, pages, places):
+    """Put the pages of the `pages` set bits of ``masks[first:end]`` into `places`, which has room for one more; returns their number."""
     count = ZERO
+    if pages < U64(end - first) >> THREE:  # most words are 0
+        w = next_word(masks, U64(first), U64(end))
+        while w < U64(end):
+            mask = masks[w]
+            while mask != ZERO:
+                places[count] = (w << WORD_SHIFT) + U64(ctz(mask))
+                count += ONE
+                mask &= mask - ONE
+            w = next_word(masks, w + ONE, U64(end))
+        return count
+    # Without a branch on the first bit of a word.
     for w in range(U64(first), U64(end)):
         mask = masks[w]
         page = w << WORD_SHIFT

@@ -35,13 +35,13 @@ def clear_entry(sptes, at, shift, typed_shift, wanted, shared):
 
 
 @helper
-def clear_entries(sptes, lo, hi, shift, typed_shift, huge):
-    """Clear the bit in the present leaves ``sptes[lo:hi]``; `huge`: only entries with LARGE are leaves. Returns SPTEs changed."""
+def clear_entries(sptes, lo, hi, shift, typed_shift, huge, shared):
+    """Clear the bit in the present leaves ``sptes[lo:hi]``; `huge`: only those with LARGE are. Returns SPTEs changed."""
     changed = ZERO
     if huge:
         for at in range(U64(lo), U64(hi)):
-            changed += clear_entry(sptes, at, shift, typed_shift, sptes[at] >> LARGE_SHIFT, False)
+            changed += clear_entry(sptes, at, shift, typed_shift, sptes[at] >> LARGE_SHIFT, shared)
     else:
         for at in range(U64(lo), U64(hi)):
-            changed += clear_entry(sptes, at, shift, typed_shift, ONE, False)
+            changed += clear_entry(sptes, at, shift, typed_shift, ONE, shared)
     return np.int64(changed)

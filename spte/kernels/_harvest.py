@@ -65,7 +65,7 @@ def _harvest(sptes, bitmap, out, places, shift):
                 done += rearm_window(sptes, w << WORD_SHIFT, out[w], shift, W_SHIFT, False)
                 w = next_word(out, w + ONE, U64(end))
         else:
-            done += rearm_places(sptes, places, list_pages(out, first, end, places), shift, W_SHIFT, False)
+            done += rearm_places(sptes, places, list_pages(out, first, end, pages, places), shift, W_SHIFT, False)
         first = first_block(bitmap, ZERO, end, count)
     return done
 

@@ -27,7 +27,7 @@ def first_touches(t, s, h, v, m, gfns, at, kind, row, i):
     hpage = s.slots[k].hpage + gfn - s.slots[k].base_gfn
     block, page = hpage >> 9, hpage & 511
     mixed = h.blocks[block].state == MIXED
-    if not (h.blocks[block].state == OWN or (mixed and kind == WRITE and h.blocks[block].kind != SHM)):
+    if not (h.blocks[block].state == OWN or (mixed and kind == WRITE and h.kinds[block] != SHM)):
         return 0
     most = min(gfns.shape[0] - at, 512 - max(i, page), s.slots[k].base_gfn + s.slots[k].npages - gfn)
     other = ZERO

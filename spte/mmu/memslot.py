@@ -62,7 +62,7 @@ def max_mapping_level(s, h, k, gfn, max_level):
 @helper
 def _page_may_collapse(h, hpage, pages):
     """Decide by the page alone, as before patch 5; `pages` says which count."""
-    kind = h.blocks[hpage >> 9].kind
+    kind = h.kinds[hpage >> 9]
     huge_thp = kind == THP and h.blocks[hpage >> 9].state >= HUGE
     if pages == PAGES_THP:
         return huge_thp

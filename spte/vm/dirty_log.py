@@ -16,7 +16,7 @@ from spte.bits import ROLE_GUEST_MODE
 from spte.errors import BufferFaultError, ClearRangeError, DirtyRingInUseError, NoDirtyLogError, NoRingIoctlError, RingDisabledError
 from spte.host.pages import the_host
 from spte.mmu.dirty_log.harvest import clear_dirty_log, clear_dirty_log_shared, get_dirty_log, get_dirty_log_shared
-from spte.mmu.dirty_log.ring_reset import reset_ring
+from spte.mmu.dirty_log.ring_reset import reset_ring, reset_ring_shared
 from spte.mmu.slot.clear_dirty import clear_dirty_slot
 from spte.mmu.slot.collapse import collapse_slot, zap_collapsible
 from spte.mmu.slot.rmap import split_slot_rmaps, zap_collapsible_rmaps
@@ -212,7 +212,7 @@ def clear(kvm: Kvm, slot: int, first_page: int, num_pages: int, bitmap: npt.NDAr
         _flush(kvm, beside)
 
 
-def reset_rings(kvm: Kvm) -> int:
+def reset_rings(kvm: Kvm, beside: bool) -> int:
     """KVM_RESET_DIRTY_RINGS: free the harvested entries of every ring and re-arm their pages; returns entries freed."""
     if not kvm.policy.dirty_ring:
         raise NoRingIoctlError(f"policy {kvm.policy.name} has no dirty rings; harvest by get_dirty_log()")
@@ -221,11 +221,12 @@ def reset_rings(kvm: Kvm) -> int:
     freed = 0
     spaces, roots = tuple(kvm.memslots.spaces), tuple(kvm.mmu.roots(as_id) for as_id in range(ADDRESS_SPACES))
     for vcpu in kvm.vcpus:
+        args = spaces, kvm.mmu.mode, vcpu.arrays, roots
         with kvm.mmu.traced():
-            got, changed = reset_ring(kvm.mmu.tables, spaces, kvm.mmu.mode, vcpu.arrays, roots)
+            got, changed = reset_ring_shared(kvm.shared_tables, *args) if beside else reset_ring(kvm.mmu.tables, *args)
         kvm.mmu.log.ring_reset(vcpu.index, vcpu.arrays)
-        kvm.mmu.tables.kvm["sptes_written"][0] += changed
+        _count(kvm, "sptes_written", changed)
         freed += got
     if freed:
-        kvm.mmu.flush()
+        _flush(kvm, beside)
     return int(freed)

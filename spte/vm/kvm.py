@@ -7,9 +7,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from spte.arrays import reserve as memory
 from spte.arrays.mode import mode_of
@@ -33,6 +34,7 @@ from spte.vm.mmu import Mmu
 from spte.vm.root_cache import VcpuMmu
 
 LOG_EVENTS = 1 << 14
+CACHE_LINE = 128  # bytes: two lines, as a CPU fetches its neighbour too
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,12 @@ class Interrupted(NamedTuple):
     long_mode: bool
 
 
+def _own(dtype: npt.DTypeLike, count: int) -> npt.NDArray[Any]:
+    """Return `count` zeroed elements on cache lines that no other vCPU writes."""
+    around = -(-CACHE_LINE // np.dtype(dtype).itemsize)
+    return np.zeros(count + 2 * around, dtype)[around : around + count]
+
+
 class KvmVcpu:
     """The state of one vCPU: KVM's struct kvm_vcpu.
 
@@ -76,11 +84,9 @@ class KvmVcpu:
         self.index = index
         self.exclusive = kvm.exclusive
         self.arrays = Vcpu(
-            vcpu=np.zeros(1, KVM_VCPU), pml=np.zeros(512, np.uint64),
+            vcpu=_own(KVM_VCPU, 1), pml=_own(np.uint64, 512),
             ring=np.zeros((kvm.ring_entries, 2), np.uint64), log=np.zeros((0, LOG_COLUMNS), np.uint64),
-            walked=np.zeros(2 * WALKS_AHEAD, np.uint64),
-            requests=np.zeros(3 * REQUESTS, np.int64)[REQUESTS : 2 * REQUESTS],  # on a cache line that no other vCPU writes
-            memory=np.zeros(0, np.uint64),
+            walked=_own(np.uint64, 2 * WALKS_AHEAD), requests=_own(np.int64, REQUESTS), memory=np.zeros(0, np.uint64),
         )  # fmt: skip
         reg = self.arrays.vcpu[0]
         reg.l1_pml_gfn, reg.l1_pml_index, reg.piece = -1, 511, PIECE
@@ -114,7 +120,7 @@ class KvmVcpu:
         """Return the VM's page tables and memslots for a run beside others: counts, free rows and scratch are the vCPU's own."""
         s = kvm.memslots.spaces[0]
         if self._beside is None:
-            t, own = kvm.mmu.tables, np.zeros(1, KVM)
+            t, own = kvm.mmu.tables, _own(KVM, 1)
             own["rows"] = len(t.pages)
             shared = SharedTables(*t)._replace(kvm=own, leaf_rows=memory.reserve(np.uint32, len(t.leaf_rows)))
             self._beside = shared, s._replace(memslots=s.memslots.copy())

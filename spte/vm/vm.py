@@ -27,7 +27,7 @@ MIN_MMU_PAGES = 64  # KVM_MIN_ALLOC_MMU_PAGES
 class VM(Observed):
     """A virtual machine with KVM's dirty logging.
 
-    Many threads may use it: its vCPUs run side by side and beside GET and CLEAR; other calls, and those of `spte.mm` on its memory,
+    Many threads may use it: its vCPUs run side by side and beside GET, CLEAR and RESET; other calls, and those of `spte.mm` on its memory,
     have the vCPUs leave the guest first. Two VMs run side by side, unless they share a `Backing`. See docs/threads.md.
 
     Parameters
@@ -215,8 +215,8 @@ class VM(Observed):
         RingDisabledError
             EINVAL: the VM has no rings.
         """
-        with ioctl(self.kvm):
-            return dirty_log.reset_rings(self.kvm)
+        with dirty_log.harvest(self.kvm) as beside:
+            return dirty_log.reset_rings(self.kvm, beside)
 
     # -- capabilities and parameters --------------------------------------------------------------------------------------
 

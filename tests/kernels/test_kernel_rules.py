@@ -199,12 +199,32 @@ def test_the_cache_is_hit_and_an_edit_of_another_source_file_is_seen(copy, tmp_p
     # numba stamps only the file of the kernel itself; what a helper in another file does must still be seen.
     host = copy / "spte" / "host" / "pages.py"
     text = host.read_text()
-    edited = text.replace("return np.int64(3 if h.kind[hpage >> 9] == HUGETLB_1G else 2)", "return np.int64(1)")
+    edited = text.replace("return np.int64(3 if h.kinds[hpage >> 9] == HUGETLB_1G else 2)", "return np.int64(1)")
     assert edited != text
     host.write_text(edited)
     hits, misses, second = run_copy(copy, cache)
     assert misses > 0
     assert second != first
+
+
+MANY_KERNELS = """
+import spte
+vm = spte.VM("ept-pml-rmap")
+vm.set_memory_region(0, 0, 2 << 20, spte.Backing("thp", 2 << 20))
+vm.vcpus[0].write(range(50))
+assert vm.vcpus[0].prefault(0, 2 << 20) == (2 << 20, 0)
+vm.check()
+"""
+
+
+@compiled
+@pytest.mark.long
+def test_kernels_compiled_one_after_the_other_call_each_its_own_parts(tmp_path):
+    """LLVM takes other arguments from a part in each kernel: with the other's part, this crashed the process."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "SPTE_CACHE_DIR": str(tmp_path)}
+    for _ in ("compiled", "from the cache"):
+        done = subprocess.run([sys.executable, "-c", MANY_KERNELS], env=env, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def path_of(module):

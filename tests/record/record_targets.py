@@ -124,6 +124,7 @@ def run_recorder(output, interval, *, pid=0, command=(), **options):
     """Start the recorder in a process of its own, without what the command line loads; its last line is how it ended."""
     package = Path(abi.__file__).parents[1]
     code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a run in the background ignores it, and inherits that
         f"import sys, types; spte = types.ModuleType('spte'); spte.__path__ = [{str(package)!r}]; sys.modules['spte'] = spte; "
         "from pathlib import Path; from spte.record.recorder import record; "
         "print(record(Path(sys.argv[1]), float(sys.argv[2]), pid=int(sys.argv[3]), command=sys.argv[4:]).ended, flush=True)"

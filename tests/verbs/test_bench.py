@@ -36,35 +36,48 @@ def test_each_measured_round_refills_first():
     assert calls == ["setup", "work", "limit setup", "limit"] * 3
 
 
+INFO = {
+    "name": "harvest", "unit": "page", "units": 8, "ns_per_unit": 1.25, "limit": "a loop", "limit_ns_per_unit": 1.0, "ratio": 1.25,
+    "at_most": 1.0, "met": False, "why": "two lines", "guest": 4 << 30,
+}  # fmt: skip
+
+
 def test_the_report_prints_every_figure_and_whether_it_is_met(tmp_path, capsys):
-    info = {
-        "name": "harvest", "unit": "page", "units": 8, "ns_per_unit": 1.25, "limit": "a loop", "limit_ns_per_unit": 1.0, "ratio": 1.25,
-        "at_most": 1.0, "met": False, "why": "",
-    }  # fmt: skip
+    large = INFO | {"guest": 1 << 40, "ns_per_unit": 0.9, "ratio": 0.9, "met": True}
     start = {"name": "import", "unit": "process", "units": 1, "ns_per_unit": 5e7}
+    slow = start | {"name": "compilation", "limit": "25 s", "met": False, "why": "much code"}
     path = tmp_path / "run.json"
-    path.write_text(json.dumps({"benchmarks": [{"extra_info": info}, {"extra_info": start}, {"extra_info": {}}]}))
+    path.write_text(json.dumps({"benchmarks": [{"extra_info": info} for info in (INFO, large, start, slow, {})]}))
     assert report.main([str(path)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[2] == "| harvest | 1.25 | page | a loop | 1 | 1.25x | 1x | missed |"
-    assert report.row(info | {"why": "two lines"})[-1] == "missed: two lines"
-    assert report.row(info | {"why": "two lines", "met": True})[-1] == "met"
-    assert lines[3].startswith("| import | 50,000,000 | process |")
-    assert len(lines) == 4
-    path.write_text(json.dumps({"benchmarks": [{"extra_info": info | {"name": report.TEN[0]}}]}))
+    assert capsys.readouterr().out.splitlines() == [
+        "| work | per | limit | at most | 4 GiB | 1 TiB |",
+        "| :-- | --: | :-- | --: | --: | --: |",
+        "| harvest | page | a loop | 1x | 1.25 ns, 1.25x missed | 0.9 ns, 0.90x |",
+        "",
+        "Missed, and why:",
+        "",
+        "- harvest, 4 GiB: two lines.",
+        "",
+        "| a call, a fresh process | time | at most |  |",
+        "| :-- | --: | --: | --: |",
+        "| import | 50 ms |  |  |",
+        "| compilation | 50 ms | 25 s | missed: much code |",
+    ]
+    path.write_text(json.dumps({"benchmarks": [{"extra_info": INFO | {"name": report.TEN[0]}}]}))
     chart = tmp_path / "chart.png"
     assert report.main([str(path), str(chart)]) == 0
     assert chart.read_bytes().startswith(b"\x89PNG")
 
 
-def run_of(*names: str) -> str:
-    infos = [{"name": name, "unit": "page", "units": 8, "ns_per_unit": 5e7} for name in names]
-    return json.dumps({"benchmarks": [{"extra_info": info} for info in infos]})
+@pytest.mark.parametrize(("ns", "text"), [(64.6e9, "64.6 s"), (6.2e7, "62 ms"), (5150, "5.15 us"), (31, "31 ns")])
+def test_a_time_has_the_unit_that_it_is_read_in(ns, text):
+    assert report.time_of(ns) == text
 
 
 def test_the_report_replaces_the_table_between_the_marks_of_a_page(tmp_path, capsys):
     path, page = tmp_path / "run.json", tmp_path / "page.md"
-    path.write_text(run_of("import", report.TEN[1], report.TEN[0]))
+    infos = [INFO | {"name": name} for name in ("another", report.TEN[1], report.TEN[0])]
+    path.write_text(json.dumps({"benchmarks": [{"extra_info": info} for info in infos]}))
     for mark in (report.FULL, report.EXCERPT):
         page.write_text(f"before\n{mark}\nold\n{report.END}\nafter\n")
         for _ in range(2):
@@ -83,14 +96,11 @@ def rows_between(page: str, mark: str) -> list[str]:
     return text.partition(mark)[2].partition(report.END)[0].strip().splitlines()
 
 
-def test_the_rows_of_the_readme_are_those_of_the_full_table_without_the_reasons():
-    full = {line.split(" | ")[0]: line for line in rows_between("docs/benchmarks.md", report.FULL)}
+def test_the_rows_of_the_readme_are_those_of_the_full_table():
+    full = rows_between("docs/benchmarks.md", report.FULL)
     shown = rows_between("README.md", report.EXCERPT)
     assert [line.split(" | ")[0] for line in shown[2:]] == [f"| {name}" for name in report.TEN]
-    for line in shown:
-        cells, ref = line.split(" | "), full[line.split(" | ")[0]].split(" | ")
-        assert cells[:-1] == ref[:-1]
-        assert ref[-1].startswith(cells[-1].removesuffix(" |"))
+    assert set(shown) <= set(full)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"benchmarks": [{"extra_info": {"name": 1}}]}'])

@@ -22,7 +22,8 @@ def _mark_in_bitmaps(t, s, v, first):
         if k < 0 or s.slots[k].flags & LOG_DIRTY_PAGES == 0:
             at += 1
             continue
-        end, _ = mark_run(v.pml, at, np.int64(512), s.words, U64(s.slots[k].dirty_bitmap), s.slots[k].base_gfn, U64(s.slots[k].npages))
+        start, base, npages = U64(s.slots[k].dirty_bitmap), s.slots[k].base_gfn, U64(s.slots[k].npages)
+        end, _ = mark_run(v.pml, at, np.int64(512), s.words, start, base, npages, is_shared(t))
         t.kvm[0].dirty_marks += end - at
         at = end
 
@@ -42,7 +43,7 @@ def drain(t, s, v, m):
 def _drain(t, s, v, m):
     vcpu = v.vcpu[0]
     first = first_logged(vcpu.pml_index)
-    if vcpu.ring_size == 0 and v.log.shape[0] == 0 and not is_shared(t):
+    if vcpu.ring_size == 0 and v.log.shape[0] == 0:
         _mark_in_bitmaps(t, s, v, first)
     else:
         for j in range(512 - first):

@@ -27,10 +27,10 @@ def _first_of_run(heads, at, mask):
 
 
 @kernel_noinline
-def _rearm_sparse(t, s, m, k, base, masks, first, end):
+def _rearm_sparse(t, s, m, k, base, masks, first, end, pages):
     """Re-arm page by page: all heads are prefetched, then the entries that they name; one after the other a page took 79 ns, not 20."""
     changed = np.int64(0)
-    count = list_pages(masks, first, end, t.places)
+    count = list_pages(masks, first, end, pages, t.places)
     shift = m.lay.dirty_shift if m.dirty_log_size > 0 else W_SHIFT
     head = head_of(s, k, base, np.int64(1))
     for c in range(count):
@@ -56,7 +56,7 @@ def rearm_rmap_words(t, s, m, k, base, masks, first, end):
     """
     found, pages = count_bits(masks, first, end)
     if pages < found * DENSE:
-        return _rearm_sparse(t, s, m, k, base, masks, first, end)
+        return _rearm_sparse(t, s, m, k, base, masks, first, end, pages)
     changed = np.int64(0)
     last = s.slots[k].base_gfn + s.slots[k].npages - 64
     for w in range(U64(first), U64(end)):

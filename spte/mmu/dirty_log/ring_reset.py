@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from spte._numba.atomics import is_shared, swap
 from spte._numba.jit import kernel, kernel_noinline
 from spte.bits import ONE, U64, ZERO
 from spte.mmu.dirty_log.pt_masked import rearm
@@ -49,7 +50,10 @@ def reset_ring(t, spaces, mode, v, roots):
             break
         next_slot = np.int64(head >> SLOT_SHIFT)
         offset = np.int64(v.ring[i, 1])
-        v.ring[i, 0] = head & ~FLAGS_MASK
+        if is_shared(t):  # before the vCPU may push there again
+            swap(v.ring, 2 * i, head & ~FLAGS_MASK)
+        else:
+            v.ring[i, 0] = head & ~FLAGS_MASK
         vcpu.reset_index = (vcpu.reset_index + 1) & U32_MASK
         freed += 1
         if mask != ZERO and next_slot == slot:
@@ -67,3 +71,9 @@ def reset_ring(t, spaces, mode, v, roots):
     if mask != ZERO:
         changed += _rearm(t, spaces, m, roots, slot, base, mask)
     return freed, changed
+
+
+@kernel
+def reset_ring_shared(t, s, mode, v, roots):
+    """As `reset_ring`, with `SharedTables`, beside vCPUs."""
+    return reset_ring(t, s, mode, v, roots)
