@@ -6,8 +6,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,36 +30,11 @@ from spte.platform import PAGE_SIZE, Platform
 from spte.policy import Policy
 from spte.vm.memslots import Memslot, Memslots
 from spte.vm.mmu import Mmu
+from spte.vm.modes.state import Interrupted, NestedState
 from spte.vm.root_cache import VcpuMmu
 
 LOG_EVENTS = 1 << 14
 CACHE_LINE = 128  # bytes: two lines, as a CPU fetches its neighbour too
-
-
-@dataclass(frozen=True, slots=True)
-class L2:
-    """What L1 told the CPU of its guest; see `VirtualCpu.enter_l2`."""
-
-    ept: int | None
-    ad: bool
-    pml: int | None
-    vmcb: int | None
-
-
-@dataclass(slots=True)
-class NestedState:
-    """What a vCPU keeps for its L2: KVM's struct nested_vmx or nested_svm."""
-
-    l2: L2 | None = None  # None: the vCPU runs L1
-    ran: bool = False  # L2 ran once, so that vmcs02 has its controls
-    update_deferred: bool = False  # the PML control of L1 changed while L2 ran: update_vmcs01_cpu_dirty_logging
-
-
-class Interrupted(NamedTuple):
-    """What a vCPU goes back to at the end of system management mode."""
-
-    cr3: int | None
-    long_mode: bool
 
 
 def _own(dtype: npt.DTypeLike, count: int) -> npt.NDArray[Any]:

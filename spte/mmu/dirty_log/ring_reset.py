@@ -74,6 +74,6 @@ def reset_ring(t, spaces, mode, v, roots):
 
 
 @kernel
-def reset_ring_shared(t, s, mode, v, roots):
+def reset_ring_shared(t, spaces, mode, v, roots):
     """As `reset_ring`, with `SharedTables`, beside vCPUs."""
-    return reset_ring(t, s, mode, v, roots)
+    return reset_ring(t, spaces, mode, v, roots)

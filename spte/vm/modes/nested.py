@@ -10,7 +10,8 @@ from spte.errors import NestedError, OutOfTablesError
 from spte.exits import Exit
 from spte.host.guest_memory import contents
 from spte.platform import EPT, NPT, SHADOW
-from spte.vm.kvm import L2, Kvm, KvmVcpu
+from spte.vm.kvm import Kvm, KvmVcpu
+from spte.vm.modes.state import L2
 from spte.vm.root_cache import RootCache
 from spte.vm.vcpu_run import PAGED_BITS, enter_guest, kick, leave_guest
 

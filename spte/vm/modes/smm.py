@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from spte.bits import ROLE_LONG, ROLE_SMM_SHIFT
 from spte.errors import SmmError
-from spte.vm.kvm import Interrupted, Kvm, KvmVcpu
+from spte.vm.kvm import Kvm, KvmVcpu
+from spte.vm.modes.state import Interrupted
 from spte.vm.vcpu_run import enter_guest, leave_guest
 
 STATE_PAGE = 0xF000  # of SMRAM: the page whose last 512 bytes take the state
