@@ -403,3 +403,37 @@ def test_prefault_looks_at_no_limit_but_64_bits(platform, size):
     with pytest.raises(spte.KvmError, match="EINVAL"):
         vcpu.prefault(PAGE, (1 << 64) - PAGE)
     vm.check()
+
+
+# -- threads ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_vcpu_goes_in_and_out_of_smm_while_others_run_and_are_harvested(platform, pool):
+    vm = guest(platform, vcpus=3)
+    rounds, found = 30, {0: set(), SMM: set()}
+
+    def in_smm():
+        for n in range(rounds):
+            vm.vcpus[0].enter_smm()
+            vm.vcpus[0].write([n, 100 + n])
+            vm.vcpus[0].leave_smm()
+
+    def outside(v):
+        for n in range(rounds):
+            vm.vcpus[v].write(np.arange(128) + 64 * v)
+            if n == rounds // 2:
+                vm.create_vcpu().write([250 + v])
+
+    def harvest():
+        for as_id in found:
+            found[as_id] |= dirty(vm, as_id)
+
+    running = [pool.submit(in_smm), pool.submit(outside, 1), pool.submit(outside, 2)]
+    while not all(each.done() for each in running):
+        harvest()
+    for each in running:
+        each.result()
+    harvest()
+    assert found == {0: {*range(64, 256), 251, 252}, SMM: {SMRAM, *range(rounds), *range(100, 100 + rounds)}}
+    assert len(vm.vcpus) == 5
+    vm.check()
