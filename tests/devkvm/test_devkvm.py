@@ -93,7 +93,8 @@ def test_the_shipped_scenarios_are_the_recorded_ops(tmp_path):
         inputs = [{key: record[key] for key in ("i", "op", "args")} for record in recorded[name].records]
         assert SHIPPED[name].records == inputs
     scenarios.ship(GOLDEN, tmp_path / "again.tar.xz")
-    assert (tmp_path / "again.tar.xz").read_bytes() == scenarios.SHIPPED.read_bytes()
+    again = [recording.records for recording in read_all(tmp_path / "again.tar.xz")]
+    assert again == [recording.records for recording in SHIPPED.values()]
     assert scenarios.SHIPPED.stat().st_size < 10_000
 
 
