@@ -62,6 +62,24 @@ def pool():
     sys.setswitchinterval(before)
 
 
+@pytest.fixture
+def uninstall(monkeypatch):
+    """A call that makes a package look as if it were not installed, and forgets the modules that were imported with it."""
+
+    def forget(package, *users):
+        for name in [name for name in sys.modules if any(name == top or name.startswith(top + ".") for top in (package, *users))]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setattr(sys, "meta_path", [SimpleNamespace(find_spec=find_spec), *sys.meta_path])
+        missing.add(package)
+
+    def find_spec(name, path=None, target=None):
+        if name in missing:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    missing = set()
+    return forget
+
+
 def pages_of(bitmap):
     """Numbers of the set bits of a dirty bitmap."""
     return set(np.flatnonzero(np.unpackbits(bitmap.view(np.uint8), bitorder="little")).tolist())

@@ -174,7 +174,7 @@ def matrix(reports: Iterable[Report]) -> list[list[str]]:
     return [["recorded on, platform", *columns], *([m, *row] for m, row in zip(machines, rows, strict=True))]
 
 
-def check_all(recordings: Iterable[Recording]) -> Iterator[Report]:
-    """Yield the report of each of `recordings`."""
+def check_all(recordings: Iterable[Recording], policy: Policy | None = None) -> Iterator[Report]:
+    """Yield the report of each of `recordings`; `policy` as `check` takes it."""
     for recording in recordings:
-        yield check(recording)
+        yield check(recording, policy)

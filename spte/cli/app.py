@@ -20,14 +20,22 @@ VERBS = {
     "calibrate": "Measure what this host's KVM costs.",
     "check": "Compare recordings of real KVM with the model.",
     "convert": "A write trace from what other tools record.",
+    "diff": "What changes when one decision, or the platform, changes.",
     "generate": "A write trace by a known pattern: zipf, hot-cold, append-log, ...",
+    "migrate": "Will live migration converge: rounds, total time, downtime.",
+    "papers": "Published experiments, run again: published against estimated.",
     "patches": "Each of the 14 patches of the series, before and after.",
     "policies": "List every decision of every kernel version, with its source.",
     "profile": "What dirty logging costs for a program's recorded writes.",
     "record": "Record which pages a program writes.",
     "replay": "Perform a recording of real KVM on the model.",
     "show": "What a write trace holds, and its picture.",
+    "sweep": "Many migrations: all combinations of options, on all cores or a cluster.",
 }
+
+
+EXTRAS = {"matplotlib": "cli", "rich": "cli", "distributed": "cluster", "pyarrow": "data", "plotly": "report"}
+"""Optional packages, and the extra that brings each."""
 
 
 class _Verbs(click.Group):
@@ -93,9 +101,9 @@ def _run(argv: Sequence[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         return _fail("spte: interrupted", EXIT_INTERRUPTED)
     except ModuleNotFoundError as error:
-        if error.name not in ("matplotlib", "rich"):
+        if error.name not in EXTRAS:
             raise
-        return _fail(f"spte: this needs {error.name}; pip install 'kvm-spte[cli]'", EXIT_MISSING)
+        return _fail(f"spte: this needs {error.name}; pip install 'kvm-spte[{EXTRAS[error.name]}]'", EXIT_MISSING)
     except MemoryError:
         return _fail("spte: this host has not enough memory for this; take a smaller guest", EXIT_MISSING)
     except OSError as error:

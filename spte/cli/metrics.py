@@ -6,20 +6,36 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from spte._version import __version__
+from spte.cost import CostProfile
 from spte.platform import PAGE_SIZE
+from spte.profile.estimate import RowEstimate, estimate
 from spte.profile.report import HARVEST, Row
 from spte.profile.workload import Workload
 
-SCHEMA = "spte-profile/1"
+SCHEMA = "spte-profile/2"
 
 
 class Metric(NamedTuple):
-    """One figure of a row: JSON key with the unit, label, how to get it, and whether to show it when it is 0."""
+    """One figure of a row: JSON key with the unit, label, how to get it, whether to show it when it is 0, and the band around it."""
 
     key: str
     label: str
     value: Callable[[Row], float | None]
     always: bool = True
+    band: Callable[[Row], tuple[float, float]] | None = None
+
+    def text(self, row: Row) -> str:
+        """Return the figure of `row` as tables show it."""
+        spelled = spell(self.value(row))
+        return spelled if self.band is None else f"{spelled} ({' to '.join(map(spell, self.band(row)))})"
+
+
+class Section(NamedTuple):
+    """Figures of one kind: what kind, whether they are to be compared with the first column, and the figures."""
+
+    title: str
+    exact: bool
+    metrics: tuple[Metric, ...]
 
 
 def _count(key: str, label: str, name: str, *kinds: str, always: bool = True) -> Metric:
@@ -83,6 +99,34 @@ def _per_page(row: Row) -> float | None:
     return None if rate is None else 1e9 / rate
 
 
+_ESTIMATED: tuple[tuple[str, str, Callable[[RowEstimate], float]], ...] = (
+    ("guest_stall_ms_per_epoch", "guest stall, ms/epoch", lambda e: e.stall / 1e6),
+    ("vmm_ms", "VMM time, ms", lambda e: e.vmm / 1e6),
+    ("mmu_lock_longest_hold_us", "mmu_lock, longest hold, us", lambda e: e.hold / 1e3),
+)
+
+
+def estimates(rows: Sequence[Row], profile: CostProfile, *, band: bool) -> tuple[Metric, ...]:
+    """Return the estimated figures of `rows` at the costs of `profile`, with `band` also at its lowest and highest."""
+    at = {id(row): tuple(estimate(row, costs) for costs in (profile.costs, profile.low, profile.high)) for row in rows}
+
+    def metric(key: str, label: str, value: Callable[[RowEstimate], float]) -> Metric:
+        def ends(row: Row) -> tuple[float, float]:
+            return value(at[id(row)][1]), value(at[id(row)][2])
+
+        return Metric(key, label, lambda row: value(at[id(row)][0]), band=ends if band else None)
+
+    return tuple(metric(*each) for each in _ESTIMATED)
+
+
+def sections(rows: Sequence[Row], profile: CostProfile | None = None, *, band: bool = False) -> tuple[Section, ...]:
+    """Return all figures of `rows` by kind; estimates only with a cost profile."""
+    exact, measured = Section("exact", True, COUNTS + RATES), Section("measured here", False, MEASURED)
+    if profile is None:
+        return exact, measured
+    return exact, Section("estimated", False, estimates(rows, profile, band=band)), measured
+
+
 def shown(metrics: Sequence[Metric], rows: Sequence[Row]) -> list[Metric]:
     """Return the metrics that are worth a line in a table of `rows`."""
     return [m for m in metrics if m.always or any(m.value(row) for row in rows)]
@@ -99,23 +143,37 @@ def spell(value: float | None) -> str:
     return f"{value:#.3g}"
 
 
-def as_json(workload: Workload, rows: Sequence[Row]) -> dict[str, Any]:
-    """Return the report as JSON values; `counts` and `rates` are exact, `measured` holds for this machine."""
+class Report(NamedTuple):
+    """All that one call of `spte profile` has to tell."""
+
+    workload: Workload
+    rows: Sequence[Row]
+    notes: Sequence[str]
+    profile: CostProfile | None
+    band: bool
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """Return the report as JSON values; `counts` and `rates` are exact, `measured` holds for this machine, `estimated` by the costs."""
+    profile = report.profile
+    metrics = estimates(report.rows, profile, band=report.band) if profile else ()
     return {
         "schema": SCHEMA,
         "spte_version": __version__,
-        "workload": workload.describe(),
-        "rows": [_row(row) for row in rows],
+        "workload": report.workload.describe(),
+        "costs": {"name": profile.name, "title": profile.title, "guesses": list(profile.guesses)} if profile else None,
+        "notes": list(report.notes),
+        "rows": [_row(row, metrics) for row in report.rows],
     }
 
 
-def _row(row: Row) -> dict[str, Any]:
+def _row(row: Row, metrics: Sequence[Metric]) -> dict[str, Any]:
     times = None if row.t_ns is None else [int(t) for t in row.t_ns]
     return {
-        "platform": row.platform,
-        "policy": row.policy,
+        **row.column.names,
         "counts": {m.key: m.value(row) for m in COUNTS},
         "rates": {m.key: m.value(row) for m in RATES},
+        "estimated": _estimated(row, metrics) if metrics else None,
         "measured": {m.key: m.value(row) for m in MEASURED},
         "phases": [
             {"name": p.name, "kind": p.kind, "iteration": p.iteration, "counts": p.counts, "measured_s": p.seconds}
@@ -135,3 +193,7 @@ def _row(row: Row) -> dict[str, Any]:
         ],
         "leafs": row.leafs,
     }
+
+
+def _estimated(row: Row, metrics: Sequence[Metric]) -> dict[str, Any]:
+    return {m.key: m.value(row) if m.band is None else {"value": m.value(row), "band": list(m.band(row))} for m in metrics}

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from spte._numba import jit as _jit
+from spte.profile.columns import INITIALLY_SET, Log
 
 _SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50}
 _NS = {"s": 1e9, "ms": 1e6, "us": 1e3, "ns": 1.0}
@@ -22,6 +23,16 @@ def size(text: str) -> int:
     if match is None or not int(match[1]):
         raise click.BadParameter(f"{text[:40]!r} is no size above 0; take a number and K, M, G or T, like 512M")
     return int(match[1]) << _SHIFTS[match[2].upper()]
+
+
+def log_mode(text: str) -> Log:
+    """Return the way to log that `text` spells: bitmap, manual, initially-set, ring=SIZE, or ring=SIZE and one of the middle two."""
+    words = text.strip().split(",")
+    ring = words.pop(0).partition("=")[2] if words[0].startswith("ring=") else ""
+    manual = {(): 0, ("bitmap",): 0, ("manual",): 1, ("initially-set",): INITIALLY_SET}.get(tuple(words))
+    if manual is None or (not ring and not words) or (ring and words == ["bitmap"]):
+        raise click.BadParameter(f"{text[:40]!r} is no way to log; take bitmap, manual, initially-set or ring=SIZE, like ring=64K")
+    return Log(manual, size(ring) if ring else 0)
 
 
 def address(text: str) -> int:
@@ -76,6 +87,25 @@ def rate(text: str) -> int:
     if not bytes_per_s:
         raise click.BadParameter(f"{text[:40]!r} is no rate above 0; take a number and MB/s or GB/s, like 500MB/s")
     return bytes_per_s
+
+
+def bandwidth(text: str) -> int:
+    """Return the bytes a second that `text` spells: a number and Mbit, Gbit or the like (powers of 1000), or what `rate` takes."""
+    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)([KMGT]?)bit(?:/s)?", text.strip(), re.ASCII | re.IGNORECASE)
+    if match is None and re.search(r"B/s\s*$", text, re.IGNORECASE):
+        return rate(text)
+    bytes_per_s = round(float(match[1]) * 1000 ** _POWERS_OF_1000[match[2].upper()] / 8) if match else 0
+    if not bytes_per_s:
+        raise click.BadParameter(f"{text[:40]!r} is no bandwidth above 0; take a number and Mbit or Gbit, like 10Gbit, or MB/s")
+    return bytes_per_s
+
+
+def spell_bandwidth(bytes_per_s: float) -> str:
+    """Return `bytes_per_s` in bits, in the largest unit that keeps the number at 1 or more, such as ``"10 Gbit/s"``."""
+    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if bytes_per_s * 8 >= scale:
+            return f"{bytes_per_s * 8 / scale:.4g} {unit}bit/s"
+    return f"{bytes_per_s * 8:.4g} bit/s"
 
 
 def spell_time(seconds: float) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from spte.profile.columns import labels
 from spte.profile.report import HARVEST, Row
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
@@ -86,6 +87,4 @@ def _stacks(axes: Axes, names: Sequence[str], title: str, unit: str, parts: dict
 
 
 def _names(rows: Sequence[Row]) -> list[str]:
-    if len({row.policy for row in rows}) == 1:
-        return [row.platform for row in rows]
-    return [f"{row.platform}  {row.policy}" for row in rows]
+    return ["  ".join(label) for label in labels([row.column for row in rows])]

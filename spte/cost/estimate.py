@@ -114,8 +114,8 @@ def guest_stall(vcpus: Sequence[Counts], costs: Costs, shape: VmShape, *, walks:
     if len(walks) != len(vcpus):
         raise CostError(f"walks has {len(walks)} entries for {len(vcpus)} vCPUs; give one of each")
     slow = np.array([each.get("faults_slow", 0) for each in vcpus], np.float64)
-    under_lock = np.array([_under_lock(each, costs, shape, running=len(vcpus)) for each in vcpus])
-    own = np.array([_without_lock(each, costs, shape, w) for each, w in zip(vcpus, walks, strict=True)]) + under_lock
+    under_lock = np.array([_under_lock(each, costs, shape, running=len(vcpus)) for each in vcpus], np.float64)
+    own = under_lock + np.array([_without_lock(each, costs, shape, w) for each, w in zip(vcpus, walks, strict=True)], np.float64)
     flushes = np.array([each.get("flushes", 0) for each in vcpus], np.float64)
     own += (flushes.sum() - flushes) * costs.exit  # each vCPU is interrupted by the flushes of the others
     meetings = np.minimum.outer(slow, slow)  # faults of vCPU j that fall into the time in which vCPU i faults
@@ -159,7 +159,8 @@ def call_time(kind: str, counts: Counts, costs: Costs, shape: VmShape, *, words:
         One of `CALLS`: ``"enable"`` and ``"disable"`` of a slot's logging, ``"get"``, ``"clear"``, ``"reset"``; ``"collect"`` is
         userspace reading the rings.
     counts : mapping of str to int
-        Counts of the call: `sptes_written`, `splits_2m`, `splits_1g`, `zapped`, `collapsed`, `flushes`, `vcpu_kicks`.
+        Counts of the call: `sptes_written`, `splits_2m`, `splits_1g`, `zapped`, `collapsed`, `flushes`, `vcpu_kicks`; `masks`, the
+        words of 64 pages of which it arms any; and `dropped`, the leaves that went with their tables, if `zapped` does not hold them.
     costs : Costs
         ns per item.
     shape : VmShape
@@ -172,7 +173,8 @@ def call_time(kind: str, counts: Counts, costs: Costs, shape: VmShape, *, words:
     Returns
     -------
     CallTime
-        GET that clears, and CLEAR, hold mmu_lock exclusively until they flush, RESET for a mask of 64 pages at a time. Walks of a whole
+        A kick is an exit; before ``"collect"`` it takes the vCPU to userspace, which drains PML into its ring. GET that clears, and
+        CLEAR, hold mmu_lock exclusively until they flush, RESET for a mask of 64 pages at a time. Walks of a whole
         slot let others in when they wait, so enabling and disabling have no hold here.
 
     Raises
@@ -183,25 +185,28 @@ def call_time(kind: str, counts: Counts, costs: Costs, shape: VmShape, *, words:
     if kind not in CALLS:
         raise CostError(f"kind={kind!r} is no call; take one of {', '.join(CALLS)}")
     zapped, collapsed = counts.get("zapped", 0), counts.get("collapsed", 0)
-    leaf_by_leaf = zapped == collapsed  # as old kernels collapse; else tables were dropped or recovered whole
-    tables = 0.0 if leaf_by_leaf else max(collapsed, zapped / ENTRIES)
+    leaf_by_leaf = zapped == collapsed  # as kernels before 5.19 collapse; else tables were dropped, or recovered in place
+    leaves = max(zapped, counts.get("dropped", 0))  # a table that goes takes its leaves along, each by an atomic operation
+    tables = 0.0 if leaf_by_leaf else max(collapsed, leaves / ENTRIES)
     armed = max(0, counts.get("sptes_written", 0) - (ENTRIES + 1) * _splits(counts) - collapsed)
     walked = (
         words * (costs.bitmap_word if kind == "enable" else costs.get_word)
         + _splits(counts) * costs.split
+        + counts.get("masks", 0) * costs.mask_walk
         + armed * costs.clear_page
         + tables * costs.collapse_2m
-        + (zapped * costs.zap if leaf_by_leaf else 0.0)
+        + leaves * costs.zap
     )
     hold = 0.0
     if kind == "clear" or (kind == "get" and armed):
         hold = walked
     elif kind == "reset":
-        hold = min(armed, RESET_MASK) * costs.clear_page
+        hold = min(armed, RESET_MASK) * costs.clear_page + min(armed, 1) * costs.mask_walk
     flushes = counts.get("flushes", 0)
     kicks = counts.get("vcpu_kicks", 0) / shape.vcpus
     ns = walked + flushes * _flush(costs, shape.vcpus, shape.running) + kicks * shape.running * costs.flush_vcpu
-    return CallTime(ns + entries * costs.ring_collect, hold, (flushes + kicks) * costs.exit)
+    kick = costs.exit + (costs.ring_full_exit if kind == "collect" else 0.0)
+    return CallTime(ns + entries * costs.ring_collect, hold, flushes * costs.exit + kicks * kick)
 
 
 def _splits(counts: Counts) -> int:

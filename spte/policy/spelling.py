@@ -33,3 +33,8 @@ def parse(text: str) -> Policy:
             raise PlatformError(f"policy {shown(text)}: {key}={shown(value)}; take one of {spell_all(choices)}")
         new[key] = match[0]
     return dataclasses.replace(policy, name=text.strip(), **new) if new else policy
+
+
+def replaced(policy: Policy) -> frozenset[str]:
+    """Return the decisions that the name of a policy from `parse` replaces: ``{"eager_page_split"}`` of ``6.12,eager_page_split=N``."""
+    return frozenset(change.partition("=")[0].strip() for change in policy.name.split(",")[1:])

@@ -1,4 +1,4 @@
-"""What a profile reports: phases with exact counts and measured seconds, epochs, and one row a platform and policy."""
+"""What a profile reports: phases with exact counts and measured seconds, epochs, and one row a column."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import dataclasses
 
 import numpy as np
 import numpy.typing as npt
+
+from spte.profile.columns import Column
 
 HARVEST = ("get", "clear", "collect", "reset")
 """Kinds of phases that make a harvest: GET, with manual protect CLEAR; of dirty rings collect and reset."""
@@ -18,11 +20,20 @@ class Phase:
     Parameters
     ----------
     kind : str
-        ``"populate"``, ``"enable"``, ``"dirty"``, one of `HARVEST`, or ``"disable"``.
+        ``"populate"``, ``"enable"``, ``"dirty"``, one of `HARVEST`, ``"disable"``, or ``"retouch"``.
     iteration : int
         From 1; 0 outside iterations.
     counts : dict of str to int
-        Changes of `VM.counters`, and `flushes`, remote TLB flush requests.
+        Changes of `VM.counters`; and `masks`, the words of 64 pages of which the harvest reported any (of a ring: how often the next
+        entry lies in another word).
+    vcpus : dict of int to dict of str to int
+        Of each vCPU that ran, the changes while it ran, and its `accesses`.
+    calls : int
+        Calls of the VMM: slots, chunks of slots, harvests of rings.
+    largest : dict of str to int
+        Changes by the call that wrote most SPTEs.
+    pages_4k : int
+        Pages mapped at 4 KiB when the phase ended.
     seconds : float
         Time inside the library, s.
     """
@@ -30,7 +41,16 @@ class Phase:
     kind: str
     iteration: int
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    vcpus: dict[int, dict[str, int]] = dataclasses.field(default_factory=dict)
+    calls: int = 0
+    largest: dict[str, int] = dataclasses.field(default_factory=dict)
+    pages_4k: int = 0
     seconds: float = 0.0
+
+    @property
+    def vmm(self) -> dict[str, int]:
+        """Changes by the calls of the VMM alone: `counts` without those of vCPUs that ran."""
+        return {name: value - sum(vcpu[name] for vcpu in self.vcpus.values()) for name, value in self.counts.items()}
 
     @property
     def name(self) -> str:
@@ -44,6 +64,7 @@ class Phase:
             "collect": f"Iteration {self.iteration} collect dirty rings time",
             "reset": f"Iteration {self.iteration} reset dirty rings time",
             "disable": "Disabling dirty logging time",
+            "retouch": "Retouch memory time",
         }[self.kind]
 
 
@@ -65,12 +86,14 @@ class Epoch:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Row:
-    """One platform under one policy.
+    """What one column did.
 
     Parameters
     ----------
-    platform, policy : str
-        Their names.
+    column : Column
+        Platform, policy, way to log, host memory.
+    vcpus, npages : int
+        vCPUs, and guest memory in 4 KiB pages.
     phases : tuple of Phase
         In order of time.
     epochs : tuple of Epoch
@@ -82,15 +105,42 @@ class Row:
         ``"disable"``.
     t_ns : int64 [iterations + 1], optional
         The workload's time, ns.
+    populated : Epoch, optional
+        What populating wrote and its harvest reported, if logging began with the slots.
     """
 
-    platform: str
-    policy: str
+    column: Column
+    vcpus: int
+    npages: int
     phases: tuple[Phase, ...]
     epochs: tuple[Epoch, ...]
     accesses: int
     leafs: dict[str, dict[str, int]]
     t_ns: npt.NDArray[np.int64] | None
+    populated: Epoch | None = None
+
+    @property
+    def platform(self) -> str:
+        """Name of the platform."""
+        return self.column.platform
+
+    @property
+    def policy(self) -> str:
+        """Name of the policy."""
+        return self.column.policy.name
+
+    def dropped(self, phase: Phase) -> int:
+        """Return how many pages fewer are mapped at 4 KiB after `phase` than before it."""
+        before = self.phases[self.phases.index(phase) - 1]
+        return max(0, before.pages_4k - phase.pages_4k)
+
+    def ring_entries(self, iteration: int) -> int:
+        """Return the entries that dirty rings held in an iteration: the pages that it marked."""
+        return sum(phase.counts["dirty_marks"] for phase in self.phases if phase.iteration == iteration and phase.kind not in HARVEST)
+
+    def epoch_phases(self, index: int) -> list[Phase]:
+        """Return the phases of epoch `index`, from 0: the guest's, then its harvest."""
+        return [phase for phase in self.phases if phase.iteration == index + 1]
 
     def count(self, name: str, *kinds: str) -> int:
         """Return the sum of count `name` over the phases of `kinds`, or over all but populate."""
@@ -122,8 +172,8 @@ class Row:
 
     @property
     def lost(self) -> int:
-        """Pages written in an epoch whose harvest did not report them; anything but 0 breaks the contract."""
-        return sum(e.lost for e in self.epochs)
+        """Pages written in an epoch whose harvest did not report them, populating included; anything but 0 breaks the contract."""
+        return sum(e.lost for e in (*self.epochs, self.populated) if e is not None)
 
     @property
     def dirty_pages_per_s(self) -> float | None:

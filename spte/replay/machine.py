@@ -87,7 +87,9 @@ class Machine:
         self.config: str = header["config"]
         self.platform = _platform(self.config)
         self.policy = _policy(header["kernel"]) if policy is None else policy
-        self.params = {name: header["params"].get(name, "N") == "Y" for name in PARAMS}
+        self.replaced = policies.replaced(self.policy)  # what the caller's policy says itself comes before recorded module parameters
+        recorded = {name: header["params"].get(name, "N") == "Y" for name in PARAMS}
+        self.params: dict[str, Any] = {name: getattr(self.policy, name) if name in self.replaced else on for name, on in recorded.items()}
         self.backings: dict[str, Backing] = {}
         self.regions: dict[int, Region] = {}
         self.clock_pages: dict[tuple[int, int], int] = {}  # (vCPU, MSR) -> gfn that KVM writes at entries

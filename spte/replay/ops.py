@@ -134,6 +134,8 @@ def _param(machine: Machine, args: Args, record: Args) -> Result:
     if name not in machine.params:
         raise UnsupportedOp(f"module parameter {short(name)}")
     now = record.get("now", {"force": "Y", "off": "N"}.get(args["val"], args["val"]))
+    if name in machine.replaced:
+        return {"now": now}
     machine.params[name] = now == "Y"
     if machine.has_vm:
         machine.vm.set_param(name, machine.params[name])

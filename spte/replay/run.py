@@ -186,8 +186,17 @@ def _run_lengths(log: list[Any], walked: frozenset[int]) -> list[list[Any]]:
     return runs
 
 
-def replay(recording: Recording, *, events: bool = False) -> Iterator[dict[str, Any]]:
+def replay(recording: Recording, *, events: bool = False, policy: Policy | None = None) -> Iterator[dict[str, Any]]:
     """Yield the model's record of each op of `recording`, in order.
+
+    Parameters
+    ----------
+    recording : Recording
+        The ops.
+    events : bool
+        Write the model's tracepoints into the records.
+    policy : Policy, optional
+        What the kernel does, in place of what the header's kernel does.
 
     Raises
     ------
@@ -196,7 +205,7 @@ def replay(recording: Recording, *, events: bool = False) -> Iterator[dict[str, 
     RecordingError
         The recording can not be performed as written.
     """
-    run = Replay(recording.header, events=events)
+    run = Replay(recording.header, events=events, policy=policy)
     try:
         for record in recording.records:
             yield run.step(record)

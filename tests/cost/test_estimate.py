@@ -70,9 +70,9 @@ def test_a_flush_in_a_fault_interrupts_the_other_vcpus():
 
 
 def test_a_clear_that_splits_pays_for_splits_and_for_what_it_arms():
-    given = costs(split=1000, clear_page=1, get_word=2)
-    call = call_time("clear", {"sptes_written": 4 * 513 + 2048, "splits_2m": 4}, given, ONE, words=32)
-    assert call.ns == call.hold == 4000 + 2048 + 64
+    given = costs(split=1000, clear_page=1, get_word=2, mask_walk=10)
+    call = call_time("clear", {"sptes_written": 4 * 513 + 2048, "splits_2m": 4, "masks": 32}, given, ONE, words=32)
+    assert call.ns == call.hold == 4000 + 2048 + 64 + 320
 
 
 def test_a_flush_is_outside_the_hold_and_interrupts_every_running_vcpu():
@@ -88,19 +88,28 @@ def test_a_get_that_arms_nothing_holds_no_lock():
 
 
 def test_a_reset_holds_the_lock_for_one_mask_at_a_time():
-    call = call_time("reset", {"sptes_written": 1000}, costs(clear_page=2), ONE)
-    assert (call.ns, call.hold) == (2000, 128)
+    call = call_time("reset", {"sptes_written": 1000, "masks": 20}, costs(clear_page=2, mask_walk=5), ONE)
+    assert (call.ns, call.hold) == (2100, 133)
     assert call_time("collect", {}, costs(ring_collect=3), ONE, entries=7).ns == 21
 
 
+def test_a_kick_before_collecting_takes_the_vcpu_to_userspace():
+    given = costs(exit=10, ring_full_exit=100, flush_vcpu=1000)
+    assert call_time("collect", {"vcpu_kicks": 2}, given, VmShape(2, 2, shared=True, ring=True)) == (2000, 0, 110)
+    assert call_time("get", {"vcpu_kicks": 2}, given, VmShape(2, 2, shared=True)) == (2000, 0, 10)
+
+
 def test_disabling_costs_a_zap_a_leaf_or_a_collapse_a_table():
+    """Of a table that goes, each leaf goes, too."""
     given = costs(zap=1, collapse_2m=1000, clear_page=10**6)
     leaf_by_leaf = {"sptes_written": 2048, "zapped": 2048, "collapsed": 2048}
     by_table = {"sptes_written": 4, "zapped": 2048, "collapsed": 4}
     of_1_gib = {"sptes_written": 1, "zapped": 512 * 512, "collapsed": 1}
-    in_place = {"sptes_written": 4, "zapped": 0, "collapsed": 4}
-    assert [call_time("disable", each, given, ONE).ns for each in (leaf_by_leaf, by_table, of_1_gib, in_place)] == [
-        2048, 4000, 512_000, 4000,
+    in_place = {"sptes_written": 4, "zapped": 0, "collapsed": 4, "dropped": 2048}
+    in_place_1_gib = {"sptes_written": 1, "zapped": 0, "collapsed": 1, "dropped": 512 * 512}
+    calls = (leaf_by_leaf, by_table, of_1_gib, in_place, in_place_1_gib)
+    assert [call_time("disable", each, given, ONE).ns for each in calls] == [
+        2048, 4 * 1512, 512 * 1512, 4 * 1512, 512 * 1512,
     ]  # fmt: skip
 
 
@@ -112,3 +121,8 @@ def test_enabling_allocates_a_bitmap_and_arms():
 def test_an_unknown_call_is_refused():
     with pytest.raises(CostError, match="kind='put'"):
         call_time("put", {}, FREE, ONE)
+
+
+def test_no_vcpu_loses_nothing():
+    assert guest_stall([], FREE, ONE) == ((), 0.0)
+    assert guest_stall([], FREE, ONE).longest == 0

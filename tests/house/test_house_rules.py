@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from spte.cli.app import VERBS as COMMANDS
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "spte"
 MAX_LINES, MAX_FILES = 320, 13
@@ -25,9 +27,10 @@ FLOORS = {
     "recording": 9, "record": 9, "cost": 9,
     "replay": 10, "check": 10, "patches": 10, "profile": 10, "limits": 10, "convert": 10, "generate": 10,
     "devkvm": 10, "calibrate": 10,
-    "cli": 11,
+    "migrate": 10, "sweep": 10, "papers": 11, "diff": 11,
+    "cli": 12,
 }  # fmt: skip
-TOP = 12  # `spte` itself re-exports the public names and may import all but the command line
+TOP = 13  # `spte` itself re-exports the public names and may import all but the command line
 
 
 def sources():
@@ -110,7 +113,8 @@ def test_no_modules_import_each_other_in_a_circle():
 
 @pytest.mark.parametrize("folder", sorted({p.parent for p in sources()}), ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_folders_stay_small(folder):
-    assert len(list(folder.glob("*.py"))) <= MAX_FILES
+    limit = len(COMMANDS) + 1 if folder.name == "verbs" else MAX_FILES  # there one module a verb, and no other
+    assert len(list(folder.glob("*.py"))) <= limit
 
 
 def test_the_library_does_not_import_the_command_line():
@@ -118,7 +122,8 @@ def test_the_library_does_not_import_the_command_line():
 
 
 VERBS = (
-    "recording", "replay", "check", "devkvm", "calibrate", "patches", "cost", "profile", "limits", "convert", "generate", "cli",
+    "recording", "replay", "check", "devkvm", "calibrate", "patches", "cost", "profile", "papers", "diff", "limits", "convert", "generate",
+    "migrate", "sweep", "cli",
 )  # fmt: skip
 
 

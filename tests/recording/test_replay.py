@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from spte.check.run import check
+from spte.policy import parse
 from spte.recording import file as rec
 from spte.replay.run import replay
 
@@ -78,3 +79,36 @@ def test_the_command_exits_0_1_or_2(tmp_path: Path, thp: rec.Recording) -> None:
     result = spte("replay", good, "-o", tmp_path / "out.jsonl.gz")
     assert result.returncode == 0
     assert check(rec.read(tmp_path / "out.jsonl.gz")).finding is None
+
+
+def test_another_policy_shows_what_that_kernel_would_do(tmp_path: Path, thp: rec.Recording) -> None:
+    """6.13 recovers huge pages in place where 6.12 dropped the tables."""
+    recorded, out = tmp_path / "recorded.jsonl", tmp_path / "out.jsonl"
+    rec.write(recorded, thp.header, thp.records)
+    assert spte("check", recorded, "--policy", "6.12").returncode == 0
+    result = spte("check", recorded, "--policy", "6.13")
+    assert result.returncode == 1
+    assert "set_flags" in result.stdout or "slot" in result.stdout
+    assert spte("replay", recorded, "--policy", "6.13", "-o", out).returncode == 0
+    assert rec.read(out).header["policy"] == "6.13"
+    assert spte("check", out).returncode == 0
+    assert spte("check", out, "--policy", "6.12").returncode == 1
+
+
+def test_a_recorded_module_parameter_holds_unless_the_policy_replaces_it(tmp_path: Path, thp: rec.Recording) -> None:
+    assert thp.header["params"]["eager_page_split"] == "Y"
+
+    def small_pages(policy: str | None) -> list[int]:
+        records = replay(thp, policy=parse(policy) if policy else None)
+        return [sum(run[2] for run in r["mmu"][0].get("leafs", ()) if run[0] == 1) for r in records if "mmu" in r]
+
+    assert small_pages(None) == small_pages("6.12") != small_pages("6.12,eager_page_split=N")
+
+
+def test_a_wrong_policy_is_refused_in_one_line(tmp_path: Path, thp: rec.Recording) -> None:
+    path = tmp_path / "good.jsonl"
+    rec.write(path, thp.header, thp.records)
+    for verb in ("check", "replay"):
+        result = spte(verb, path, "--policy", "9.9")
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+        assert "'9.9' is not known" in result.stderr

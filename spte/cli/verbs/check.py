@@ -17,22 +17,26 @@ SCHEMA = 1
 @click.option("--kvm", is_flag=True, help="Perform the ops on this host's /dev/kvm too, and compare its answers with the model's.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, schema version inside, in place of text.")
 @click.option("--markdown", is_flag=True, help="A table of machines and kernels before the totals, as the README has it.")
-def check(paths: tuple[str, ...], kvm: bool, as_json: bool, markdown: bool) -> int:
+@click.option("--policy", metavar="NAME[,FIELD=VALUE]...", help="Another kernel in place of each recorded one: where would it differ?")
+def check(paths: tuple[str, ...], kvm: bool, as_json: bool, markdown: bool, policy: str | None) -> int:
     """Replay recordings of real KVM and compare the model with them after every op.
 
     Takes recordings (.jsonl, also .gz and .xz), archives of them (.tar, .tar.gz, .tar.xz), and directories of both.
     Prints the first difference of each recording that has one, then the totals. Exit code 1 on any difference or if
-    nothing was compared, 2 if a file is not a recording.
+    nothing was compared, 2 if a file is not a recording. With --policy the model is of that kernel, whatever was recorded; the recorded
+    module parameters hold unless the policy replaces them.
 
     With --kvm it is not what was recorded that counts: the ops are performed on this host's KVM and on the model of it, and return codes,
     errno, exits, dirty bitmaps and ring entries are compared. Without a file: the interface scenarios that ship. It writes no
     module parameter, and takes root or the group of /dev/kvm. Exit code 4 without /dev/kvm, or if nothing could be compared.
     """
     from spte.check import run as model
+    from spte.policy import parse
     from spte.recording import file as rec
 
-    if kvm and markdown:
-        raise click.UsageError("--kvm and --markdown exclude each other; take one")
+    for given, option in ((markdown, "--markdown"), (policy, "--policy")):
+        if kvm and given:
+            raise click.UsageError(f"--kvm and {option} exclude each other; take one")
     if kvm:
         from spte.cli.kvm import check_kvm
 
@@ -41,6 +45,7 @@ def check(paths: tuple[str, ...], kvm: bool, as_json: bool, markdown: bool) -> i
         raise click.UsageError("Missing argument 'FILE_OR_DIR...'; or take --kvm, this host's own KVM.")
     if as_json and markdown:
         raise click.UsageError("--json and --markdown exclude each other; take one")
+    chosen = parse(policy) if policy else None
     reports: list[model.Report] = []
     bad: list[str] = []
     try:
@@ -49,7 +54,7 @@ def check(paths: tuple[str, ...], kvm: bool, as_json: bool, markdown: bool) -> i
         raise click.UsageError(str(error)) from None
     for path in found:
         try:
-            for report in model.check_all(rec.read_all(path)):
+            for report in model.check_all(rec.read_all(path), chosen):
                 reports.append(report)
                 if report.finding is not None and not as_json:
                     click.echo(f"{report.name}: {_line(str(report.finding))}")

@@ -7,13 +7,14 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
 from spte._version import __version__
 from spte.cli.exit_codes import EXIT_DIFFERENCE, EXIT_OK
-from spte.cli.params import announce_compilation
+from spte.cli.params import announce_compilation, target
 from spte.cli.series import ARROW, change, markdown, places_text, recorded_text, value_of
 from spte.cli.table import FALLBACK_WIDTH
 from spte.patches.groups import Group, of_patches, of_versions
@@ -59,10 +60,14 @@ _LABELS = {
 @click.option("--patch", type=click.IntRange(1, len(PATCHES)), metavar="N", help=f"Only patch N, 1 to {len(PATCHES)}.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; `schema` names its version.")
 @click.option("--markdown", "as_page", is_flag=True, help="Print the patches as a page of Markdown: docs/series.md.")
-def patches(patch: int | None, as_json: bool, as_page: bool) -> int:
+@click.option("--report", type=target(".html"), metavar="FILE.html", help="Write a page of tables; needs plotly.")
+def patches(patch: int | None, as_json: bool, as_page: bool, report: Path | None) -> int:
     """Run the scenarios, print them, and return the exit code."""
     if as_json and as_page:
         raise click.UsageError("--json and --markdown exclude each other; take one")
+    if report:
+        from spte.cli.html.page import write
+        from spte.cli.html.profile import patches as sections
     announce_compilation()
     groups = of_patches() if patch is None else of_patches([patch])
     if patch is None and not as_page:
@@ -73,6 +78,8 @@ def patches(patch: int | None, as_json: bool, as_page: bool) -> int:
         click.echo(markdown(groups), nl=False)
     else:
         _print(groups)
+    if report:
+        write(report, "spte patches: the 14 patches, before and after", [], sections(groups))
     wrong = [(outcome.scenario.name, text) for outcome in _outcomes(groups) for text in outcome.differences]
     for name, text in wrong:
         click.echo(f"spte patches: {name}: {text}", err=True)

@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from spte.cli.exit_codes import EXIT_DIFFERENCE, EXIT_OK
-from spte.cli.metrics import as_json
-from spte.cli.params import announce_compilation, size, spell_size, target
+from spte.cli.metrics import Report
+from spte.cli.params import announce_compilation, log_mode, size, spell_size, target
+from spte.cli.progress import steps_bar
+from spte.cli.report import Wanted, render, title
+from spte.cost import CostError, CostProfile, names
+from spte.cost import load as load_costs
 from spte.platform import PAGE_SIZE, named
 from spte.policy import parse
+from spte.profile.columns import LOG_FROM, Log, check_chunk, labels
+from spte.profile.notes import notes
 from spte.profile.perf_test import SOURCES, PerfTest
 from spte.profile.report import Row
-from spte.profile.run import DIRECT, Progress
+from spte.profile.run import DIRECT
 from spte.profile.run import profile as run_profile
 from spte.profile.workload import BACKINGS, MANUALS, ORDERS, TraceWorkload, Workload, WorkloadError
 from spte.trace import SHIPPED, TraceError, default_trace, load, shipped
 
 BYTES_PER_PAGE = 8 * 513 / 512 + 2 / 8 + 1
 """Memory of a guest mapped at 4 KiB: the SPTE and its share of upper tables, two bitmaps, one flag of the check."""
-
-INITIALLY_SET = 3
-"""The argument of --manual that has KVM_DIRTY_LOG_INITIALLY_SET."""
-RING_ARMS_NOTHING = (
-    "spte profile: with initially-set (--manual 3) logging arms no page when it starts, in KVM too: the first CLEAR of each does, "
-    "and a dirty ring has no CLEAR; take --manual 0 or 1 with --ring"
-)
 
 HELP = """What dirty logging costs for a program's writes, on every platform side by side.
 
@@ -44,14 +41,23 @@ without TRACE, and redis (under redis-benchmark, 100 ms). Counts are exact. The 
 measured on this machine: how fast this library, not a kernel, does the same work. Every page written must be reported
 by the harvest of its epoch; if one is not, the exit code is 1.
 
+A table has a column for each platform, policy, way to log (--log) and host memory (--backing) given.
+
 \b
   spte profile
   spte profile redis.npz --platform ept-pml --platform npt --policy 6.12 --policy 6.1
-  spte profile --policy 6.12,eager_page_split=N --plot cost.png
+  spte profile --platform ept-pml --log bitmap --log manual --log initially-set --log ring=64K --pivot
+  spte profile redis --platform ept-nopml --platform ept-pml --log bitmap --log ring=64K --cost matlack --recommend
+  spte profile --platform ept-pml --eager Y --eager N --plot cost.png
   spte profile --memory 1T --platform ept-pml
   spte profile --vcpus 4 --ring 64K --json > report.json
+  spte profile --platform npt --epochs --csv > epochs.csv
   spte profile --workload perf-test -v 4 -b 1G -s anonymous_hugetlb_1gb -w 50 -i 3
   spte profile --limits --memory 1T
+
+With --cost, counts times the costs of a machine give estimates: the CPU time that the guest's vCPUs lose in an epoch, the time
+of the VMM's calls, the longest exclusive hold of mmu_lock. They are marked as such, and what each cost rests on stands in its file;
+see docs/costs.md. JSON is spte-profile/2: since 1, rows name their `log` and `backing`, and `estimated`, `costs` and `notes` came.
 
 Larger guests: page p of the guest is written in an epoch if the trace wrote page p modulo its own size, so the written
 share of memory stays the trace's. --scale N takes N times the trace's memory, --memory SIZE just that size; the copy
@@ -61,6 +67,7 @@ With `--workload perf-test` the letters of the kernel's dirty_log_perf_test say 
 defaults; they are refused without it, as the trace's options are with it.
 """
 
+MODES = ("manual", "ring_bytes", "no_manual_protect")
 TRACE_OPTIONS = {"vcpus": "--vcpus", "backing": "--backing", "manual": "--manual", "ring_bytes": "--ring",
                  "order": "--order"}  # fmt: skip
 PERF_OPTIONS = {"vcpus": "-v", "bytes_per_vcpu": "-b", "source": "-s", "overlap": "-o", "memslots": "-x",
@@ -82,13 +89,20 @@ PERF_OPTIONS = {"vcpus": "-v", "bytes_per_vcpu": "-b", "source": "-s", "overlap"
     help="Kernel version, single decisions replaced; repeatable; default 6.12. See `spte policies`.",
 )
 @click.option("--vcpus", "-v", type=int, help="vCPUs; a trace's 2 MiB regions are dealt to them in turn. Default 1.")
-@click.option("--backing", type=click.Choice(BACKINGS), help="Host memory. Default thp.")
+@click.option("--backing", "backings", type=click.Choice(BACKINGS), multiple=True, help="Host memory; repeatable. Default thp.")
+@click.option(
+    "--log", "logs", type=log_mode, multiple=True, metavar="MODE",
+    help="Way to log; repeatable: bitmap, manual (GET, then CLEAR), initially-set, ring=64K, ring=64K,manual. Default bitmap.",
+)
+@click.option("--log-from", type=click.Choice(LOG_FROM), default="populated", help="Logging begins when all is written, or with the slots.")
+@click.option("--eager", type=click.Choice(["Y", "N"]), multiple=True, help="eager_page_split of each policy; repeatable.")
+@click.option("--clear-chunk", type=int, metavar="PAGES", help="Pages of one CLEAR, a multiple of 64. Default: the slot.")
 @click.option(
     "--manual",
     type=click.Choice([str(m) for m in MANUALS]),
-    help="Manual protect: 1 ENABLE, 3 with INITIALLY_SET (not with --ring); harvest of bitmaps is then GET + CLEAR. Default 0.",
+    help="As --log: 1 manual, 3 initially-set; with --ring beside it. Default 0.",
 )
-@click.option("--ring", "ring_bytes", type=size, help="Dirty ring of each vCPU, bytes; harvest: collect + reset.")
+@click.option("--ring", "ring_bytes", type=size, help="As --log ring=SIZE: dirty ring of each vCPU, bytes.")
 @click.option("--order", type=click.Choice(ORDERS), help="Order of the writes inside an epoch. Default ascending.")
 @click.option("--scale", type=int, help="Guest memory: this many times the trace's.")
 @click.option("--memory", type=size, help="Guest memory in bytes, a multiple of 2M, such as 1T.")
@@ -104,10 +118,17 @@ PERF_OPTIONS = {"vcpus": "-v", "bytes_per_vcpu": "-b", "source": "-s", "overlap"
 @click.option("-e", "run_while_disabling", is_flag=True, help="perf-test: vCPUs run on while logging is disabled.")
 @click.option("-i", "iterations", type=int, help="perf-test: iterations. Default 2.")
 @click.option("--limits", is_flag=True, help="Instead: each kernel beside what this machine can do. --memory: 64G.")
+@click.option("--cost", metavar="NAME|FILE", help=f"Add estimates at these costs: {', '.join(names())}, or a TOML file.")
+@click.option("--cost-range", is_flag=True, help="With --cost: the band of each estimate, too.")
+@click.option("--recommend", is_flag=True, help="With --cost: the column of least estimated stall, and what would turn that.")
+@click.option("--epochs", is_flag=True, help="Instead of the table: a line an epoch and column.")
+@click.option("--pivot", is_flag=True, help="Turn the table: a line a column, a column a figure.")
+@click.option("--csv", "style", flag_value="csv", help="With --epochs: print CSV.")
 @click.option("--json", "style", flag_value="json", help="Print JSON; `schema` names its version.")
 @click.option("--markdown", "style", flag_value="markdown", help="Print Markdown tables.")
 @click.option("--output", type=target(), metavar="FILE", help="Print there instead of stdout.")
 @click.option("--plot", type=target(".png", ".svg"), metavar="FILE.png", help="Draw the epochs and the costs.")
+@click.option("--report", "page", type=target(".html"), metavar="FILE.html", help="Write a page of pictures and tables; needs plotly.")
 def profile(
     trace: Path | None,
     platforms: tuple[str, ...],
@@ -119,7 +140,13 @@ def profile(
     style: str | None,
     output: Path | None,
     plot: Path | None,
+    page: Path | None,
     limits: bool,
+    backings: tuple[str, ...],
+    logs: tuple[Log, ...],
+    log_from: str,
+    eager: tuple[str, ...],
+    clear_chunk: int | None,
     **options: Any,
 ) -> int:
     """Check every option, run, print, and return the exit code."""
@@ -128,18 +155,24 @@ def profile(
 
         refuse_others(click.get_current_context())
         return show(memory, style, output)
+    wanted = Wanted(style, options.pop("epochs"), options.pop("pivot"), options.pop("cost_range"), options.pop("recommend"))
+    costs = _costs(options.pop("cost"), wanted)
     platforms = tuple(dict.fromkeys(platforms)) or DIRECT
-    policies = tuple(dict.fromkeys(policies)) or ("6.12",)
+    policies = _policies(policies, eager)
+    backings, logs = tuple(dict.fromkeys(backings)), tuple(dict.fromkeys(logs))
     for platform in platforms:
         named(platform)
-    for policy in policies:
-        parse(policy)
     given = {name: value for name, value in options.items() if value is not None and value is not False}
+    if backings:
+        given["backing"] = backings[0]
+    _refuse({TRACE_OPTIONS.get(name, "-g") for name in given if logs and name in MODES}, "and --log both say how to log; take --log")
     try:
         if workload == "perf-test":
             work: Workload = _perf_test(given, seed, {"TRACE": trace, "--scale": scale, "--memory": memory})
         else:
             work = _traced(given, seed, trace, scale, memory)
+        if clear_chunk is not None:
+            check_chunk(clear_chunk)
     except (TraceError, WorkloadError) as error:
         raise click.UsageError(str(error)) from None
     _refuse_too_large(work)
@@ -147,13 +180,54 @@ def profile(
         importlib.import_module("spte.cli.table")  # what the host lacks is said before the work
     if plot:
         from spte.cli.plot import draw
+    if page:
+        from spte.cli.html.page import write
+        from spte.cli.html.profile import profile as page_sections
     announce_compilation()
-    with _progress() as progress:
-        rows = run_profile(work, platforms, policies, progress=progress)
-    _print(work, rows, style, output)
+    with steps_bar() as progress:
+        rows = run_profile(
+            work, platforms, policies, logs=logs, backings=backings, clear_chunk=clear_chunk, log_from=log_from, progress=progress
+        )
+    report = Report(work, rows, notes(rows, clear_chunk), costs, wanted.band)
+    text = render(report, wanted, color=output is None and sys.stdout.isatty())
+    if output:
+        output.write_text(text)
+    else:
+        click.echo(text, nl=False)
     if plot:
-        draw(rows, _title(work), plot)
-    return _report_losses(work, rows)
+        draw(rows, title(work, rows), plot)
+    if page:
+        heading = title(work, rows).splitlines()
+        write(page, f"spte profile: {heading[0][:80]}", [*heading, *report.notes], page_sections(report))
+    return _report_losses(rows)
+
+
+def _costs(name: str | None, wanted: Wanted) -> CostProfile | None:
+    """Return the costs to estimate by; refuse what does not go together."""
+    if wanted.style == "csv" and not wanted.epochs:
+        raise click.UsageError("--csv needs --epochs: a line an epoch and column")
+    if wanted.pivot and (wanted.epochs or wanted.style == "json"):
+        raise click.UsageError("--pivot turns the table, which --epochs and --json do not print; leave one out")
+    if wanted.recommend and wanted.epochs:
+        raise click.UsageError("--recommend stands below the table, which --epochs does not print; leave one out")
+    if name is None:
+        flags = {"--cost-range": wanted.band, "--recommend": wanted.recommend}
+        _refuse({flag for flag, on in flags.items() if on}, f"needs --cost; take one of {', '.join(names())}, or a TOML file")
+        return None
+    try:
+        return load_costs(name)
+    except CostError as error:
+        raise click.BadParameter(str(error), param_hint="--cost") from None
+
+
+def _policies(policies: tuple[str, ...], eager: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the policies, each once for each value of --eager."""
+    policies = tuple(dict.fromkeys(policies)) or ("6.12",)
+    for policy in policies:
+        parse(policy)
+        if eager and "eager_page_split" in policy:
+            raise click.UsageError(f"--policy {policy} and --eager both set eager_page_split; take one")
+    return tuple(f"{policy},eager_page_split={value}" for policy in policies for value in dict.fromkeys(eager)) if eager else policies
 
 
 def _traced(
@@ -195,59 +269,12 @@ def _refuse_too_large(work: Workload) -> None:
         )
 
 
-@contextmanager
-def _progress() -> Iterator[Progress | None]:
-    """Yield what shows progress on stderr, or None when that is no terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("")
-
-        def show(done: int, total: int, what: str) -> None:
-            bar.update(task, completed=done, total=total, description=what)
-
-        yield show
-
-
-def _title(work: Workload) -> str:
-    about = work.describe()
-    memory = spell_size(work.npages * PAGE_SIZE)
-    log = f"ring of {work.ring_bytes} bytes" if work.ring_bytes else f"bitmap, manual {work.manual}"
-    name = about["command"] if about["kind"] == "trace" else "dirty_log_perf_test"
-    return f"{name}\n{memory} on {work.backing}, {work.nepochs} epochs, {work.vcpus} vCPU, {log}"
-
-
-def _print(work: Workload, rows: list[Row], style: str | None, output: Path | None) -> None:
-    if style == "json":
-        text = json.dumps(as_json(work, rows), indent=1, allow_nan=False) + "\n"
-    else:
-        from spte.cli.table import markdown, plain
-
-        color = output is None and sys.stdout.isatty()
-        text = markdown(rows) if style == "markdown" else f"{_title(work)}\n\n{plain(rows, color=color)}"
-    if output:
-        output.write_text(text)
-    else:
-        click.echo(text, nl=False)
-
-
-def _report_losses(work: Workload, rows: list[Row]) -> int:
-    for row in rows:
+def _report_losses(rows: Sequence[Row]) -> int:
+    for label, row in zip(labels([row.column for row in rows]), rows, strict=True):
         if row.lost:
-            index, epoch = next((i, e) for i, e in enumerate(row.epochs) if e.lost)
-            click.echo(
-                f"spte profile: {row.platform}, policy {row.policy}: {row.lost} pages were written and not reported, "
-                f"first gfn {epoch.first_lost} in epoch {index}",
-                err=True,
-            )
-    if not any(row.lost for row in rows):
-        return EXIT_OK
-    if work.ring_bytes and work.manual == INITIALLY_SET:
-        click.echo(RING_ARMS_NOTHING, err=True)
-    return EXIT_DIFFERENCE
+            harvests = {"populating": row.populated} if row.populated else {}
+            harvests |= {f"epoch {i}": epoch for i, epoch in enumerate(row.epochs)}
+            where, gfn = next((name, epoch.first_lost) for name, epoch in harvests.items() if epoch.lost)
+            what = f"{row.lost} pages were written and not reported, first gfn {gfn} in {where}"
+            click.echo(f"spte profile: {', '.join(label)}: {what}", err=True)
+    return EXIT_DIFFERENCE if any(row.lost for row in rows) else EXIT_OK
