@@ -28,7 +28,7 @@ HOW = {
     "exit": "CPUID in the guest", "fast_fault": "writes of write-protected pages", "slow_fault_shared": "first writes of pages",
     "slow_fault_exclusive": "first writes of pages, and writes of write-protected ones", "pml_log": "writes of clean pages",
     "bitmap_word": "enabling of a slot of 8 GiB", "get_word": "GET of a clean slot of 8 GiB",
-    "mask_walk": "GET of one dirty page in 64, less clear_page", "clear_page": "GET of 64 dirty pages in 64; enabling",
+    "mask_walk": "GET of one dirty page in 64, less clear_page", "clear_page": "GET and CLEAR of 64 dirty pages in 64; enabling",
     "collapse_2m": "disabling, 2 MiB pages mapped by 4 KiB, less zap", "zap": "disabling, 2 MiB pages mapped by 4 KiB",
     "ring_push": "writes with a ring, less those with a bitmap",
 }  # fmt: skip
@@ -85,9 +85,10 @@ def solve(
     exit_ns = min(exit_ns, *faults)
     slow = "slow_fault_shared" if platform.tdp_mmu else "slow_fault_exclusive"
     clear = (logged["dense"] - logged["sparse"]) / 63
+    walk = logged["sparse"] - clear
     found = {
         "exit": [exit_ns], slow: [logged["first"] - exit_ns], "bitmap_word": [words["enable"]], "get_word": [words["get"]],
-        "clear_page": [clear, enabled], "mask_walk": [logged["sparse"] - clear], "ring_push": [pushed - logged["armed"]],
+        "clear_page": [clear, (logged["cleared"] - walk) / 64, enabled], "mask_walk": [walk], "ring_push": [pushed - logged["armed"]],
     }  # fmt: skip
     if platform.pml:
         found["pml_log"] = [logged["armed"] - exit_ns / PML_ENTRIES]

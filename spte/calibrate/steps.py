@@ -74,6 +74,12 @@ class Bench:
         words = np.zeros(self._memory.size // PAGE_SIZE // 64 + 1, np.uint64)
         return _ns(lambda: self._vm.get_dirty_log_into(SLOT, words))
 
+    def clear(self) -> int:
+        """KVM_CLEAR_DIRTY_LOG of all pages of the slot; returns ns."""
+        pages = self._memory.size // PAGE_SIZE
+        bits = np.full(pages // 64, ~np.uint64(0))
+        return _ns(lambda: self._vm.clear_dirty_log(SLOT, 0, pages, bits))
+
     def run(self, routine: str, pages: int, step: int = 1) -> int:
         """Let the guest call `routine` for each `step`-th of `pages`; returns ns. UnsupportedOp if it does not come to the end."""
         count = 1 if step > 1 else pages
@@ -107,7 +113,8 @@ def logging_ns(bench: Bench, memory: HostMemory) -> dict[str, float]:
     """Return what logging costs by bitmap.
 
     `first`: a page written that has no SPTE; `armed`: one that is write-protected, or clean; both with their exit.
-    `dense`, `sparse`: GET for each word of 64 pages that are dirty, and one of which is; without what a clean word takes.
+    `dense`, `sparse`: GET for each word of 64 pages that are dirty, and one of which is; without what a clean word takes. `cleared`: CLEAR
+    for each word of 64 pages that are dirty.
     """
     with bench.slot(memory, LOG_DIRTY_PAGES):
         first, again = bench.write(), bench.write()
@@ -116,9 +123,13 @@ def logging_ns(bench: Bench, memory: HostMemory) -> dict[str, float]:
         dense = bench.get()
         bench.write(step=64)
         sparse = bench.get()
+        untouched = bench.clear()
+        bench.write()
+        cleared = bench.clear()
     per_word = [max(0, taken - clean[1]) / WORDS for taken in (dense, sparse)]
     return {
         "first": max(0, first - again) / PAGES, "armed": max(0, armed - again) / PAGES, "dense": per_word[0], "sparse": per_word[1],
+        "cleared": max(0, cleared - untouched) / WORDS,
     }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ MAX_REPEATS = 1000
 @click.option("--output", "-o", "output", type=click.Path(path_type=Path), help="File to write, TOML. Default: standard output.")
 @click.option("--repeats", type=click.IntRange(1, MAX_REPEATS), default=7, show_default=True, help="How often each step is timed.")
 def calibrate(output: Path | None, repeats: int) -> int:
-    """Measure what this host's KVM costs: exits, write faults, GET, enabling and disabling per page, by a tiny guest on /dev/kvm.
+    """Measure what this host's KVM costs: exits, write faults, GET, CLEAR, enabling and disabling per page, by a tiny guest on /dev/kvm.
 
     Writes a cost profile: for each item the median and the band of what was measured, and where the number is from. What no step shows is a
     guess, and says so. On a software backend, with neither VMX nor SVM, every item is marked as a guess. It takes some seconds, root or the
