@@ -4,7 +4,7 @@ from spte import kernels, policy
 from spte._version import __version__
 from spte.access import EXEC, READ, WRITE, Access
 from spte.arrays.slots import LOG_DIRTY_PAGES, READONLY
-from spte.errors import DirtyLoggingLeak, InvariantError, KvmError
+from spte.errors import DirtyLoggingLeak, InvariantError, KernelWarning, KvmError
 from spte.exits import Exit
 from spte.guest_tables import GuestTables
 from spte.host.backing import Backing
@@ -25,6 +25,7 @@ __all__ = [
     "Exit",
     "GuestTables",
     "InvariantError",
+    "KernelWarning",
     "KvmError",
     "Platform",
     "Policy",

@@ -35,7 +35,8 @@ SUPPRESS_VE = ONE << U64(63)
 FROZEN_LOW = U64(0x5A0)
 SOFT_ACCESSED, SOFT_DIRTY = ONE << U64(8), ONE << U64(9)  # EPT without A/D bits, where software keeps them
 
-# Role of a page table, 32 bits: level 3:0, direct 7, access 10:8, invalid 11, efer_nx 12, cr0_wp 13, ad_disabled 16, guest_mode 17.
+# Role of a page table, 32 bits: level 3:0, direct 7, access 10:8, invalid 11, efer_nx 12, cr0_wp 13, ad_disabled 16, guest_mode 17,
+# smm 31:24: the address space.
 ROLE_LEVEL = 0xF
 ROLE_IS_DIRECT = 1 << 7
 ROLE_EFER_NX = 1 << 12
@@ -48,6 +49,7 @@ ROLE_LONG, ROLE_NPT12, ROLE_EPT12 = 0x3700, 0x1700, 0x0700  # roots that shadow 
 ROLE_INVALID = 1 << 11
 ROLE_AD_DISABLED = 1 << 16
 ROLE_GUEST_MODE = 1 << 17
+ROLE_SMM_SHIFT = 24
 
 
 ACC_EXEC, ACC_WRITE, ACC_USER, ACC_ALL = 1, 2, 4, 7  # what a guest table, or a page that shadows it, allows

@@ -156,5 +156,19 @@ class InvariantError(AssertionError):
     """A structural or logging-state invariant does not hold."""
 
 
+class SmmError(KvmError):
+    """System management mode entered or left where it can not be, or without memory for the saved state."""
+
+
+class VcpuExistsError(KvmError):
+    """A vCPU with an id that another one of the VM has."""
+
+    code = _errno.EEXIST
+
+
+class KernelWarning(RuntimeWarning):
+    """The kernel would have warned, by WARN_ON_ONCE; given once for each VM."""
+
+
 class DirtyLoggingLeak(RuntimeWarning):
     """A VM was destroyed while memslots logged."""

@@ -1,4 +1,4 @@
-"""All that knows numba, beside `spte._numba.link`: options, cache directory and its key, intrinsics with their plain-Python twins."""
+"""All that knows numba, beside its neighbours: options, cache directory and its key, intrinsics with their plain-Python twins."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import os
 import sys
 import tempfile
-import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -153,18 +152,6 @@ if PLAIN:
     def prefetch(array: Any, index: Any) -> None:
         """Prefetch the cache line of ``array.flat[index]``; no effect in plain Python."""
 
-    _one_at_a_time = threading.Lock()
-
-    def exchange(word: Any, value: int) -> int:
-        """Store `value` into ``word[0]`` and return what was there, as one step for all threads."""
-        with _one_at_a_time:
-            old, word[0] = word[0], value
-            return int(old)
-
-    def publish(array: Any, index: int, value: np.uint64) -> None:
-        """Store `value` into ``array.flat[index]``; another thread that sees it also sees all that was stored before."""
-        array.reshape(-1)[index] = value
-
 else:
 
     def _unary(name: str) -> Any:
@@ -198,24 +185,3 @@ else:
             return context.get_dummy_value()
 
         return types.void(array, types.int64), codegen
-
-    @intrinsic
-    def exchange(typingctx: Any, word: Any, value: Any) -> Any:
-        """Store `value` into ``word[0]`` of an int64 array and return what was there, as one step for all threads."""
-
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            view = context.make_array(signature.args[0])(context, builder, args[0])
-            return builder.atomic_rmw("xchg", view.data, args[1], "seq_cst")
-
-        return types.int64(word, types.int64), codegen
-
-    @intrinsic
-    def publish(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
-        """Store `value` into ``array.flat[index]`` of a uint64 array; another thread that sees it also sees all that was stored before."""
-
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            view = context.make_array(signature.args[0])(context, builder, args[0])
-            builder.store_atomic(args[2], builder.gep(view.data, [args[1]]), "release", 8)
-            return context.get_dummy_value()
-
-        return types.void(array, types.int64, types.uint64), codegen

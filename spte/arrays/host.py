@@ -27,7 +27,8 @@ class Host(NamedTuple):
     kinds: npt.NDArray[np.uint8]  # [blocks] kind of memory: all that a block takes until it is touched
     blocks: Records  # [blocks] BLOCK
     rows: Records  # [1] HOST_ROWS
-    rows_lock: I64s  # [1] 1: a thread takes or gives back a row
+    rows_lock: I64s  # [1] 1: a thread takes or gives back a row of `page`, which all VMs have from one array
+    pages_lock: I64s  # [1] 1: a vCPU that runs beside others changes page states in a fault
     mixed_blocks: Records  # [rows] MIXED_BLOCK
     page: npt.NDArray[np.uint8]  # [rows, 512] states of single pages
     alone: U64s  # [blocks, 8] a bit a page of THP memory that is no part of a huge page: it was dropped alone

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from spte._numba.atomics import Shared
 from spte.arrays.records import Records, U64s, columns, record
 
 PAE_ROOT = 2  # `shadow` of a vCPU's PAE root
@@ -37,9 +38,16 @@ KVM = record("kvm", [
     *columns("i8", "indirect_shadow_pages", "mmu_unsync"),  # pages that shadow guest tables; those of them that are unsync
     ("needbreak", "i8"),  # another thread waits for the VM: rwlock_needbreak
     ("nr_tdp_mmu_roots", "i8"),
-    ("tdp_mmu_roots", "i8", (MAX_TDP_ROOTS,)),  # rows of the TDP MMU's valid roots
+    ("tdp_mmu_roots", "i8", (MAX_TDP_ROOTS,)),  # rows of the TDP MMU's valid roots of address space 0
     ("path", "i8", (2 * PATH,)),  # scratch of a walk over the pages below a root
 ])  # fmt: skip
+
+
+_COUNTED = ("pages", "splits", "remote_tlb_flush_requests", "nx_lpage_splits", "sptes_written", "zapped", "collapsed", "dirty_marks")
+COUNTERS = np.zeros(KVM.itemsize // 8, bool)  # words of KVM that count what kernels do
+for _name in _COUNTED:
+    _field, _at = KVM.fields[_name][:2]  # type: ignore[index]
+    COUNTERS[_at // 8 : (_at + _field.itemsize) // 8] = True
 
 
 class Tables(NamedTuple):
@@ -54,3 +62,10 @@ class Tables(NamedTuple):
     doomed: npt.NDArray[np.int32]  # scratch: pages to be zapped or synced
     places: U64s  # scratch of a harvest: places of entries that are to be re-armed
     leaf_rows: npt.NDArray[np.uint32]  # scratch of a run in the guest: level-1 table of each 2 MiB, 0: to be walked to
+
+
+class SharedTables(Tables, Shared):
+    """The same page tables for a kernel that runs beside others on them.
+
+    Of a vCPU `kvm` and `leaf_rows` are its own: counts and freed rows, with no row beyond those.
+    """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from spte.access import Access
-from spte.arrays.records import Records, U64s, columns, record
+from spte.arrays.records import I64s, Records, U64s, columns, record
 
 READ, WRITE, EXEC = (int(kind) for kind in Access)  # kinds of guest access
 WALKS_AHEAD = 16
@@ -15,6 +15,13 @@ EXIT_GUEST_FAULT, EXIT_GUEST_PML_FULL = 7, 8  # the guest's own tables do not al
 EXIT_SHADOW, EMULATED, EXIT_ROOT = 9, 10, 11  # a fault for the shadow MMU; KVM did the access itself; the root was zapped
 EXIT_INTERNAL = 12  # KVM gives up
 EXIT_NEEDBREAK = 13  # another thread waits for the VM
+EXIT_EXCLUSIVE = 14  # a run beside others needs the VM for itself
+# Words of Vcpu.requests.
+REQUEST, CONFIRMED = 0, 1  # counted up by who wants the vCPU to exit once; the request after which it last did
+IN_GUEST = 2  # 1: a run beside others is in a kernel: vcpu->mode
+NEEDBREAK = 3  # 1: another thread waits for the VM
+STAMP = 4  # what the last write stored in `memory`; its low byte is the vCPU's number
+REQUESTS, STAMP_STEP = 8, 256
 # Flags of a run: the guest was not left before it; it is not left at its end.
 NO_ENTRY, NO_EXIT = 1, 2
 PIECE = 1 << 16  # accesses after which a run looks whether another thread waits, some ms at most
@@ -55,3 +62,5 @@ class Vcpu(NamedTuple):
     ring: U64s  # [entries, 2]: flags | slot << 32, offset
     log: U64s  # [n, LOG_COLUMNS]; n == 0: nothing is recorded
     walked: U64s  # places of the entries where the walks of the next accesses ended
+    requests: I64s  # [REQUESTS] for runs beside others: vcpu->requests, vcpu->mode
+    memory: U64s  # [gfns] what was last written to each page, kept by runs beside others; empty: nothing is kept

@@ -17,6 +17,7 @@ from spte.cli.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_MISSING, 
 # A verb is the command of that name in the module of that name in `verbs`; modules are imported when their verb is called, so that
 # --help costs no more than this file.
 VERBS = {
+    "calibrate": "Measure what this host's KVM costs.",
     "check": "Compare recordings of real KVM with the model.",
     "convert": "A write trace from what other tools record.",
     "diff": "What changes when one decision, or the platform, changes.",

@@ -10,7 +10,7 @@ State of an access, tried again after each exit that KVM handles by itself:
 | not present | violation | slow path |
 | MMIO | misconfiguration | exit to userspace |
 
-The caller must be exclusive on the VM's tables.
+The caller must be exclusive on the VM's tables; `spte.cpu.run_shared` is for those that are not.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from spte.mmu.mark_dirty import U32_MASK, note
 from spte.mmu.memslot import find_slot
 from spte.mmu.page_fault import Fault, allowed, begin_fault, fast_page_fault, map_gfn
 from spte.mmu.shadow.page_fault import shadow_fault
+from spte.mmu.tdp_mmu import read_spte
 from spte.mmu.walk import forget_leaf_rows, list_leaf_rows, walk
 
 HW_DONE, HW_PML_FULL, HW_VIOLATION = 0, 1, 2  # outcomes of an access in hardware
@@ -79,7 +80,7 @@ def _hardware(t, v, m, gfn, kind, row, i, level):
 
 
 @helper
-def _room(v):
+def room(v):
     """Return how many accesses may be walked together: no more than the PML buffer takes, else walks are thrown away at the exit."""
     vcpu = v.vcpu[0]
     if vcpu.pml_enabled:
@@ -100,10 +101,10 @@ def soft_full(v):
 
 
 @helper
-def _fault(t, s, h, v, m, gfn, kind, row, i, level):
+def fault(t, s, h, v, m, gfn, kind, row, i, level):
     """Handle a violation or misconfiguration of a TDP MMU's root; returns an exit reason, DONE to enter again."""
     vcpu = v.vcpu[0]
-    mmio, kind, present = begin_fault(m, s, v, gfn, kind, t.sptes[row, i], level)
+    mmio, kind, present = begin_fault(m, s, v, gfn, kind, read_spte(t, row, i), level)
     if mmio:
         return EXIT_MMIO
     k = find_slot(s, gfn)
@@ -153,7 +154,7 @@ def run(t, s, h, v, mode, gfns, kinds, start):
                 reason = EXIT_NEEDBREAK
                 continue
         if at >= ahead and v.log.shape[0] == 0:  # a log wants each access alone
-            first, end = at, min(n, due, at + _room(v))
+            first, end = at, min(n, due, at + room(v))
             most = min(n - at, at - unlisted) >> 2
             if listed == 0 and most >= LEAST_TO_LIST:
                 listed = list_leaf_rows(t, vcpu.root, most)
@@ -202,7 +203,7 @@ def run(t, s, h, v, mode, gfns, kinds, start):
         due -= FAULT
         drain(t, s, v, m)
         slow = vcpu.slow_faults
-        reason = EXIT_SHADOW if shadowed else _fault(t, s, h, v, m, gfn, kind, row, i, level)
+        reason = EXIT_SHADOW if shadowed else fault(t, s, h, v, m, gfn, kind, row, i, level)
         if vcpu.slow_faults != slow:
             listed, unlisted = forget_leaf_rows(t), at
         ahead = max(ahead, at + PREFETCH_BEFORE)
@@ -212,12 +213,12 @@ def run(t, s, h, v, mode, gfns, kinds, start):
             elif v.log.shape[0] > 0 and vcpu.logged + LOG_ROOM > v.log.shape[0]:
                 reason = EXIT_LOG
     vcpu.ahead, vcpu.prefetched, vcpu.due = max(ahead, 1), prefetched, due
-    _leave(t, s, v, m, gfns, at, reason)
+    leave(t, s, v, m, gfns, at, reason)
     return at
 
 
 @helper
-def _leave(t, s, v, m, gfns, at, reason):
+def leave(t, s, v, m, gfns, at, reason):
     """End a run in the guest at access `at`, or only interrupt it."""
     vcpu = v.vcpu[0]
     if reason == EXIT_RING_FULL:
@@ -258,5 +259,5 @@ def run_shadow(t, s, h, v, mode, gfns, kinds, start):
             reason = EXIT_ROOT
         if reason == DONE and v.log.shape[0] > 0 and vcpu.logged + LOG_ROOM > v.log.shape[0]:
             reason = EXIT_LOG
-    _leave(t, s, v, m, gfns, at, reason)
+    leave(t, s, v, m, gfns, at, reason)
     return at

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from spte._numba.atomics import compare_exchange, is_shared, load
 from spte._numba.jit import helper, kernel_noinline, prefetch
 from spte.arrays.slots import LOG_DIRTY_PAGES
-from spte.arrays.vcpu import EXEC, WALKS_AHEAD, WRITE
+from spte.arrays.vcpu import CONFIRMED, EXEC, NEEDBREAK, REQUEST, STAMP, STAMP_STEP, WALKS_AHEAD, WRITE
 from spte.bits import INDEX_BITS, INDEX_MASK, MMU_PRESENT, SHIFT_PAGE, TYPE_DISABLED, TYPE_MASK, U64, WRITABLE, ZERO
 from spte.mmu.walk import place_above, place_of
 
@@ -73,6 +74,40 @@ def _let_through(flat, gfns, first, end, places, looks, permission, sets, logs, 
     return end, index
 
 
+@kernel_noinline
+def _let_through_shared(flat, gfns, first, end, places, looks, permission, sets, logs, v, writes, index, words, first_bit):
+    """As _let_through, beside others: A and D are set by compare-and-exchange; who finds the entry changed stops before the access.
+
+    Where memory is kept, each of `writes` stores its stamp after its look at the SPTE, as a CPU does.
+    """
+    care, want = looks | sets, permission | sets
+    keeps, stamp, stop = writes and v.memory.shape[0] > 0, v.requests[STAMP], np.int64(end)
+    for j in range(U64(first), U64(end)):
+        place = np.int64(places[j - U64(first)])
+        spte = load(flat, place)
+        if (spte & care) != want:
+            changes = (spte & TYPE_MASK) != TYPE_DISABLED
+            refused = (spte & looks) != permission or (logs != ZERO and index > 511)
+            if refused or (changes and compare_exchange(flat, place, spte, spte | sets) != spte):
+                stop = np.int64(j)
+                break
+            if changes and (sets & ~spte & logs) != ZERO:
+                v.pml[U64(index)] = U64(gfns[j]) << SHIFT_PAGE
+                prefetch(words, (gfns[j] + first_bit) >> 6)
+                index = (index - 1) & 0xFFFF
+        if keeps:
+            stamp += STAMP_STEP
+            v.memory[gfns[j]] = U64(stamp)
+    v.requests[STAMP] = stamp
+    return stop, index
+
+
+@helper
+def is_kicked(v):
+    """Tell whether another thread wants the vCPU to exit: kvm_request_pending, once for all."""
+    return load(v.requests, REQUEST) != v.requests[CONFIRMED] or load(v.requests, NEEDBREAK) != 0
+
+
 @helper
 def _alike(kinds, at, end):
     """Return the first access after `at`, at most `end`, of another kind."""
@@ -88,7 +123,7 @@ def _alike(kinds, at, end):
 def run_ahead(t, s, v, m, gfns, kinds, at, end, listed):
     """Let hardware do accesses ``[at, end)`` up to the first that exits; returns that one's place in the batch, else `end`.
 
-    A block's entries are prefetched for while those of the block before arrive.
+    A block's entries are prefetched for while those of the block before arrive. Beside others it ends after a block when kicked.
     """
     vcpu = v.vcpu[0]
     root, index = vcpu.root, vcpu.pml_index
@@ -103,10 +138,18 @@ def run_ahead(t, s, v, m, gfns, kinds, at, end, listed):
         begin = at
         while at < stop and not exits:
             same = _alike(kinds, at, stop)
-            looks, permission, sets = _asks(m, np.int64(kinds[at if kinds.shape[0] > 1 else 0]))
+            kind = np.int64(kinds[at if kinds.shape[0] > 1 else 0])
+            looks, permission, sets = _asks(m, kind)
             places = v.walked[half + at - begin :]
-            at, index = _let_through(t.flat, gfns, at, same, places, looks, permission, sets, logs, v.pml, index, s.words, first_bit)
+            if is_shared(t):
+                at, index = _let_through_shared(
+                    t.flat, gfns, at, same, places, looks, permission, sets, logs, v, kind == WRITE, index, s.words, first_bit
+                )
+            else:
+                at, index = _let_through(t.flat, gfns, at, same, places, looks, permission, sets, logs, v.pml, index, s.words, first_bit)
             exits = at != same
+        if is_shared(t):
+            exits = exits or is_kicked(v)
         half, stop, after = AHEAD - half, after, min(after + AHEAD, end)
     vcpu.pml_entries += (vcpu.pml_index - index) & 0xFFFF
     vcpu.pml_index = index

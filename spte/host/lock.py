@@ -2,6 +2,9 @@
 
 Who waits gets in before the one that holds the lock comes again: a thread that finds it taken stands in the gate, and whoever comes
 while somebody stands there goes behind. A batch of guest accesses sees a word of its VM set meanwhile, and lets the other in.
+
+From the first wait on, runs of vCPUs hold it shared, as KVM's faults hold mmu_lock for reading: they are inside together, and who takes
+the lock asks them to leave and waits. Those that come meanwhile get in before the lock is taken again.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ _serials = itertools.count()
 class _Turnstile:
     """The lock of all that share it, and the gate before it."""
 
-    __slots__ = ("gate", "gone", "main", "members", "serial", "waiting")
+    __slots__ = ("changed", "depth", "gate", "gone", "main", "members", "met", "runs", "runs_wait", "serial", "telling", "turn",
+                 "waiting")  # fmt: skip
 
     def __init__(self, member: ExclusiveLock) -> None:
         self.serial = next(_serials)  # who takes several takes them in this order
@@ -31,11 +35,19 @@ class _Turnstile:
         self.members: tuple[weakref.ref[ExclusiveLock], ...] = (weakref.ref(member),)
         self.waiting = False  # somebody stands in the gate
         self.gone = False  # another one has taken its place; then `waiting` stays set, so that everybody notices
+        self.met = False  # somebody has waited once
+        self.telling = threading.Lock()  # so that the words of members are as the last change left it
+        self.changed = threading.Condition(threading.Lock())  # for what follows
+        self.depth = 0  # how often the thread that has `main` keeps runs out
+        self.runs = 0  # that are inside
+        self.runs_wait = 0  # runs that wait for the end of that
+        self.turn = 0  # as many of them come first
 
     def pass_gate(self) -> None:
         """Take `main`; the caller holds `gate`."""
         if self.main.acquire(blocking=False):
             return
+        self.met = True
         self._ask(True)
         try:
             self.main.acquire()
@@ -43,21 +55,103 @@ class _Turnstile:
             self._ask(self.gone)
 
     def _ask(self, waiting: bool) -> None:
-        self.waiting = waiting
-        for ref in self.members:
-            if (member := ref()) is not None:
-                member.needbreak[0] = waiting
+        with self.telling:
+            self._tell(waiting)
+            self.waiting = waiting
+
+    def _tell(self, waiting: bool) -> None:
+        for member in self._members():
+            member.needbreak[0] = waiting or self.runs_wait > 0
+
+    def _members(self) -> Iterator[ExclusiveLock]:
+        return (member for ref in self.members if (member := ref()) is not None)
 
     def take(self) -> None:
-        """Take `main` before all who come later."""
+        """Take `main` before all who come later, and keep runs out."""
         with self.gate:
             self.pass_gate()
+        self.close()
+
+    def close(self) -> None:
+        """Keep runs out, and wait until those inside have left; the caller has `main`. Whatever is raised, `main` is given back."""
+        # Set before the look, as a run counts itself before it looks: one of them sees the other.
+        self.depth += 1
+        if self.depth == 1 and (self.runs or self.turn):
+            try:
+                self._await_runs()
+            except BaseException:
+                self.release()
+                raise
+
+    def _await_runs(self) -> None:
+        with self.changed:
+            try:
+                while self.turn:
+                    self.changed.wait()
+                self._kick(1)
+                while self.runs:
+                    self.changed.wait()
+            finally:
+                self._kick(0)
+
+    def _kick(self, leave: int) -> None:
+        for member in self._members():
+            for word in member.kicked:
+                word[0] = leave
+
+    def release(self) -> None:
+        """Give `main` back, and let runs in."""
+        self.depth -= 1
+        if self.depth == 0 and self.runs_wait:
+            with self.changed:
+                self.turn = self.runs_wait
+                self.changed.notify_all()
+        self.main.release()
+
+    def enter_run(self) -> bool:
+        """Count a run in, as soon as nobody keeps it out; False if another turnstile has taken the place."""
+        with self.changed:
+            self.runs += 1
+            called = False
+            while self.depth and not self.gone and not called:
+                self.runs -= 1
+                called = self._wait_for_turn()
+                self.runs += 1
+            self.runs -= self.gone
+            return not self.gone
+
+    def _wait_for_turn(self) -> bool:
+        """Wait for the end of the one that keeps runs out; True if the run is among those that come before the next one."""
+        self.met = True
+        self._count_waiting(1)
+        self.changed.notify_all()
+        try:
+            while self.depth and not self.turn and not self.gone:
+                self.changed.wait()
+            return self.turn > 0
+        finally:
+            self.turn = max(self.turn - 1, 0)
+            self._count_waiting(-1)
+            self.changed.notify_all()
+
+    def _count_waiting(self, change: int) -> None:
+        with self.telling:
+            self.runs_wait += change
+            self._tell(self.waiting)
+
+    def leave_run(self) -> None:
+        """Count a run out."""
+        with self.changed:
+            self.runs -= 1
+            if not self.runs:
+                self.changed.notify_all()
 
     def absorb(self, other: _Turnstile) -> None:
-        """Take the place of `other`; the caller holds `gate` and `main` of both."""
+        """Take the place of `other`; the caller holds `gate` and `main` of both, and keeps runs out of both."""
         other.gone = other.waiting = True
-        members = [member for ref in (*self.members, *other.members) if (member := ref()) is not None]
+        members = [*self._members(), *other._members()]
         self.members, other.members = tuple(map(weakref.ref, members)), ()
+        self.met |= other.met
         for member in members:
             member.turnstile = self
 
@@ -71,10 +165,11 @@ class ExclusiveLock:
         Set while somebody waits: rwlock_needbreak. Mutated.
     """
 
-    __slots__ = ("__weakref__", "needbreak", "turnstile")
+    __slots__ = ("__weakref__", "kicked", "needbreak", "turnstile")
 
     def __init__(self, needbreak: I64s) -> None:
         self.needbreak = needbreak
+        self.kicked: list[I64s] = []  # words that are set while runs that hold it shared are to leave
         self.turnstile = _Turnstile(self)
 
     def __enter__(self) -> None:
@@ -84,29 +179,66 @@ class ExclusiveLock:
         elif turnstile.waiting:
             turnstile.main.release()
             self._take()
+        else:
+            turnstile.close()
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self.turnstile.main.release()
+        self.turnstile.release()
 
     def _take(self) -> None:
+        self._take_main().close()
+
+    def _take_main(self) -> _Turnstile:
         while True:
             turnstile = self.turnstile
             if turnstile.main._is_owned():  # type: ignore[attr-defined]  # who stands in the gate waits for this thread
                 turnstile.main.acquire()
             else:
-                turnstile.take()
+                with turnstile.gate:
+                    turnstile.pass_gate()
             if self.turnstile is turnstile:
-                return
+                return turnstile
             turnstile.main.release()
 
     @property
     def contended(self) -> bool:
         """Somebody waits for it."""
-        return self.turnstile.waiting
+        return self.turnstile.waiting or self.turnstile.runs_wait > 0
+
+    @property
+    def is_mine(self) -> bool:
+        """The calling thread holds it."""
+        return bool(self.turnstile.main._is_owned())  # type: ignore[attr-defined]
+
+    @property
+    def met(self) -> bool:
+        """A thread has waited for it once: from then on runs hold it shared."""
+        return self.turnstile.met
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Hold it with other runs, which the caller ends when it is asked to. The caller does not hold it."""
+        while True:
+            turnstile = self.turnstile
+            if turnstile.enter_run():
+                break
+        try:
+            yield
+        finally:
+            turnstile.leave_run()
+
+    @contextmanager
+    def beside_runs(self) -> Iterator[None]:
+        """Hold it against all but runs that hold it shared."""
+        turnstile = self._take_main()
+        try:
+            yield
+        finally:
+            turnstile.main.release()
 
     def let_in(self) -> None:
         """Let in who waits; the caller holds the lock, and holds it again afterwards, whatever is raised."""
-        self.turnstile.main.release()
+        self.turnstile.release()
         try:
             self._take()
         except BaseException:
@@ -146,7 +278,7 @@ def all_of(*locks: ExclusiveLock) -> Iterator[None]:
             turnstiles = _turnstiles(locks)
             for turnstile in turnstiles:
                 turnstile.take()
-                held.callback(turnstile.main.release)
+                held.callback(turnstile.release)
             if not any(turnstile.gone for turnstile in turnstiles):
                 yield
                 return
@@ -159,7 +291,8 @@ def share(*locks: ExclusiveLock) -> None:
             for turnstile in turnstiles:
                 held.enter_context(turnstile.gate)
                 turnstile.pass_gate()
-                held.callback(turnstile.main.release)
+                turnstile.close()
+                held.callback(turnstile.release)
             if not any(turnstile.gone for turnstile in turnstiles):
                 for other in turnstiles[1:]:
                     turnstiles[0].absorb(other)

@@ -21,7 +21,8 @@ import threading
 
 import numpy as np
 
-from spte._numba.jit import exchange, helper, kernel, kernel_noinline_entry
+from spte._numba.atomics import relax, store, swap
+from spte._numba.jit import helper, kernel, kernel_noinline_entry
 from spte.arrays import reserve as memory
 from spte.arrays.host import BLOCK, HOST_ROWS, MIXED_BLOCK, Host
 from spte.bits import ALL_ONES, ZERO
@@ -59,34 +60,36 @@ def _new_host() -> Host:
     res = memory.reserve
     return Host(
         kinds=res(np.uint8, BLOCKS), blocks=res(BLOCK, BLOCKS), rows=np.zeros(1, HOST_ROWS), rows_lock=np.zeros(1, np.int64),
-        mixed_blocks=res(MIXED_BLOCK, MIXED_ROWS), page=res(np.uint8, MIXED_ROWS, 512), alone=res(np.uint64, BLOCKS, 8),
+        pages_lock=np.zeros(1, np.int64), mixed_blocks=res(MIXED_BLOCK, MIXED_ROWS), page=res(np.uint8, MIXED_ROWS, 512),
+        alone=res(np.uint64, BLOCKS, 8),
         words_page=res(np.int32, WORDS_BLOCKS, 512), words=res(np.uint64, WORDS_PAGES, 512),
     )  # fmt: skip
 
 
 @helper
-def _lock_rows(h):
-    """Wait until no other thread takes or gives back a row: all VMs have their rows of single pages from one array."""
-    while exchange(h.rows_lock, 1) != 0:
-        pass
+def spin_lock(word):
+    """Wait until no other thread holds the lock, and take it."""
+    while swap(word, 0, 1) != 0:
+        relax()
 
 
 @helper
-def _unlock_rows(h):
-    exchange(h.rows_lock, 0)
+def spin_unlock(word):
+    """Give the lock back."""
+    store(word, 0, 0)
 
 
 @helper
 def _take_row(h):
     """Return a row of `page` that nobody has, -1 if there is none."""
-    _lock_rows(h)
+    spin_lock(h.rows_lock)
     row = np.int64(h.rows[0].free - 1)
     if row >= 0:
         h.rows[0].free = h.mixed_blocks[row].next_free
     elif h.rows[0].used < h.mixed_blocks.shape[0]:
         row = np.int64(h.rows[0].used)
         h.rows[0].used = row + 1
-    _unlock_rows(h)
+    spin_unlock(h.rows_lock)
     return row
 
 
@@ -122,10 +125,10 @@ def drop_mixed(h, block, state):
     """Put the whole block into `state`; its row of single pages, if any, is given back."""
     if h.blocks[block].state == MIXED:
         row = np.int64(h.blocks[block].row)
-        _lock_rows(h)
+        spin_lock(h.rows_lock)
         h.mixed_blocks[row].next_free = h.rows[0].free
         h.rows[0].free = row + 1
-        _unlock_rows(h)
+        spin_unlock(h.rows_lock)
     h.blocks[block].state = state
 
 

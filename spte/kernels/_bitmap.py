@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from spte._numba.atomics import load, swap
 from spte._numba.jit import ctz, helper, kernel_noinline, popcount
 from spte.arrays.tables import HARVEST_WORDS
 from spte.bits import ONE, U64, ZERO
@@ -36,9 +39,13 @@ def next_word(words, w, end):
 
 
 @helper
-def take_words(words, start, out, first, end):
-    """Move the words from `start` on to ``out[first:end]`` and leave 0."""
+def take_words(words, start, out, first, end, shared):
+    """Move the words from `start` on to ``out[first:end]``, all 0 before, and leave 0. `shared`: others set bits meanwhile."""
     for w in range(U64(first), U64(end)):
+        if shared:
+            if load(words, np.int64(start + w)) != ZERO:
+                out[w] = swap(words, np.int64(start + w), ZERO)
+            continue
         out[w] = words[start + w]
         words[start + w] = ZERO
 

@@ -17,7 +17,7 @@ from spte.kernels._layout import AnyPlatform, resolve
 
 @kernel
 def _clear_dirty(sptes, dirty_shift, huge):
-    return clear_entries(sptes, 0, sptes.shape[0], dirty_shift, W_SHIFT, huge)
+    return clear_entries(sptes, 0, sptes.shape[0], dirty_shift, W_SHIFT, huge, False)
 
 
 def clear_dirty(sptes: U64s, level: SupportsIndex = 1, *, platform: AnyPlatform = "ept-pml") -> int:

@@ -24,27 +24,30 @@ IN_FLIGHT = U64(16)  # entries prefetched at once; of a full block's some get lo
 
 
 @helper
-def rearm_window(sptes, first, mask, shift, typed_shift):
-    """Re-arm ``sptes[first + b]``, all of one table, for each bit b of `mask`: KVM's clear_dirty_pt_masked. Returns SPTEs changed."""
+def rearm_window(sptes, first, mask, shift, typed_shift, shared):
+    """Re-arm ``sptes[first + b]``, all of one table, for each bit b of `mask`: KVM's clear_dirty_pt_masked. Returns SPTEs changed.
+
+    `shared`: beside vCPUs, as for `clear_entry`.
+    """
     done = ZERO
     first = U64(first)
     if first & INDEX_MASK <= LAST_WINDOW and first + WINDOW <= U64(sptes.shape[0]) and popcount(mask) >= SWEPT:
         for b in range(WINDOW):
-            done += clear_entry(sptes, first + b, shift, typed_shift, mask >> b)
+            done += clear_entry(sptes, first + b, shift, typed_shift, mask >> b, shared)
         return np.int64(done)
     while mask != ZERO:
-        done += clear_entry(sptes, first + U64(ctz(mask)), shift, typed_shift, ONE)
+        done += clear_entry(sptes, first + U64(ctz(mask)), shift, typed_shift, ONE, shared)
         mask &= mask - ONE
     return np.int64(done)
 
 
 @helper
-def rearm_places(sptes, places, count, shift, typed_shift):
+def rearm_places(sptes, places, count, shift, typed_shift, shared):
     """Re-arm the entries ``sptes[places[:count]]`` and prefetch ahead; returns SPTEs changed."""
     done = ZERO
     for c in range(U64(count)):
         prefetch(sptes, np.int64(places[min(c + IN_FLIGHT, U64(count) - ONE)]))
-        done += clear_entry(sptes, places[c], shift, typed_shift, ONE)
+        done += clear_entry(sptes, places[c], shift, typed_shift, ONE, shared)
     return np.int64(done)
 
 
@@ -54,15 +57,15 @@ def _harvest(sptes, bitmap, out, places, shift):
     first = first_block(bitmap, ZERO, np.int64(0), count)
     while first < count:
         end = min(first + HARVEST_WORDS, count)
-        take_words(bitmap, ZERO, out, first, end)
+        take_words(bitmap, ZERO, out, first, end, False)
         found, pages = count_bits(out, first, end)
         if pages >= found * U64(DENSE):
             w = next_word(out, U64(first), U64(end))
             while w < U64(end):
-                done += rearm_window(sptes, w << WORD_SHIFT, out[w], shift, W_SHIFT)
+                done += rearm_window(sptes, w << WORD_SHIFT, out[w], shift, W_SHIFT, False)
                 w = next_word(out, w + ONE, U64(end))
         else:
-            done += rearm_places(sptes, places, list_pages(out, first, end, pages, places), shift, W_SHIFT)
+            done += rearm_places(sptes, places, list_pages(out, first, end, pages, places), shift, W_SHIFT, False)
         first = first_block(bitmap, ZERO, end, count)
     return done
 

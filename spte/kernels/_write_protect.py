@@ -16,7 +16,7 @@ from spte.kernels._entries import clear_entries
 
 @kernel
 def _write_protect(sptes, huge):
-    return clear_entries(sptes, 0, sptes.shape[0], W_SHIFT, W_SHIFT, huge)
+    return clear_entries(sptes, 0, sptes.shape[0], W_SHIFT, W_SHIFT, huge, False)
 
 
 def write_protect(sptes: U64s, level: SupportsIndex = 1) -> int:

@@ -77,7 +77,7 @@ def protect_by_walk(t: Tables, root: np.int64, start: np.int64, end: np.int64) -
     for gfn in range(start, end, 512):
         row = leaf_table(t, root, gfn)
         if row >= 0:
-            changed += clear_entries(t.flat, row * 512, row * 512 + 512, W_SHIFT, W_SHIFT, False)
+            changed += clear_entries(t.flat, row * 512, row * 512 + 512, W_SHIFT, W_SHIFT, False, False)
     return changed
 
 

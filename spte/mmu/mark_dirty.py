@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from spte._numba.jit import kernel_noinline, kernel_noinline_entry, publish
+from spte._numba.atomics import fetch_or, is_shared, load, store
+from spte._numba.jit import helper, kernel_noinline, kernel_noinline_entry
 from spte.arrays.slots import LOG_DIRTY_PAGES
 from spte.arrays.vcpu import EV_MARK, EV_PUSH, LOG_COLUMNS
-from spte.bits import ONE, U64
+from spte.bits import ONE, U64, ZERO
 
 U32_MASK = np.int64(0xFFFF_FFFF)
 
@@ -40,7 +41,7 @@ def ring_push(v, slot, offset):
     dirty = vcpu.dirty_index
     i = dirty & (vcpu.ring_size - 1)
     v.ring[i, 1] = U64(offset)
-    publish(v.ring, 2 * i, (U64(slot) << SLOT_SHIFT) | RING_GFN_DIRTY)  # userspace reads the ring while the guest runs
+    store(v.ring, 2 * i, (U64(slot) << SLOT_SHIFT) | RING_GFN_DIRTY)  # userspace reads the ring while the guest runs
     dirty = (dirty + 1) & U32_MASK
     vcpu.dirty_index = dirty
     used = (dirty - vcpu.reset_index) & U32_MASK
@@ -48,6 +49,14 @@ def ring_push(v, slot, offset):
         vcpu.ring_soft_full = 1
     if v.log.shape[0] > 0:
         note(v, EV_PUSH, dirty, vcpu.reset_index, slot, offset, used)
+
+
+@helper
+def _set_bit(t, words, w, bit):
+    if not is_shared(t):
+        words[w] |= bit
+    elif (load(words, w) & bit) == ZERO:  # a set bit is set after the SPTE was changed: it need not be set again
+        fetch_or(words, w, bit)
 
 
 @kernel_noinline_entry
@@ -62,4 +71,4 @@ def mark_dirty(t, s, v, k, gfn):
     if v.vcpu[0].ring_size > 0:
         ring_push(v, s.slots[k].id, offset)
     elif s.slots[k].dirty_bitmap >= 0:
-        s.words[s.slots[k].dirty_bitmap + (offset >> 6)] |= ONE << U64(offset & 63)
+        _set_bit(t, s.words, s.slots[k].dirty_bitmap + (offset >> 6), ONE << U64(offset & 63))

@@ -1,6 +1,9 @@
 """The two paths of a fault, which guest accesses and prefaults share: a leaf mended in place, or made anew.
 
 The slow path: host page, goal level, walk with splits and links, leaf.
+
+Beside other vCPUs an entry is changed by compare-and-exchange, and the page marked afterwards: else a harvest could take its bit before
+the entry is writable, and the write after would be seen by nobody. Where nothing was, the slow path maps; all else asks for the VM alone.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from spte._numba.atomics import is_shared
 from spte._numba.jit import helper, kernel_noinline
 from spte.arrays.slots import LOG_DIRTY_PAGES, READONLY
 from spte.arrays.vcpu import (
@@ -21,6 +25,7 @@ from spte.arrays.vcpu import (
     EV_SPTE,
     EXEC,
     EXIT_EFAULT,
+    EXIT_EXCLUSIVE,
     EXIT_HOST,
     EXIT_MMIO,
     EXIT_NOMEM,
@@ -28,13 +33,13 @@ from spte.arrays.vcpu import (
     WRITE,
 )
 from spte.bits import ACC_ALL, ACC_EXEC, MMU_PRESENT, ONE, SHIFT_PAGE, U64, WRITABLE, ZERO, child_of, is_leaf, is_link
-from spte.host.pages import HOST_COW, HOST_EFAULT, HOST_OK, ZERO_PFN, host_fault
-from spte.mmu.arena import count_leaf
+from spte.host.pages import HOST_COW, HOST_EFAULT, HOST_OK, ZERO_PFN, host_fault, spin_lock, spin_unlock
+from spte.mmu.arena import count_leaf, free_row
 from spte.mmu.make_spte import is_access_tracked, make_leaf, restore_access_tracked
 from spte.mmu.mark_dirty import mark_dirty, note
 from spte.mmu.memslot import max_mapping_level
 from spte.mmu.page_track import may_write
-from spte.mmu.tdp_mmu import drop_entry, free_table, link, new_child, split_entry
+from spte.mmu.tdp_mmu import drop_entry, free_table, link, new_child, read_spte, replace_spte, split_entry
 from spte.mmu.walk import index_of
 
 
@@ -60,6 +65,7 @@ class HostPage(NamedTuple):
     max_level: np.int64  # largest level at which it may be mapped
 
 
+NO_ROW, CHANGED = np.int64(-1), np.int64(-2)  # instead of a table: there is none; another vCPU was quicker
 MMIO_GEN_LOW, MMIO_GEN_HIGH = U64(0xFF), U64(0x7FF)
 MMIO_GENERATION = (MMIO_GEN_LOW << U64(3)) | (MMIO_GEN_HIGH << U64(52))
 
@@ -99,10 +105,11 @@ def begin_fault(m, s, v, gfn, kind, spte, level):
 
 
 @helper
-def _install(t, v, m, row, i, gfn, level, new):
-    """Put leaf `new` at an entry that may hold anything; keeps the counts of leaves right."""
+def _install(t, v, m, row, i, gfn, level, old, new):
+    """Put leaf `new` at an entry that may hold anything; keeps the counts of leaves right. False as `replace_spte`."""
     kvm = t.kvm[0]
-    old = t.sptes[row, i]
+    if not replace_spte(t, row, i, old, new):
+        return False
     if (old & MMU_PRESENT) == ZERO:
         count_leaf(t, level, 1)
     elif level > 1 and is_link(old):
@@ -110,21 +117,23 @@ def _install(t, v, m, row, i, gfn, level, new):
         freed = kvm.freed
         free_table(t, child_of(old))
         kvm.remote_tlb_flush_requests += kvm.freed - freed if m.freed_table_flush else 1
-    t.sptes[row, i] = new
     kvm.sptes_written += 1
     if v.log.shape[0] > 0:
         note(v, EV_SPTE, gfn, level, old, new, 0)
         note(v, EV_SET, gfn, level, new, 0, 0)
+    return True
 
 
 @helper
 def _next_table(t, v, m, row, i, nx_mark):
-    """Return the table below entry `i` of `row`, made by split, zap or link as the entry asks; -1 if the arena is full."""
+    """Return the table below entry `i` of `row`, made by split, zap or link as the entry asks; NO_ROW if the arena is full, or CHANGED."""
     kvm = t.kvm[0]
-    old = t.sptes[row, i]
+    old = read_spte(t, row, i)
     huge = (old & MMU_PRESENT) != ZERO
     if huge and is_link(old):
         return child_of(old)
+    if is_shared(t) and huge:
+        return CHANGED
     if huge and m.split_in_place:
         child = split_entry(t, m, row, i)
     else:
@@ -133,7 +142,9 @@ def _next_table(t, v, m, row, i, nx_mark):
             kvm.remote_tlb_flush_requests += 1
         child = new_child(t, m, row, i)
         if child >= 0:
-            link(t, m, row, i, child)
+            if not link(t, m, row, i, old, child):
+                free_row(t, child)
+                return CHANGED
             kvm.sptes_written += 1
     if child >= 0:
         t.pages[child].nx_huge_page_disallowed = nx_mark
@@ -158,8 +169,18 @@ def nx_mark_of(m, level, max_level):
 
 
 @helper
-def faultin_pfn(s, h, m, f):
+def faultin_pfn(t, s, h, m, f):
     """Ask the host for the page of fault `f`: KVM's kvm_mmu_faultin_pfn; returns ``(exit reason, HostPage)``."""
+    if not is_shared(t):
+        return _faultin_pfn(s, h, m, f)
+    spin_lock(h.pages_lock)
+    found = _faultin_pfn(s, h, m, f)
+    spin_unlock(h.pages_lock)
+    return found
+
+
+@helper
+def _faultin_pfn(s, h, m, f):
     none = HostPage(ZERO, False, np.int64(1))
     k = f.slot
     if k < 0:
@@ -189,7 +210,7 @@ def allowed(m, spte, kind):
 def fast_page_fault(t, s, v, m, f):
     """Mend a write-protected or access-tracked leaf, where the walk ended, without mmu_lock; True if the access may go on."""
     vcpu = v.vcpu[0]
-    old = t.sptes[f.row, f.i]
+    old = read_spte(t, f.row, f.i)
     if not is_leaf(old, f.level):
         return False
     if allowed(m, old, f.kind):
@@ -205,9 +226,10 @@ def fast_page_fault(t, s, v, m, f):
             return False
     fixed = new != old and allowed(m, new, f.kind)
     if fixed:
+        if not replace_spte(t, f.row, f.i, old, new):
+            return True  # the access is tried again
         if (new & ~old & WRITABLE) != ZERO:
             mark_dirty(t, s, v, f.slot, f.gfn)
-        t.sptes[f.row, f.i] = new
         t.kvm[0].sptes_written += 1
         vcpu.pf_fast += 1
         vcpu.pf_fixed += not f.prefetch
@@ -220,32 +242,38 @@ def fast_page_fault(t, s, v, m, f):
 def map_gfn(t, s, h, v, m, f):
     """Take the slow path of fault `f` from where the walk ended: host page, goal level, tables, leaf: KVM's kvm_tdp_mmu_map.
 
-    Returns an exit reason, DONE if the leaf is there. EMULATED asks the caller to do the write for the guest: the page holds a
-    guest table that must not change unseen.
+    Returns an exit reason, DONE if the leaf is there or the access is to be tried again. EMULATED asks the caller to do the write for
+    the guest: the page holds a guest table that must not change unseen.
     """
     vcpu = v.vcpu[0]
-    reason, page = faultin_pfn(s, h, m, f)
+    if is_shared(t) and (f.slot < 0 or read_spte(t, f.row, f.i) != m.lay.nonpresent):
+        return EXIT_EXCLUSIVE
+    reason, page = faultin_pfn(t, s, h, m, f)
     if reason != DONE:
         return reason
     gfn, k, row, i, level = f.gfn, f.slot, f.row, f.i, f.level
     no_huge = m.nx and f.kind == EXEC
     goal = np.int64(1) if no_huge else page.max_level
     if level < goal:  # tables below the entry to be set
+        if is_shared(t):
+            return EXIT_EXCLUSIVE
         row = vcpu.root
         level = np.int64(t.pages[row].level)
         i = index_of(gfn, level)
     while True:
-        if level == goal and nx_holds(t, m, t.sptes[row, i], level):
+        if level == goal and nx_holds(t, m, read_spte(t, row, i), level):
             goal -= 1
         if level == goal:
             break
         nx_mark = nx_mark_of(m, level, page.max_level) if no_huge else 0
         row = _next_table(t, v, m, row, i, nx_mark)
         if row < 0:
-            return EXIT_NOMEM
+            return EXIT_NOMEM if row == NO_ROW else DONE
         level -= 1
         i = index_of(gfn, level)
-    old = t.sptes[row, i]
+    old = read_spte(t, row, i)
+    if is_shared(t) and old != m.lay.nonpresent:
+        return DONE
     if k < 0:
         new = mmio_spte(m, s, gfn)
         t.sptes[row, i] = new
@@ -262,10 +290,13 @@ def map_gfn(t, s, h, v, m, f):
     write = page.map_writable and ((old & WRITABLE) != ZERO or may_write(t, gfn, True, f.prefetch))
     access = np.int64(ACC_ALL & ~ACC_EXEC if m.nx and level > 1 else ACC_ALL)
     new = make_leaf(m, level, first, old, f.prefetch, page.map_writable, np.int64(t.pages[row].role), access, write)
-    if (new & WRITABLE) != ZERO and s.slots[k].flags & LOG_DIRTY_PAGES:
+    logs = (new & WRITABLE) != ZERO and s.slots[k].flags & LOG_DIRTY_PAGES != 0
+    if logs and not is_shared(t):
         mark_dirty(t, s, v, k, gfn)
-    if new != old:
-        _install(t, v, m, row, i, gfn, level, new)
+    if new != old and not _install(t, v, m, row, i, gfn, level, old, new):
+        return DONE
+    if logs and is_shared(t):
+        mark_dirty(t, s, v, k, gfn)
     if f.kind == WRITE and page.map_writable and not write:
         return EMULATED
     if new == old:

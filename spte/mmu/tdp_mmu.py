@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from spte import bits as bt
+from spte._numba.atomics import compare_exchange, is_shared, load
 from spte._numba.jit import helper, kernel_noinline
 from spte.bits import child_of, is_leaf, is_link
 from spte.kernels._split import fill_table, first_child
@@ -15,10 +16,25 @@ _ROLE_LEVEL = bt.U64(0xF)
 
 
 @helper
-def link(t, m, row, i, child):
-    """Make entry `i` of `row` point to table `child`."""
-    t.sptes[row, i] = m.lay.link | (bt.U64(child) << bt.SHIFT_PAGE)
+def read_spte(t, row, i):
+    """Return entry `i` of `row`, read once."""
+    return load(t.flat, row * 512 + i) if is_shared(t) else t.sptes[row, i]
+
+
+@helper
+def replace_spte(t, row, i, old, new):
+    """Store `new` in entry `i` of `row`; False: another kernel has changed it since it was `old`: KVM's tdp_mmu_set_spte_atomic."""
+    if is_shared(t):
+        return compare_exchange(t.flat, row * 512 + i, old, new) == old
+    t.sptes[row, i] = new
+    return True
+
+
+@helper
+def link(t, m, row, i, old, child):
+    """Make entry `i` of `row`, which is `old`, point to table `child`; False as `replace_spte`."""
     t.pages[child].parent_ptes = row * 512 + i + 1
+    return replace_spte(t, row, i, old, m.lay.link | (bt.U64(child) << bt.SHIFT_PAGE))
 
 
 @helper
@@ -55,7 +71,7 @@ def split_entry(t, m, row, i):
     if level == 2 and m.nx:
         first = set_executable(first, m.lay, True)
     fill_table(t.flat, child, first, level - 1)
-    link(t, m, row, i, child)
+    link(t, m, row, i, huge, child)
     t.pages[child].full = level == 2
     kvm.splits[level - 1] += 1
     kvm.sptes_written += 513

@@ -85,13 +85,17 @@ def linked(t, s, page, ref):
 
 
 @kernel
-def _scan(t, s, mode, count):
-    """Scan every table; returns ``(invariant or 0, row, index)`` and fills the leaves of each level into `count`."""
+def _scan(t, spaces, mode, count):
+    """Scan every table, its leaves against the memslots of its address space.
+
+    Returns ``(invariant or 0, row, index)`` and fills the leaves of each level into `count`.
+    """
     m = mode[0]
     for row in range(t.kvm[0].rows):
         level = np.int64(t.pages[row].level)
         if level == 0 or t.pages[row].shadow == PAE_ROOT:
             continue
+        s = spaces[1] if np.int64(t.pages[row].role) >> bt.ROLE_SMM_SHIFT else spaces[0]
         for i in range(512):
             spte = t.sptes[row, i]
             if spte == m.lay.nonpresent and not t.pages[row].full:
@@ -137,7 +141,7 @@ def check(t: Tables, spaces: Sequence[Slots], m: Modes, vcpus: Sequence[Vcpu], n
         Names the invariant and the entry.
     """
     count = np.zeros(3, np.int64)
-    broken, row, i = _scan(t, spaces[0], m, count)
+    broken, row, i = _scan(t, tuple(spaces), m, count)
     if broken:
         where = f"entry {i} of table {row}: level {t.pages[row].level}, first gfn {t.pages[row].gfn:#x}, value {t.sptes[row, i]:#x}"
         raise InvariantError(f"{NAMES[broken]} broken by {where}")

@@ -60,6 +60,11 @@ class Policy:
     max_vcpu_ids: int = _decision(
         "ids of vCPUs, what KVM_CAP_MAX_VCPU_ID says", 1023, "af1bae5497b9", ("5.15", 4096, "4ddacd525a2f")
     )
+    write_without_vcpu: str = _decision(
+        "a write by KVM itself while no vCPU runs is marked in the bitmap, dropped with a warning, or marked with one", "marked",
+        "before 2efd61a608b0", ("5.17", "dropped", "2efd61a608b0"), ("6.2", "warned", "86bdf3ebcfe1"),
+    )  # fmt: skip
+    roots_kept: bool = _decision("the TDP MMU keeps roots that no vCPU holds", False, "02c00b3a2f7e", ("6.4", True, "edbdb43fc96b"))
     dirty_ring: bool = _decision(
         "vCPUs may log to dirty rings", False, "recordings 5.10/f1_ring_basic", ("5.11", True, "fb04a1eddb1a; recordings 6.1")
     )
@@ -224,9 +229,7 @@ class Policy:
     freed_table_flush: bool = _decision(
         "each table of the TDP MMU that is freed flushes", True, "recordings 5.10/b7_hugetlb1g_noeager", ("5.18", False, "bb95dfb9e2df")
     )
-    warn_on_destroy: bool = _decision(
-        "closing a VM while a slot logs warns", False, "proposed in the series' cover letter, not merged"
-    )
+    warn_on_destroy: bool = _decision("closing a VM while a slot logs warns", False, "the series' cover letter, not merged")
 
     def __post_init__(self) -> None:
         instance(self.name, "name", str, "a name")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spte import mm
 from spte.errors import KvmError
-from spte.recording.ops import RecordingError, short
+from spte.recording.ops import UINT64, RecordingError, short
 from spte.replay.machine import Args, Machine, Result, failure, ioctl, success
 
 SOFT_DIRTY = 4  # /proc/PID/clear_refs: write-protect every page; 1 only takes referenced bits
@@ -70,7 +70,7 @@ def set_nr_mmu_pages(machine: Machine, args: Args, record: Args) -> Result:
 
 def prefault(machine: Machine, args: Args, record: Args) -> Result:
     """KVM_PRE_FAULT_MEMORY; after an error the range is as it was."""
-    gpa, size = args["gpa"], args["size"]
+    gpa, size = args["gpa"] % UINT64, args["size"] % UINT64
     try:
         gpa, size = machine.vcpu(args["vcpu"]).prefault(gpa, size, args["flags"])
     except KvmError as error:

@@ -22,7 +22,8 @@ from spte.vm.vm import VM
 
 PLATFORMS = {
     "tdp": "npt", "legacy": "npt-rmap", "shadow": "shadow", "intel-pml": "ept-pml", "intel-nopml": "ept-nopml",
-    "intel-noad": "ept-noad", "intel-pml-legacy": "ept-pml-rmap", "intel-nopml-legacy": "ept-nopml-rmap", "intel-shadow": "shadow",
+    "intel-noad": "ept-noad", "intel-pml-legacy": "ept-pml-rmap", "intel-nopml-legacy": "ept-nopml-rmap",
+    "intel-noad-legacy": "ept-noad-rmap", "intel-shadow": "shadow",
 }  # fmt: skip
 PLATFORMS |= {f"amd-{name}": PLATFORMS[name] for name in ("tdp", "legacy", "shadow")}  # as the nested recordings spell them
 RECORDED_PHYSICAL_BITS = 40  # physical address width of both recorded CPUs

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
-from spte._arguments import index, spell
-from spte.errors import CapabilityError, RingTooLargeError
+from spte._arguments import index, integer, spell
+from spte.errors import CapabilityError, RingTooLargeError, VcpuExistsError
 from spte.platform import PAGE_SIZE, SHADOW
 from spte.policy import Policy
 from spte.vm.kvm import Kvm
@@ -83,7 +84,23 @@ def enable_cap(kvm: Kvm, cap: int, arg0: int) -> None:
     if cap == DIRTY_RING_ACQ_REL and kvm.policy.dirty_ring and not kvm.policy.dirty_ring_acq_rel:
         raise CapabilityError(f"policy {kvm.policy.name} has no dirty_log_ring_acq_rel; take dirty_log_ring (192)")
     size = dirty_ring(arg0, kvm.platform.cpu_dirty_log_size, kvm.policy)
-    raise CapabilityError(f"ring of {size} bytes comes too late: vCPUs exist; pass ring_bytes={size} when making the VM")
+    if kvm.ring_entries:
+        raise CapabilityError(f"the VM has rings of {kvm.ring_entries * RING_ENTRY_BYTES} bytes already; a size is given once")
+    if kvm.vcpus:
+        raise CapabilityError(f"ring of {size} bytes comes too late: vCPUs exist; make the VM with vcpus=0, or pass ring_bytes={size}")
+    kvm.ring_entries = size // RING_ENTRY_BYTES
+    kvm.memslots.free_bitmaps()
+
+
+def new_vcpu_id(policy: Policy, taken: Collection[int], wanted: int | None) -> int:
+    """Return the id of a vCPU that is made beside those with ids `taken`: `wanted`, or the first that is free; checks in KVM's order."""
+    if wanted is not None:
+        wanted = integer(wanted, "vcpu_id", CapabilityError, 0, policy.max_vcpu_ids)
+    if len(taken) >= policy.max_vcpus:
+        raise CapabilityError(f"the VM has {len(taken)} vCPUs, as many as policy {policy.name} allows")
+    if wanted in taken:
+        raise VcpuExistsError(f"vcpu_id={wanted} is another vCPU's; leave it out, and a free one is taken")
+    return wanted if wanted is not None else next(i for i in range(len(taken) + 1) if i not in taken)
 
 
 def set_param(kvm: Kvm, name: str, value: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,8 @@ from spte.arrays.slots import READONLY
 from spte.bits import ROLE_GUEST_MODE
 from spte.errors import BufferFaultError, ClearRangeError, DirtyRingInUseError, NoDirtyLogError, NoRingIoctlError, RingDisabledError
 from spte.host.pages import the_host
-from spte.mmu.dirty_log.harvest import clear_dirty_log, get_dirty_log
-from spte.mmu.dirty_log.ring_reset import reset_ring
+from spte.mmu.dirty_log.harvest import clear_dirty_log, clear_dirty_log_shared, get_dirty_log, get_dirty_log_shared
+from spte.mmu.dirty_log.ring_reset import reset_ring, reset_ring_shared
 from spte.mmu.slot.clear_dirty import clear_dirty_slot
 from spte.mmu.slot.collapse import collapse_slot, zap_collapsible
 from spte.mmu.slot.rmap import split_slot_rmaps, zap_collapsible_rmaps
@@ -22,7 +24,8 @@ from spte.mmu.slot.set_dirty import set_dirty_slot
 from spte.mmu.slot.split import split_slot
 from spte.mmu.slot.write_protect import count_protected, write_protect_slot
 from spte.vm.kvm import Kvm
-from spte.vm.memslots import Memslot, check_slot_number
+from spte.vm.memslots import ADDRESS_SPACES, Memslot, check_slot_number
+from spte.vm.vcpu_run import ioctl
 
 
 def _write_protect(kvm: Kvm, slot: Memslot, level: int, tdp_level: int) -> int:
@@ -127,35 +130,63 @@ def _check_user_copy(data: npt.NDArray[np.uint8], words: int, name: str, *, writ
         raise BufferFaultError(f"{name} is {what}; pass {8 * words} {'writable ' if write else ''}bytes, uint64[{words}]")
 
 
-def _sync(kvm: Kvm) -> None:
-    """Count the kicks that drain the PML buffers: kvm_arch_sync_dirty_log. The ioctl has drained them already."""
+@contextmanager
+def harvest(kvm: Kvm) -> Iterator[bool]:
+    """Hold other ioctls off, but no vCPU where a harvest can go beside them (True); else do as `ioctl` (False)."""
+    if kvm.exclusive.met and not kvm.exclusive.is_mine:
+        with kvm.exclusive.beside_runs():
+            kvm.check_alive()
+            if not (kvm.mmu.has_shadow_pages or kvm.mmu.log.on or kvm.vcpus_in_guest or kvm.mmu.mode[0].clear_arms_huge):
+                yield True
+                return
+    with ioctl(kvm):
+        yield False
+
+
+def _sync(kvm: Kvm, beside: bool) -> None:
+    """Have the PML buffers drained and count the kicks: kvm_arch_sync_dirty_log. Without `beside` the ioctl has drained them already."""
     if kvm.platform.cpu_dirty_log_size or kvm.policy.sync_kicks_without_pml:
-        kvm.mmu.tables.kvm["vcpu_kicks"][0] += len(kvm.vcpus)
+        _count(kvm, "vcpu_kicks", len(kvm.vcpus))
+        if beside:
+            kvm.kick_and_wait()
 
 
-def get(kvm: Kvm, slot: int, out: npt.NDArray[np.uint8] | None) -> U64s:
+def _count(kvm: Kvm, counter: str, n: int) -> None:
+    with kvm.counting:
+        kvm.mmu.tables.kvm[counter][0] += n
+
+
+def _flush(kvm: Kvm, beside: bool) -> None:
+    """Flush TLBs; `beside`: who may still write through what it took away has done so at the return."""
+    _count(kvm, "remote_tlb_flush_requests", 1)
+    if beside:
+        kvm.kick_and_wait()
+
+
+def get(kvm: Kvm, slot: int, out: npt.NDArray[np.uint8] | None, beside: bool) -> U64s:
     """KVM_GET_DIRTY_LOG; what is dirty is exchanged, re-armed and flushed before the bytes of `out` are looked at."""
     _refuse_ring(kvm)
     check_slot_number(slot, kvm.memslots.user_mem_slots)
     memslot = _logging_slot(kvm, slot)
-    _sync(kvm)
+    _sync(kvm, beside)
     if kvm.manual:
         snapshot = kvm.memslots.bitmap(memslot).copy()
     else:
         snapshot = np.zeros(memslot.words, np.uint64)
         s, k = kvm.memslots.row_of(memslot)
+        args = s, kvm.mmu.mode, kvm.mmu.roots_of(memslot), k, snapshot
         with kvm.mmu.traced():
-            found, changed = get_dirty_log(kvm.mmu.tables, s, kvm.mmu.mode, kvm.mmu.roots_of(memslot), k, snapshot)
-        kvm.mmu.tables.kvm["sptes_written"][0] += changed
+            found, changed = get_dirty_log_shared(kvm.shared_tables, *args) if beside else get_dirty_log(kvm.mmu.tables, *args)
+        _count(kvm, "sptes_written", changed)
         if found:
-            kvm.mmu.flush()
+            _flush(kvm, beside)
     if out is not None:
         _check_user_copy(out, memslot.words, "out", write=True)
         out[: 8 * memslot.words] = snapshot.view(np.uint8)
     return snapshot
 
 
-def clear(kvm: Kvm, slot: int, first_page: int, num_pages: int, bitmap: npt.NDArray[np.uint8]) -> None:
+def clear(kvm: Kvm, slot: int, first_page: int, num_pages: int, bitmap: npt.NDArray[np.uint8], beside: bool) -> None:
     """KVM_CLEAR_DIRTY_LOG; vCPUs are kicked before the bytes of `bitmap` are looked at, nothing else changes before."""
     _refuse_ring(kvm)
     check_slot_number(slot, kvm.memslots.user_mem_slots)
@@ -168,32 +199,34 @@ def clear(kvm: Kvm, slot: int, first_page: int, num_pages: int, bitmap: npt.NDAr
             f"first_page={first_page}, num_pages={num_pages} of a slot of {memslot.npages} pages; take a multiple of 64, or up to the end"
         )
     words = (num_pages + 63) // 64
-    _sync(kvm)
+    _sync(kvm, beside)
     _check_user_copy(bitmap, words, "bitmap", write=False)
     wanted = kvm.memslots.scratch(memslot)[:words]
     wanted.view(np.uint8)[:] = bitmap[: 8 * words]
     s, k = kvm.memslots.row_of(memslot)
-    first, roots = np.int64(first_page >> 6), kvm.mmu.roots_of(memslot)
+    args = s, kvm.mmu.mode, kvm.mmu.roots_of(memslot), k, np.int64(first_page >> 6), wanted
     with kvm.mmu.traced():
-        found, changed = clear_dirty_log(kvm.mmu.tables, s, kvm.mmu.mode, roots, k, first, wanted)
-    kvm.mmu.tables.kvm["sptes_written"][0] += changed
+        found, changed = clear_dirty_log_shared(kvm.shared_tables, *args) if beside else clear_dirty_log(kvm.mmu.tables, *args)
+    _count(kvm, "sptes_written", changed)
     if found:
-        kvm.mmu.flush()
+        _flush(kvm, beside)
 
 
-def reset_rings(kvm: Kvm) -> int:
+def reset_rings(kvm: Kvm, beside: bool) -> int:
     """KVM_RESET_DIRTY_RINGS: free the harvested entries of every ring and re-arm their pages; returns entries freed."""
     if not kvm.policy.dirty_ring:
         raise NoRingIoctlError(f"policy {kvm.policy.name} has no dirty rings; harvest by get_dirty_log()")
     if not kvm.ring_entries:
         raise RingDisabledError("the VM has no dirty rings; pass ring_bytes when making it")
     freed = 0
+    spaces, roots = tuple(kvm.memslots.spaces), tuple(kvm.mmu.roots(as_id) for as_id in range(ADDRESS_SPACES))
     for vcpu in kvm.vcpus:
+        args = spaces, kvm.mmu.mode, vcpu.arrays, roots
         with kvm.mmu.traced():
-            got, changed = reset_ring(kvm.mmu.tables, kvm.memslots.spaces[0], kvm.mmu.mode, vcpu.arrays, kvm.mmu.roots(0))
+            got, changed = reset_ring_shared(kvm.shared_tables, *args) if beside else reset_ring(kvm.mmu.tables, *args)
         kvm.mmu.log.ring_reset(vcpu.index, vcpu.arrays)
-        kvm.mmu.tables.kvm["sptes_written"][0] += changed
+        _count(kvm, "sptes_written", changed)
         freed += got
     if freed:
-        kvm.mmu.flush()
+        _flush(kvm, beside)
     return int(freed)

@@ -2,49 +2,45 @@
 
 from __future__ import annotations
 
+import threading
+import time
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from spte.arrays import reserve as memory
 from spte.arrays.mode import mode_of
-from spte.arrays.slots import READONLY
-from spte.arrays.tables import PAE_ROOT
-from spte.arrays.vcpu import KVM_VCPU, LOG_COLUMNS, PIECE, WALKS_AHEAD, Vcpu
-from spte.errors import ClosedError
+from spte.arrays.records import Records
+from spte.arrays.slots import READONLY, Slots
+from spte.arrays.tables import COUNTERS, KVM, PAE_ROOT, SharedTables
+from spte.arrays.vcpu import KVM_VCPU, LOG_COLUMNS, NEEDBREAK, PIECE, REQUESTS, STAMP, WALKS_AHEAD, Vcpu
+from spte.cpu.run_shared import has_exited, request_exit
+from spte.errors import ClosedError, KernelWarning
 from spte.host.backing import backings_at
 from spte.host.lock import ExclusiveLock
 from spte.host.mmu_notifier import MmuNotifier, Ranges, host_write
 from spte.host.pages import HOST_EFAULT
 from spte.kernel_bits import KernelBits, kernel_bits
-from spte.mmu.mark_dirty import mark_dirty
+from spte.mmu.mark_dirty import U32_MASK, mark_dirty
 from spte.observe.listing import KeptRoot
 from spte.platform import PAGE_SIZE, Platform
 from spte.policy import Policy
-from spte.vm.memslots import Memslots
+from spte.vm.memslots import Memslot, Memslots
 from spte.vm.mmu import Mmu
+from spte.vm.modes.state import Interrupted, NestedState
 from spte.vm.root_cache import VcpuMmu
 
 LOG_EVENTS = 1 << 14
+CACHE_LINE = 128  # bytes: two lines, as a CPU fetches its neighbour too
 
 
-@dataclass(frozen=True, slots=True)
-class L2:
-    """What L1 told the CPU of its guest; see `VirtualCpu.enter_l2`."""
-
-    ept: int | None
-    ad: bool
-    pml: int | None
-    vmcb: int | None
-
-
-@dataclass(slots=True)
-class NestedState:
-    """What a vCPU keeps for its L2: KVM's struct nested_vmx or nested_svm."""
-
-    l2: L2 | None = None  # None: the vCPU runs L1
-    ran: bool = False  # L2 ran once, so that vmcs02 has its controls
-    update_deferred: bool = False  # the PML control of L1 changed while L2 ran: update_vmcs01_cpu_dirty_logging
+def _own(dtype: npt.DTypeLike, count: int) -> npt.NDArray[Any]:
+    """Return `count` zeroed elements on cache lines that no other vCPU writes."""
+    around = -(-CACHE_LINE // np.dtype(dtype).itemsize)
+    return np.zeros(count + 2 * around, dtype)[around : around + count]
 
 
 class KvmVcpu:
@@ -62,9 +58,9 @@ class KvmVcpu:
         self.index = index
         self.exclusive = kvm.exclusive
         self.arrays = Vcpu(
-            vcpu=np.zeros(1, KVM_VCPU), pml=np.zeros(512, np.uint64),
+            vcpu=_own(KVM_VCPU, 1), pml=_own(np.uint64, 512),
             ring=np.zeros((kvm.ring_entries, 2), np.uint64), log=np.zeros((0, LOG_COLUMNS), np.uint64),
-            walked=np.zeros(2 * WALKS_AHEAD, np.uint64),
+            walked=_own(np.uint64, 2 * WALKS_AHEAD), requests=_own(np.int64, REQUESTS), memory=np.zeros(0, np.uint64),
         )  # fmt: skip
         reg = self.arrays.vcpu[0]
         reg.l1_pml_gfn, reg.l1_pml_index, reg.piece = -1, 511, PIECE
@@ -75,8 +71,12 @@ class KvmVcpu:
         self.cr3: int | None = None  # bytes; None: the guest's paging is off, or its tables do not matter
         self.pml01 = kvm.pml_wanted  # the PML control while L1 runs
         self.long_mode = False  # the guest has its paging on
+        self.smm: Interrupted | None = None  # the vCPU is in system management mode
         self.in_guest = False  # a run has ended without an exit: vcpu->mode is IN_GUEST_MODE
-        self.paused = False  # a run lets another thread in and goes on afterwards
+        self.arrays.requests[STAMP] = index
+        kvm.exclusive.kicked.append(self.arrays.requests[NEEDBREAK : NEEDBREAK + 1])
+        self.mutex = threading.RLock()  # one thread's at a time: vcpu->mutex
+        self._beside: tuple[SharedTables, Slots] | None = None
         self.update_requested = False  # KVM_REQ_UPDATE_CPU_DIRTY_LOGGING
         self.sync_requested = False  # KVM_REQ_MMU_SYNC
 
@@ -84,6 +84,22 @@ class KvmVcpu:
     def in_l2(self) -> bool:
         """The vCPU runs L2: is_guest_mode."""
         return self.nested.l2 is not None
+
+    @property
+    def as_id(self) -> int:
+        """Address space whose memslots the vCPU runs on: 1 in system management mode, kvm_arch_vcpu_memslots_id."""
+        return int(self.smm is not None)
+
+    def beside(self, kvm: Kvm) -> tuple[SharedTables, Slots]:
+        """Return the VM's page tables and memslots for a run beside others: counts, free rows and scratch are the vCPU's own."""
+        s = kvm.memslots.spaces[0]
+        if self._beside is None:
+            t, own = kvm.mmu.tables, _own(KVM, 1)
+            own["rows"] = len(t.pages)
+            shared = SharedTables(*t)._replace(kvm=own, leaf_rows=memory.reserve(np.uint32, len(t.leaf_rows)))
+            self._beside = shared, s._replace(memslots=s.memslots.copy())
+        self._beside[1].memslots[:] = s.memslots
+        return self._beside
 
     def keep_log(self, on: bool) -> None:
         """Record events of the coming accesses, or stop to."""
@@ -117,7 +133,11 @@ class Kvm:
         self.nr_memslots_dirty_logging = 0
         self.vcpus: tuple[KvmVcpu, ...] = ()
         self.vcpus_in_guest = 0
+        self.counting = threading.Lock()  # held while counts of the VM change beside others
+        self.shared_tables = SharedTables(*self.mmu.tables)
         self.closed = False
+        self._warned: set[str] = set()
+        self._to_warn: list[str] = []
 
     @property
     def pml_wanted(self) -> bool:
@@ -161,6 +181,20 @@ class Kvm:
         log.hardware = log.hardware if hardware is None else hardware
         for vcpu in self.vcpus:
             vcpu.keep_log(log.on)
+
+    def count(self, own: Records) -> None:
+        """Add the counts of `own`, which are 0 then, to the VM's."""
+        total, part = (record.view(np.int64) for record in (self.mmu.tables.kvm, own))
+        with self.counting:
+            total[COUNTERS] += part[COUNTERS]
+        part[COUNTERS] = 0
+
+    def kick_and_wait(self) -> None:
+        """Make every vCPU that runs beside others exit once; return when each has: kvm_make_all_cpus_request."""
+        asked = [(requests, request_exit(requests)) for requests in (v.requests for v in self.vcpu_arrays)]
+        for requests, request in asked:
+            while not has_exited(requests, request):
+                time.sleep(0)
 
     def check_alive(self) -> None:
         """Raise ClosedError if the VM was closed."""
@@ -217,17 +251,50 @@ class Kvm:
         users: set[MmuNotifier] = {user for backing in backings_at(hpage * PAGE_SIZE, PAGE_SIZE) for user in backing.users}
         return host_write(users | {self}, hpage)
 
-    def write_guest_page(self, gfn: int, vcpu: int) -> None:
+    def write_guest_page(self, gfn: int, vcpu: int | None) -> bool:
         """Write page `gfn` as KVM does: dirty in the log of its slot, no SPTE: kvm_vcpu_write_guest_page.
 
-        Without a writable slot and host page nothing happens.
+        `vcpu` is the one that runs, None if none does: kvm_write_guest_page. Returns whether there was a writable slot and host page.
         """
-        slot = self.memslots.at(gfn)
-        if slot is None or slot.flags & READONLY:
-            return
-        if self.host_write(slot.hpage_of(gfn)) == HOST_EFAULT:
-            return
+        slot = self.memslots.at(gfn, self.vcpus[vcpu].as_id if vcpu is not None else 0)
+        if slot is None or slot.flags & READONLY or self.host_write(slot.hpage_of(gfn)) == HOST_EFAULT:
+            return False
+        if vcpu is None:
+            self._mark_without_vcpu(slot, gfn)
+            return True
         s, k = self.memslots.row_of(slot)
         v = self.vcpus[vcpu].arrays
+        reg = v.vcpu[0]
+        full = slot.logs and 0 < reg.ring_size <= (reg.dirty_index - reg.reset_index) & U32_MASK
         mark_dirty(self.mmu.tables, s, v, np.int64(k), np.int64(gfn))
         self.mmu.log.collect(vcpu, v)
+        if full:
+            self._warn_once(f"a full dirty ring is overrun: KVM's write of gfn {gfn:#x} has taken the place of the oldest entry, now lost")
+        return True
+
+    def _mark_without_vcpu(self, slot: Memslot, gfn: int) -> None:
+        """Mark a page that KVM wrote while no vCPU runs: mark_page_dirty_in_slot without kvm_get_running_vcpu.
+
+        A ring belongs to a vCPU, so that a VM with rings loses the page: x86 has no KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP.
+        """
+        lost = slot.logs and (slot.bitmap < 0 or self.policy.write_without_vcpu == "dropped")
+        if self.policy.write_without_vcpu != "marked" or lost:
+            self._warn_once("KVM wrote guest memory while no vCPU ran" + (f": gfn {gfn:#x} is in no dirty log" if lost else ""))
+        if slot.logs and not lost:
+            page = gfn - slot.base_gfn
+            self.memslots.bitmap(slot)[page >> 6] |= np.uint64(1) << np.uint64(page & 63)
+            self.mmu.tables.kvm[0].dirty_marks += 1
+
+    # -- warnings ---------------------------------------------------------------------------------------------------------
+
+    def _warn_once(self, text: str) -> None:
+        """Warn at the end of the ioctl, if the VM has not warned of its like: WARN_ON_ONCE."""
+        kind = text.partition(":")[0]
+        if kind not in self._warned:
+            self._warned.add(kind)
+            self._to_warn.append(text)
+
+    def give_warnings(self) -> None:
+        """Emit as KernelWarning what the last ioctl has to warn of. The caller holds no lock."""
+        while self._to_warn:
+            warnings.warn(self._to_warn.pop(), KernelWarning, stacklevel=4)

@@ -217,6 +217,12 @@ class Memslots:
             self._words.give(slot.bitmap, 2 * slot.words)
             slot.bitmap = -1
 
+    def free_bitmaps(self) -> None:
+        """Take every bitmap away: with rings nothing is marked there any more, and nobody can read them."""
+        for slot in self:
+            self.free_bitmap(slot)
+            self.update(slot)
+
     def bitmap(self, slot: Memslot) -> U64s:
         """Return a view of the live bitmap of `slot`."""
         return self._words.array[slot.bitmap : slot.bitmap + slot.words]

@@ -11,7 +11,7 @@ from spte.arrays.mode import Modes
 from spte.arrays.records import I64s
 from spte.arrays.tables import PAE_ROOT, Tables
 from spte.arrays.vcpu import Vcpu
-from spte.bits import PFN_MASK, ROLE_AD_DISABLED, ROLE_DIRECT, ROLE_INVALID, ROLE_IS_DIRECT, ROLE_PAGING_OFF, is_link
+from spte.bits import PFN_MASK, ROLE_AD_DISABLED, ROLE_DIRECT, ROLE_INVALID, ROLE_IS_DIRECT, ROLE_PAGING_OFF, ROLE_SMM_SHIFT, is_link
 from spte.errors import NestedError, OutOfTablesError
 from spte.host.pages import the_host
 from spte.mmu.arena import alloc_row, free_row, new_tables
@@ -22,7 +22,7 @@ from spte.mmu.slot.zap import zap_range, zap_range_tables, zap_root
 from spte.observe.tracepoints import EventLog
 from spte.platform import SHADOW, Platform
 from spte.policy import Policy
-from spte.vm.memslots import Memslot, Memslots
+from spte.vm.memslots import ADDRESS_SPACES, Memslot, Memslots
 from spte.vm.root_cache import Root, VcpuMmu
 
 REACH = 1 << 36  # gfns
@@ -59,7 +59,7 @@ class Mmu:
         self.generation = 0  # counts what a vCPU must take over before it enters the guest: a new mode, roots that are gone
         self.reloads = 0  # how often every vCPU was asked to let go of its roots: KVM_REQ_MMU_RELOAD
         self._tdp: dict[int, int] = {}  # role -> row of a valid root
-        self._valid_roots = NO_ROOTS
+        self._valid_roots = [NO_ROOTS] * ADDRESS_SPACES
 
     def set_mode(self, policy: Policy, mode: Modes) -> None:
         """Replace the policy and what kernels need to know; vCPUs take it over at their next entry."""
@@ -70,7 +70,7 @@ class Mmu:
 
     def load(self, vcpu: VcpuMmu, v: Vcpu) -> None:
         """Before a guest entry let go of roots that were zapped, give the vCPU the root that it is to run on: kvm_mmu_reload."""
-        if vcpu.role & ~0xF == ROLE_PAGING_OFF:
+        if vcpu.is_pae:
             self._load_pae_root(vcpu, v)
             return
         if vcpu.reloads != self.reloads:
@@ -91,12 +91,26 @@ class Mmu:
     def _drop_roots(self, vcpu: VcpuMmu) -> None:
         """Let the vCPU let go of all its roots, valid ones too, and free those of the TDP MMU that nobody holds: kvm_mmu_unload."""
         vcpu.reloads = self.reloads
+        self._release_all(vcpu)
+        self._zap_unheld()
+
+    def _release_all(self, vcpu: VcpuMmu) -> None:
         for cache in (vcpu.root_mmu, vcpu.guest_mmu):
-            self.release(cache.drop({root.row for _, root in cache}))
+            self.release(vcpu.drop(cache, {root.row for _, root in cache}))
+
+    def _zap_unheld(self) -> None:
         unheld = [role for role, row in self._tdp.items() if not self.tables.pages[row].root_count]
         for role in unheld:
             zap_root(self.tables, self.mode, np.int64(self._tdp[role]), True)
         self._forget_roots(unheld)
+
+    def reset_context(self, vcpu: VcpuMmu, role: int) -> None:
+        """Let the vCPU let go of all its roots, and run on one with `role` from its next entry on: kvm_mmu_reset_context."""
+        self.drop_pae_pages(vcpu)
+        self._release_all(vcpu)
+        if not self.policy.roots_kept:
+            self._zap_unheld()
+        vcpu.active, vcpu.role, vcpu.pgd = vcpu.root_mmu, role, 0
 
     def _new_root(self, vcpu: VcpuMmu, v: Vcpu) -> int:
         """Return the row, -1 if there is none: mmu_alloc_direct_roots, mmu_alloc_shadow_roots, kvm_tdp_mmu_alloc_root."""
@@ -106,7 +120,7 @@ class Mmu:
             self._first_shadow_root()
         if self.mode[0].shadow or not vcpu.is_direct:
             gfn = 0 if vcpu.is_direct else vcpu.pgd >> 12
-            s = self.memslots.spaces[0]
+            s = self.memslots.spaces[vcpu.as_id]
             return int(alloc_root(self.tables, s, the_host(), v, vcpu.mode, np.int64(gfn), np.int64(4), np.int64(role)))
         if role not in self._tdp:
             row = int(alloc_row(self.tables, np.int64(4), np.int64(0), np.uint64(role), self.mode[0].lay.nonpresent))
@@ -124,20 +138,20 @@ class Mmu:
         t, reg = self.tables, v.vcpu[0]
         self._first_shadow_root()
         if vcpu.pae_root < 0:
-            role = np.uint64(ROLE_PAGING_OFF | 3)
-            vcpu.pae_root = int(alloc_row(t, np.int64(3), np.int64(0), role, self.mode[0].lay.nonpresent))
+            vcpu.pae_root = int(alloc_row(t, np.int64(3), np.int64(0), np.uint64(vcpu.role), self.mode[0].lay.nonpresent))
             if vcpu.pae_root < 0:
                 raise OutOfTablesError("no page-table page left for a root; delete slots or close the VM")
             t.pages[vcpu.pae_root].shadow = PAE_ROOT
         row = vcpu.pae_root
+        t.pages[row].role = vcpu.role
         reg.root, reg.pgd = row, -1
         pages = self._pae_pages(row)
         if pages and not self.is_invalid(pages[0].row):
             return
         self.drop_pae_pages(vcpu)
-        s = self.memslots.spaces[0]
+        s, role = self.memslots.spaces[vcpu.as_id], np.int64(vcpu.role - 1)  # of level 2
         for i in range(PAE_ENTRIES):
-            page = alloc_root(t, s, the_host(), v, self.mode, np.int64(i << 18), np.int64(2), np.int64(ROLE_PAGING_OFF | 2))
+            page = alloc_root(t, s, the_host(), v, self.mode, np.int64(i << 18), np.int64(2), role)
             if page < 0:
                 raise OutOfTablesError("no page-table page left for a root; delete slots or close the VM")
             t.pages[page].root_count += 1
@@ -156,7 +170,7 @@ class Mmu:
         pages = self._pae_pages(row)
         for i, page in enumerate(pages):
             if not self.is_invalid(page.row):  # else a zap has forgotten who links to it
-                unlink_root(self.tables, self.memslots.spaces[0], self.mode, np.int64(row), np.int64(i))
+                unlink_root(self.tables, self.memslots.spaces[vcpu.as_id], self.mode, np.int64(row), np.int64(i))
         self.tables.sptes[row, :PAE_ENTRIES] = self.mode[0].lay.nonpresent
         self.release(pages)
 
@@ -166,10 +180,13 @@ class Mmu:
             raise NestedError(f"root table {pgd & ~0xFFF:#x} of the guest is in no memslot; create one there first")
 
     def _list_roots(self) -> None:
-        rows = list(self._tdp.values())[::-1]
-        self.tables.kvm[0].tdp_mmu_roots[: len(rows)] = rows
-        self.tables.kvm[0].nr_tdp_mmu_roots = len(rows)
-        self._valid_roots = self.tables.kvm[0].tdp_mmu_roots[: len(rows)]
+        rows: list[list[int]] = [[] for _ in range(ADDRESS_SPACES)]
+        for role, row in self._tdp.items():
+            rows[role >> ROLE_SMM_SHIFT].insert(0, row)
+        self._valid_roots = [np.array(each, np.int64) for each in rows]
+        # Tables of the guest are shadowed in address space 0 alone: SMM runs with its paging off.
+        self.tables.kvm[0].tdp_mmu_roots[: len(rows[0])] = rows[0]
+        self.tables.kvm[0].nr_tdp_mmu_roots = len(rows[0])
 
     def _first_shadow_root(self) -> None:
         """Give every slot rmaps when the first root is loaded that needs them: mmu_first_shadow_root_alloc."""
@@ -181,7 +198,7 @@ class Mmu:
         """Bring the pages below the root in step with the guest tables that they shadow: kvm_mmu_sync_roots."""
         root = vcpu.active.current
         if root is not None and not root.role & ROLE_IS_DIRECT:
-            sync_root(self.tables, self.memslots.spaces[0], the_host(), v, vcpu.mode, np.int64(root.row))
+            sync_root(self.tables, self.memslots.spaces[vcpu.as_id], the_host(), v, vcpu.mode, np.int64(root.row))
 
     def is_invalid(self, row: int) -> bool:
         """Tell whether a root was zapped: role.invalid."""
@@ -200,7 +217,7 @@ class Mmu:
 
     def roots(self, as_id: int) -> I64s:
         """Return the rows of the TDP MMU's valid roots of an address space, newest first."""
-        return NO_ROOTS if as_id else self._valid_roots
+        return self._valid_roots[as_id]
 
     def roots_of(self, slot: Memslot) -> I64s:
         """Return those under which `slot` can be mapped: none for a slot beyond what four levels of tables reach."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from spte._arguments import flag, integer, spell
+from spte.errors import ArgumentError
 from spte.host.lock import exclusive
 from spte.observe import invariants, listing, stats
 from spte.vm.kvm import Kvm
@@ -61,6 +62,8 @@ class Observed:
         return listing.walk(self.kvm.mmu.tables, self._root(self._index(vcpu)), _gfns(hide))
 
     def _index(self, vcpu: int) -> int:
+        if not self.kvm.vcpus:
+            raise ArgumentError(f"vcpu={spell(vcpu)}: the VM has none; call create_vcpu() first")
         return integer(vcpu, "vcpu", least=0, end=len(self.kvm.vcpus))
 
     def _root(self, vcpu: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from spte.arrays.mode import Modes
-from spte.bits import ROLE_IS_DIRECT
+from spte.bits import ROLE_IS_DIRECT, ROLE_LEVEL, ROLE_PAGING_OFF, ROLE_SMM_SHIFT
 
 PREVIOUS = 3  # KVM_MMU_NUM_PREV_ROOTS
 
@@ -98,6 +98,16 @@ class VcpuMmu:
     def is_direct(self) -> bool:
         """The root shadows no guest table."""
         return bool(self.role & ROLE_IS_DIRECT)
+
+    @property
+    def is_pae(self) -> bool:
+        """The guest's paging is off, under shadow paging."""
+        return self.role & ~(ROLE_LEVEL | 0xFF << ROLE_SMM_SHIFT) == ROLE_PAGING_OFF
+
+    @property
+    def as_id(self) -> int:
+        """Address space that the root maps."""
+        return self.role >> ROLE_SMM_SHIFT
 
     def switch(self, cache: RootCache, role: int, pgd: int) -> list[Root]:
         """Run on the root for `role` and `pgd` of `cache`, which becomes the active one; returns what fell out: kvm_mmu_new_pgd."""

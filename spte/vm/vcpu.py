@@ -2,70 +2,48 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from spte._arguments import flag, index, integer, spell
+from spte._arguments import flag, integer, spell
 from spte.arrays.records import I64s
 from spte.arrays.vcpu import EXEC, READ, WRITE
-from spte.errors import NestedError, PrefaultError, SlotAlignmentError
+from spte.errors import PrefaultError, SlotAlignmentError
 from spte.exits import Exit
 from spte.host.guest_memory import contents
-from spte.vm import nested
-from spte.vm.kvm import Kvm, KvmVcpu
+from spte.vm.modes import nested
+from spte.vm.modes.vcpu import GuestModes, ioctl_of_vcpu, loaded
 from spte.vm.vcpu_run import (
     ONE_KIND,
     Kinds,
-    await_turn,
     check_reach,
     enter_guest,
     frames,
     integers,
     pre_fault_memory,
+    run_beside,
     vcpu_run,
     written_page,
 )
 
 DIRTY_GFN = np.dtype([("flags", "<u4"), ("slot", "<u4"), ("offset", "<u8")])  # struct kvm_dirty_gfn
 
-P = ParamSpec("P")
-R = TypeVar("R")
 
-
-def _ioctl(call: Callable[Concatenate[VirtualCpu, P], R]) -> Callable[Concatenate[VirtualCpu, P], R]:
-    """Let `call` hold the VM's lock, once no other thread runs the vCPU."""
-
-    @functools.wraps(call)
-    def alone(vcpu: VirtualCpu, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with vcpu.exclusive:
-            await_turn(vcpu)
-            return call(vcpu, *args, **kwargs)
-
-    return alone
-
-
-def _address(name: str, gpa: int | None) -> int | None:
-    return None if gpa is None else integer(gpa, name, NestedError)
-
-
-class VirtualCpu(KvmVcpu):
-    """A vCPU of a VM; made by `spte.VM`.
+class VirtualCpu(GuestModes):
+    """A vCPU of a VM; made by `VM.create_vcpu`.
 
     Parameters
     ----------
     kvm : Kvm
         Its VM.
     index : int
-        Number of the vCPU.
+        Its number, in the order of creation.
+    vcpu_id : int
+        Its id, which the VMM chose.
     """
-
-    def __init__(self, kvm: Kvm, index: int) -> None:
-        super().__init__(kvm, index)
-        self._kvm = kvm
 
     # -- accesses ---------------------------------------------------------------------------------------------------------
 
@@ -130,17 +108,23 @@ class VirtualCpu(KvmVcpu):
 
     def _run(self, gfns: npt.ArrayLike, kinds: Kinds, *, leave: bool = True) -> Exit | None:
         array, low, high = frames(gfns)
-        with self.exclusive:
-            if self.paused:
-                await_turn(self)
-            return self._access(array, low, high, kinds, leave)
+        with loaded(self):
+            done = 0
+            if leave and self.exclusive.met and not self.exclusive.is_mine:
+                check_reach(self._kvm, self, low, high)
+                done, stop = run_beside(self._kvm, self, array, kinds)
+                if stop is not None or 0 < done == len(array):
+                    return stop
+            with self.exclusive:
+                stop = self._access(array[done:], low, high, kinds[done:] if len(kinds) > 1 else kinds, leave)
+            return stop if stop is None or not done else replace(stop, index=stop.index + done)
 
     def _access(self, gfns: I64s, low: int, high: int, kinds: Kinds, leave: bool) -> Exit | None:
         check_reach(self._kvm, self, low, high)
         stop = vcpu_run(self._kvm, self, gfns, kinds, leave=leave)
         return None if stop is None else nested.reflect(self._kvm, self, stop)
 
-    @_ioctl
+    @ioctl_of_vcpu
     def store(self, gpa: int, value: int, *, leave: bool = True) -> Exit | None:
         """Write 8 bytes of guest memory: how a guest changes page tables that KVM shadows. One access, as `write` does it.
 
@@ -177,7 +161,7 @@ class VirtualCpu(KvmVcpu):
             contents(written_page(self._kvm, self, gpa >> 12))[(gpa & 0xFFF) // 8] = value
         return stop
 
-    @_ioctl
+    @ioctl_of_vcpu
     def prefault(self, gpa: int, size: int, flags: int = 0) -> tuple[int, int]:
         """Map ``[gpa, gpa + size)`` before the guest asks for it: KVM_PRE_FAULT_MEMORY. Leaves are not accessed yet.
 
@@ -202,7 +186,7 @@ class VirtualCpu(KvmVcpu):
         gpa, size, flags = (integer(n, name, PrefaultError) for n, name in ((gpa, "gpa"), (size, "size"), (flags, "flags")))
         return pre_fault_memory(self._kvm, self, gpa, size, flags)
 
-    @_ioctl
+    @ioctl_of_vcpu
     def enter_guest(self) -> None:
         """Do what comes before a guest entry, without an access: take over the PML control, load a valid root."""
         enter_guest(self._kvm, self)
@@ -214,77 +198,3 @@ class VirtualCpu(KvmVcpu):
         Userspace sets bit 1 of ``flags`` of the entries that it has taken; `VM.reset_dirty_rings` frees those.
         """
         return self.arrays.ring.reshape(-1).view(DIRTY_GFN)
-
-    # -- guest tables and L2 ----------------------------------------------------------------------------------------------
-
-    @property
-    def l1_pml_index(self) -> int:
-        """Index of L1's own PML buffer: 511 when empty, counting down, 65535 when full. L1 may set it."""
-        return int(self.arrays.vcpu[0].l1_pml_index)
-
-    @l1_pml_index.setter
-    def l1_pml_index(self, value: int) -> None:
-        if not 0 <= index(value, "l1_pml_index") <= 0xFFFF:
-            raise NestedError(f"l1_pml_index={spell(value)} is not a 16-bit index; an empty buffer has 511")
-        with self.exclusive:
-            self.arrays.vcpu[0].l1_pml_index = value
-
-    @_ioctl
-    def load_cr3(self, gpa: int | None) -> None:
-        """Turn the guest's 64-bit paging on with the root table at `gpa`, or off.
-
-        It matters under shadow paging, where KVM shadows those tables; with EPT or NPT the hardware walks them by itself.
-
-        Parameters
-        ----------
-        gpa : int or None
-            Guest-physical address, bytes, of a page that `Backing.table` filled; None: paging off.
-
-        Raises
-        ------
-        NestedError
-            EINVAL: the vCPU runs L2; the address is not of a page, or of one in no memslot where KVM shadows the tables.
-        """
-        nested.load_cr3(self._kvm, self, _address("gpa", gpa))
-
-    @_ioctl
-    def enter_l2(self, ept: int | None = None, *, ad: bool = True, pml: int | None = None, vmcb: int | None = None) -> None:
-        """Let L1 run its own guest, L2, on this vCPU until `leave_l2` or an exit that L1 sees: VMLAUNCH, VMRESUME, VMRUN.
-
-        Accesses of the vCPU are L2's from then on.
-
-        Parameters
-        ----------
-        ept : int, optional
-            Address of L1's root EPT or NPT table for L2 (bytes, in L1's memory); None: L2's addresses are L1's.
-        ad : bool
-            L1 turns A/D bits on in its EPT pointer; it can not where the platform has none. NPT always has them.
-        pml : int, optional
-            Address of the page where L1 wants L2's writes logged (EPT with A/D only); see `l1_pml_index`.
-        vmcb : int, optional
-            Address of L1's VMCB (AMD), which KVM writes at VMRUN and #VMEXIT.
-
-        Raises
-        ------
-        NestedError
-            EINVAL: the vCPU runs L2 already; an address that is not of a page; `ept` in no memslot, or under shadow paging; there without
-            `load_cr3`; `pml` without EPT and its A/D bits; `vmcb` on Intel.
-        """
-        ept, pml, vmcb = _address("ept", ept), _address("pml", pml), _address("vmcb", vmcb)
-        nested.enter_l2(self._kvm, self, ept, pml, vmcb, ad=flag(ad, "ad"))
-
-    @_ioctl
-    def leave_l2(self) -> None:
-        """Go back to L1: VMCALL, VMMCALL; NestedError (EINVAL) if the vCPU does not run L2."""
-        nested.leave_l2(self._kvm, self)
-
-    @_ioctl
-    def invept(self, ept: int | None = None) -> None:
-        """Let L1 flush what its EPT translates: INVEPT. KVM frees its roots for it and finds the guest's changes at the next entry.
-
-        Parameters
-        ----------
-        ept : int, optional
-            Address of the root table (single context); None: all of them (global).
-        """
-        nested.invept(self._kvm, self, _address("ept", ept))

@@ -1,4 +1,4 @@
-"""Into the guest and out of it: a run of accesses until it stops, prefault, and the kick that every ioctl of the VM begins with."""
+"""Into the guest and out of it: a run of accesses until it stops, alone or beside others, prefault, the kick that an ioctl begins with."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from spte.arrays.vcpu import (
     DONE,
     EXEC,
     EXIT_EFAULT,
+    EXIT_EXCLUSIVE,
     EXIT_GUEST_FAULT,
     EXIT_GUEST_PML_FULL,
     EXIT_HOST,
@@ -30,6 +31,8 @@ from spte.arrays.vcpu import (
     NO_ENTRY,
     NO_EXIT,
     READ,
+    STAMP,
+    STAMP_STEP,
     WRITE,
     Vcpu,
 )
@@ -37,6 +40,7 @@ from spte.bits import GUEST_EPT, GUEST_EPT_NO_AD, GUEST_LONG, PFN_MASK, WRITABLE
 from spte.cpu.prefault import prefault
 from spte.cpu.run import run as run_guest
 from spte.cpu.run import run_shadow
+from spte.cpu.run_shared import run_shared, top_up
 from spte.errors import OutOfTablesError, PrefaultError, PrefaultHoleError, PrefaultHostError, PrefaultUnsupportedError, SlotRangeError
 from spte.exits import Exit
 from spte.host.pages import the_host
@@ -47,6 +51,8 @@ from spte.vm.kvm import Kvm, KvmVcpu
 Kinds = npt.NDArray[np.uint8]
 PAGED_BITS = 48  # what four levels of guest tables reach
 ONE_KIND = {kind: np.array([kind], np.uint8) for kind in (READ, WRITE, EXEC)}
+TOGETHER = 64  # accesses done while a run has the VM for itself
+ROWS = 64  # that a run beside others takes from the arena at once
 _NO_GFNS = np.zeros(0, np.int64)
 _INT64 = np.dtype(np.int64)
 _REASONS = {
@@ -69,6 +75,7 @@ def ioctl(kvm: Kvm) -> Iterator[None]:
     with kvm.exclusive:
         kick(kvm)
         yield
+    kvm.give_warnings()
 
 
 def leave_guest(kvm: Kvm, vcpu: KvmVcpu) -> None:
@@ -174,7 +181,9 @@ def vcpu_run(kvm: Kvm, vcpu: KvmVcpu, gfns: I64s, kinds: Kinds, *, leave: bool =
             if no_entry:
                 _set_in_guest(kvm, vcpu, False)
             run = run_shadow if mmu.has_shadow_pages else run_guest
-        at = run(mmu.tables, kvm.memslots.spaces[0], the_host(), v, vcpu.mmu.mode, gfns, kinds, at)
+        before, at = at, run(mmu.tables, kvm.memslots.spaces[vcpu.as_id], the_host(), v, vcpu.mmu.mode, gfns, kinds, at)
+        if v.memory.size:
+            _stamp(v, gfns[before:at], kinds[before:at] if len(kinds) > 1 else kinds)
         if mmu.log.on:
             mmu.log.collect(vcpu.index, v)
         reason = int(v.vcpu["exit_reason"][0])
@@ -183,46 +192,77 @@ def vcpu_run(kvm: Kvm, vcpu: KvmVcpu, gfns: I64s, kinds: Kinds, *, leave: bool =
                 _set_in_guest(kvm, vcpu, True)
             return None
         if reason == EXIT_HOST:
-            _copy_page(kvm, v, int(v.vcpu[0].exit_gfn))
+            _copy_page(kvm, vcpu, int(v.vcpu[0].exit_gfn))
         elif reason == EXIT_NOMEM:
             raise OutOfTablesError(f"no page-table page left for gfn {v.vcpu[0].exit_gfn:#x}; delete slots or close the VM")
         elif reason == EXIT_ROOT:
             mmu.load(vcpu.mmu, v)
         elif reason not in (EXIT_LOG, EXIT_NEEDBREAK):
-            kind = int(kinds[at] if len(kinds) > 1 and at < len(kinds) else kinds[0]) if len(kinds) else READ
-            return Exit(_REASONS[reason], int(at), int(v.vcpu[0].exit_gfn), Access(kind))
+            return _exit_of(_REASONS[reason], int(at), gfns, kinds)
         if reason == EXIT_NEEDBREAK or kvm.exclusive.contended:
             if reason in (EXIT_LOG, EXIT_NEEDBREAK):
                 _set_in_guest(kvm, vcpu, True)
-            _pause(vcpu)
+            kvm.exclusive.let_in()
             reason = EXIT_NEEDBREAK
 
 
-def _pause(vcpu: KvmVcpu) -> None:
-    """Let in who waits for the VM; others who want this vCPU wait for the end of its run."""
-    vcpu.paused = True
-    try:
-        vcpu.exclusive.let_in()
-    finally:
-        vcpu.paused = False
+def _exit_of(reason: str, at: int, gfns: I64s, kinds: Kinds) -> Exit:
+    kind = int(kinds[at] if len(kinds) > 1 and at < len(kinds) else kinds[0]) if len(kinds) else READ
+    return Exit(reason, at, int(gfns[at]) if at < len(gfns) else -1, Access(kind))
 
 
-def await_turn(vcpu: KvmVcpu) -> None:
-    """Wait until no other thread runs the vCPU: vcpu_load."""
-    while vcpu.paused:
-        vcpu.exclusive.let_in()
+def _stamp(v: Vcpu, gfns: I64s, kinds: Kinds) -> None:
+    """Store in the memory that is kept what `run_shared` stores by itself."""
+    written = gfns[kinds == WRITE] if len(kinds) > 1 else gfns[: len(gfns) if kinds[0] == WRITE else 0]
+    v.memory[written] = v.requests[STAMP] + STAMP_STEP * np.arange(1, len(written) + 1)
+    v.requests[STAMP] += STAMP_STEP * len(written)
 
 
-def _copy_page(kvm: Kvm, v: Vcpu, gfn: int) -> None:
+def run_beside(kvm: Kvm, vcpu: KvmVcpu, gfns: I64s, kinds: Kinds) -> tuple[int, Exit | None]:
+    """As `vcpu_run`, beside other vCPUs and harvests, without the VM's lock: returns how many accesses were done, and the exit.
+
+    It ends early, without an exit, where the vCPU is not one that runs beside others.
+    """
+    at, v = 0, vcpu.arrays
+    while at < len(gfns):
+        with kvm.exclusive.shared():
+            if not _may_run_beside(kvm, vcpu):
+                break
+            reason = EXIT_EXCLUSIVE
+            if vcpu.mmu.loaded == kvm.mmu.generation and not vcpu.update_requested:
+                t, s = vcpu.beside(kvm)
+                at = int(run_shared(t, s, the_host(), v, vcpu.mmu.mode, gfns, kinds, at))
+                kvm.count(t.kvm)
+                reason = int(v.vcpu["exit_reason"][0])
+        if reason == EXIT_EXCLUSIVE:
+            end = min(at + TOGETHER, len(gfns))
+            with kvm.exclusive:
+                stop = vcpu_run(kvm, vcpu, gfns[at:end], kinds[at:end] if len(kinds) > 1 else kinds)
+                if (own := vcpu.beside(kvm)[0].kvm)["free_row"][0] == 0:
+                    top_up(kvm.mmu.tables, own, ROWS)
+            if stop is not None:
+                return at, _exit_of(stop.reason, at + stop.index, gfns, kinds)
+            at = end
+        elif reason not in (DONE, EXIT_NEEDBREAK):
+            return at, _exit_of(_REASONS[reason], at, gfns, kinds)
+    return at, None
+
+
+def _may_run_beside(kvm: Kvm, vcpu: KvmVcpu) -> bool:
+    """Tell whether the TDP MMU serves all that the vCPU does, and nothing looks at single accesses."""
+    apart = kvm.mmu.has_shadow_pages or vcpu.in_l2 or vcpu.smm is not None  # or on memslots that `beside` does not give
+    return not (kvm.closed or apart or kvm.mmu.log.on or vcpu.in_guest)
+
+
+def _copy_page(kvm: Kvm, vcpu: KvmVcpu, gfn: int) -> None:
     """Let the host copy the zero page under `gfn`; its notifier makes KVM let the guest fault again, SPTE or not."""
-    if v.vcpu[0].pgd >= 0:
-        gfn = int(v.vcpu[0].walker.gfn)
-    _host_write(kvm, gfn)
+    reg = vcpu.arrays.vcpu[0]
+    _host_write(kvm, vcpu, gfn if reg.pgd < 0 else int(reg.walker.gfn))
 
 
-def _host_write(kvm: Kvm, gfn: int) -> int:
-    """Make the host map page `gfn` writable; returns the host page."""
-    slot = kvm.memslots.at(gfn)
+def _host_write(kvm: Kvm, vcpu: KvmVcpu, gfn: int) -> int:
+    """Make the host map page `gfn` of the vCPU writable; returns the host page."""
+    slot = kvm.memslots.at(gfn, vcpu.as_id)
     assert slot is not None
     hpage = slot.hpage_of(gfn)
     kvm.host_write(hpage)
@@ -236,21 +276,22 @@ def written_page(kvm: Kvm, vcpu: KvmVcpu, gfn: int) -> int:
     spte = t.sptes[row, i]
     if is_leaf(spte, level) and spte & WRITABLE:
         return (int(spte & PFN_MASK) >> 12) + (gfn & ((1 << (9 * (int(level) - 1))) - 1))
-    return _host_write(kvm, gfn if v.vcpu[0].pgd < 0 else int(v.vcpu[0].walker.gfn))  # KVM did the write itself
+    return _host_write(kvm, vcpu, gfn if v.vcpu[0].pgd < 0 else int(v.vcpu[0].walker.gfn))  # KVM did the write itself
 
 
 def pre_fault_memory(kvm: Kvm, vcpu: KvmVcpu, gpa: int, size: int, flags: int) -> tuple[int, int]:
     """Map ``[gpa, gpa + size)`` before the guest asks for it; see `VirtualCpu.prefault`: KVM_PRE_FAULT_MEMORY."""
-    inside = 0 <= gpa < gpa + size <= 1 << kvm.platform.gpa_bits
-    if not kvm.policy.prefault or flags or gpa % 4096 or size % 4096 or not inside:
+    if not kvm.policy.prefault or flags or gpa % 4096 or size % 4096 or not 0 <= gpa < gpa + size < 1 << 64:
         raise PrefaultError(f"gpa={gpa:#x}, size={size:#x}, flags={flags:#x}: take page multiples, flags 0, a policy with prefault")
     if kvm.platform.paging == SHADOW or vcpu.mmu.active is vcpu.mmu.guest_mmu:
         raise PrefaultUnsupportedError("shadowed guest tables have no prefault; take a platform with EPT or NPT, and L1")
     enter_guest(kvm, vcpu)
     at, end = gpa >> 12, (gpa + size) >> 12
     while at < end:
-        args = kvm.mmu.tables, kvm.memslots.spaces[0], the_host(), vcpu.arrays, vcpu.mmu.mode, np.int64(at)
-        reason, level = prefault(*args)
+        reason, level = EXIT_MMIO, 1  # beyond what a guest can address is a hole without an SPTE
+        if at < 1 << (kvm.platform.gpa_bits - 12):
+            args = kvm.mmu.tables, kvm.memslots.spaces[vcpu.as_id], the_host(), vcpu.arrays, vcpu.mmu.mode, np.int64(at)
+            reason, level = prefault(*args)
         if reason != DONE and at << 12 == gpa:
             if reason == EXIT_NOMEM:
                 raise OutOfTablesError(f"no page-table page left for gfn {at:#x}; delete slots or close the VM")
@@ -259,9 +300,9 @@ def pre_fault_memory(kvm: Kvm, vcpu: KvmVcpu, gpa: int, size: int, flags: int) -
             raise PrefaultHostError(f"the host has no memory for gpa {gpa:#x}")
         if reason != DONE:
             break
-        at = (at | ((1 << (9 * (level - 1))) - 1)) + 1
+        at = (at | ((1 << (9 * (int(level) - 1))) - 1)) + 1
         if kvm.exclusive.contended:
-            _pause(vcpu)
+            kvm.exclusive.let_in()
             enter_guest(kvm, vcpu)
     at = min(at, end)
     return at << 12, (end - at) << 12

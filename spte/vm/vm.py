@@ -27,8 +27,8 @@ MIN_MMU_PAGES = 64  # KVM_MIN_ALLOC_MMU_PAGES
 class VM(Observed):
     """A virtual machine with KVM's dirty logging.
 
-    Many threads may use it: its calls, its vCPUs' and those of `spte.mm` on its memory exclude each other, and a batch of accesses lets
-    others in between. Two VMs run side by side, unless they share a `Backing`.
+    Many threads may use it: its vCPUs run side by side and beside GET, CLEAR and RESET; other calls, and those of `spte.mm` on its memory,
+    have the vCPUs leave the guest first. Two VMs run side by side, unless they share a `Backing`. See docs/threads.md.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ class VM(Observed):
     policy : str or Policy
         What the kernel version does: a mainline version (``5.10`` to ``7.2``), ``series``, or a value with single decisions replaced.
     vcpus : int
-        Number of vCPUs, from 1 to what KVM_CAP_MAX_VCPUS says.
+        vCPUs that are made with it, from 0 to what KVM_CAP_MAX_VCPUS says; `create_vcpu` makes more.
     manual : int
         Argument of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: 0, 1 (manual protect) or 3 (and initially-set).
     ring_bytes : int
@@ -60,13 +60,14 @@ class VM(Observed):
     ) -> None:
         platform = named(platform) if isinstance(platform, str) else instance(platform, "platform", Platform, "a name or a Platform")
         policy = Policy.named(policy) if isinstance(policy, str) else instance(policy, "policy", Policy, "a name or a Policy")
-        vcpus = integer(vcpus, "vcpus", CapabilityError, 1, policy.max_vcpus + 1)
+        vcpus = integer(vcpus, "vcpus", CapabilityError, 0, policy.max_vcpus + 1)
         manual = capabilities.manual_protect(manual)
         ring_bytes = integer(ring_bytes, "ring_bytes", CapabilityError)
         ring_bytes = capabilities.dirty_ring(ring_bytes, platform.cpu_dirty_log_size, policy) if ring_bytes else 0
         super().__init__(Kvm(platform, policy, manual, ring_bytes // capabilities.RING_ENTRY_BYTES))
-        self.vcpus = tuple(VirtualCpu(self.kvm, i) for i in range(vcpus))
-        self.kvm.vcpus = self.vcpus
+        self.vcpus: tuple[VirtualCpu, ...] = ()
+        for _ in range(vcpus):
+            self.create_vcpu()
         self.platform, self.memslots, self.mmu = platform, self.kvm.memslots, self.kvm.mmu
 
     @property
@@ -83,6 +84,31 @@ class VM(Observed):
     def nr_memslots_dirty_logging(self) -> int:
         """How many slots log."""
         return self.kvm.nr_memslots_dirty_logging
+
+    # -- vCPUs ------------------------------------------------------------------------------------------------------------
+
+    def create_vcpu(self, vcpu_id: int | None = None) -> VirtualCpu:
+        """Make one more vCPU, the last of `vcpus`: KVM_CREATE_VCPU. While a slot logs on PML hardware it begins with PML on.
+
+        Parameters
+        ----------
+        vcpu_id : int, optional
+            Its id, below what KVM_CAP_MAX_VCPU_ID says; the first one that is free if none is given.
+
+        Raises
+        ------
+        CapabilityError
+            EINVAL: an id out of range; as many vCPUs as KVM_CAP_MAX_VCPUS says exist.
+        VcpuExistsError
+            EEXIST: another vCPU has that id.
+        """
+        with self.exclusive:
+            self.kvm.check_alive()
+            taken = {vcpu.vcpu_id for vcpu in self.vcpus}
+            vcpu = VirtualCpu(self.kvm, len(taken), capabilities.new_vcpu_id(self.policy, taken, vcpu_id))
+            vcpu.keep_log(self.kvm.mmu.log.on)
+            self.kvm.vcpus = self.vcpus = (*self.vcpus, vcpu)
+            return vcpu
 
     # -- memslots ---------------------------------------------------------------------------------------------------------
 
@@ -148,8 +174,8 @@ class VM(Observed):
             EFAULT: `out` is shorter, or read-only.
         """
         slot, user = integer(slot, "slot", SlotIdError), None if out is None else dirty_log.bytes_of(out, "out")
-        with ioctl(self.kvm):
-            bitmap = dirty_log.get(self.kvm, slot, user)
+        with dirty_log.harvest(self.kvm) as beside:
+            bitmap = dirty_log.get(self.kvm, slot, user, beside)
         return bitmap if out is None else out
 
     def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, bitmap: U64s) -> None:
@@ -173,8 +199,8 @@ class VM(Observed):
         """
         slot, user = integer(slot, "slot", SlotIdError), dirty_log.bytes_of(bitmap, "bitmap")
         first_page, num_pages = integer(first_page, "first_page", ClearRangeError), integer(num_pages, "num_pages", ClearRangeError)
-        with ioctl(self.kvm):
-            dirty_log.clear(self.kvm, slot, first_page, num_pages, user)
+        with dirty_log.harvest(self.kvm) as beside:
+            dirty_log.clear(self.kvm, slot, first_page, num_pages, user, beside)
 
     def reset_dirty_rings(self) -> int:
         """Free the ring entries that userspace marked and re-arm their pages: KVM_RESET_DIRTY_RINGS.
@@ -189,8 +215,8 @@ class VM(Observed):
         RingDisabledError
             EINVAL: the VM has no rings.
         """
-        with ioctl(self.kvm):
-            return dirty_log.reset_rings(self.kvm)
+        with dirty_log.harvest(self.kvm) as beside:
+            return dirty_log.reset_rings(self.kvm, beside)
 
     # -- capabilities and parameters --------------------------------------------------------------------------------------
 
@@ -207,7 +233,7 @@ class VM(Observed):
         Raises
         ------
         CapabilityError
-            EINVAL (E2BIG for a ring that is too large); nothing is changed. A ring is always too late here: vCPUs exist.
+            EINVAL (E2BIG for a ring that is too large); nothing is changed. A ring is given once, and before the first vCPU.
         """
         cap, arg0 = capabilities.enabled_number(name), integer(arg0, "arg0", CapabilityError)
         with ioctl(self.kvm):
@@ -225,15 +251,24 @@ class VM(Observed):
         with ioctl(self.kvm):
             capabilities.set_param(self.kvm, name, value)
 
-    def kernel_write(self, gfn: int, vcpu: int = 0) -> None:
+    def kernel_write(self, gfn: int, vcpu: int | None = 0) -> None:
         """Write page `gfn` as KVM itself does (string I/O, clocks) while `vcpu` runs: dirty in the log of its slot, no SPTE, no fault.
+
+        `vcpu` None: while none runs, as from an ioctl of the VM. A VM with dirty rings loses such a page, because x86 has no
+        KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP; policy field ``write_without_vcpu`` says what becomes of it in a bitmap. Nothing asks a vCPU
+        to exit when KVM's writes fill its ring: the one after the last entry overwrites the oldest.
+
+        Warns
+        -----
+        KernelWarning
+            Once a VM each, where the kernel warns once: a write without a vCPU; a ring that is overrun.
 
         Raises
         ------
         SlotRangeError, ArgumentError
             EINVAL: a gfn beyond 52 bits of address; no such vCPU; nothing is changed.
         """
-        gfn, vcpu = integer(gfn, "gfn", SlotRangeError, 0, 1 << 40), self._index(vcpu)
+        gfn, vcpu = integer(gfn, "gfn", SlotRangeError, 0, 1 << 40), None if vcpu is None else self._index(vcpu)
         with ioctl(self.kvm):
             self.kvm.write_guest_page(gfn, vcpu)
 

@@ -34,3 +34,21 @@ def test_every_name_of_the_package_that_a_text_gives_exists():
     named = {name: path.name for path in texts for name in re.findall(r"`(spte(?:\.\w+)+)", path.read_text())}
     assert len(named) > 10
     assert {name: where for name, where in named.items() if not resolves(name)} == {}
+
+
+def python_of(name):
+    """The Python code that a document shows."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / name).read_text(), re.DOTALL)
+
+
+def test_the_reaper_of_the_dirty_ring_is_short_and_works_as_printed():
+    reaper, use = python_of("dirty_ring.md")
+    assert reaper.startswith("def reap(")
+    assert len(reaper.splitlines()) <= 15
+    names = {}
+    exec(compile(reaper + use, "dirty_ring.md", "exec"), names)
+    vm, vcpu, fetched = names["vm"], names["vcpu"], names["fetched"]
+    vcpu.write([7, 9])
+    assert names["reap"](vm, fetched) == {0: {7, 9}}
+    assert names["reap"](vm, fetched) == {}
+    assert fetched == {0: int(vcpu.arrays.vcpu[0].dirty_index)}

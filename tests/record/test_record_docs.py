@@ -20,6 +20,13 @@ BLOCKS = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
 MAX_SHIPPED = 1_500_000
 
 
+def test_the_readme_shows_commands_that_are_run_here():
+    shown = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (redis,) = [block for block in shown if "spte record" in block]
+    assert redis in BLOCKS
+    assert [line for line in redis.splitlines() if line.startswith("spte ")][-1] == "spte profile redis.npz"
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: re.search(r"-o (\w+)", block)[1])
 def test_the_how_to_commands_work_as_printed(tmp_path, block):

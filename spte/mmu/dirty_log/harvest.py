@@ -1,13 +1,15 @@
 """Harvest: exchange each word of a slot's dirty bitmap with 0 and make the next write to its pages visible again.
 
 Order is bit -> protect -> flush -> return: a write through a stale TLB entry before the flush is covered, because the page is
-reported already and read after the return. The caller is exclusive on the tables and flushes if a word was not 0.
+reported already and read after the return. The caller is exclusive on the tables, or gives `SharedTables` and is the only harvest;
+it flushes if a word was not 0.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from spte._numba.atomics import fetch_and, is_shared, load
 from spte._numba.jit import helper, kernel, kernel_noinline, prefetch
 from spte.arrays.tables import HARVEST_WORDS
 from spte.bits import ALL_ONES, INDEX_BITS, INDEX_MASK, ONE, U64, ZERO, child_of, is_link
@@ -50,11 +52,11 @@ def _rearm_dense(t, m, root, base, masks, first, end):
             full += ONE
         if full > ZERO:  # 64 words and their sweep as one loop: 0.2 ns a page of a small guest, word by word 0.3
             if row >= 0:
-                changed += clear_entries(t.flat, place, place + np.int64(full << WORD_SHIFT), shift, shift, False)
+                changed += clear_entries(t.flat, place, place + np.int64(full << WORD_SHIFT), shift, shift, False, is_shared(t))
             w = next_word(masks, w + full, U64(end))
             continue
         if row >= 0:
-            changed += rearm_window(t.flat, place, masks[w], shift, shift)
+            changed += rearm_window(t.flat, place, masks[w], shift, shift, is_shared(t))
         w = next_word(masks, w + ONE, U64(end))
     return changed
 
@@ -85,7 +87,7 @@ def _rearm_sparse(t, m, root, base, masks, first, end, pages):
             prefetch(t.flat, place)
         t.places[found] = U64(place)
         found += U64(row >= 0)
-    return rearm_places(t.flat, t.places, found, shift, shift)
+    return rearm_places(t.flat, t.places, found, shift, shift, is_shared(t))
 
 
 @helper
@@ -108,7 +110,7 @@ def _rearm_listed(t, root, base, first, end, count, shift):
     for c in range(U64(count)):
         prefetch(t.flat, np.int64(_listed(rows, base, table0, t.places[min(c + IN_FLIGHT, U64(count) - ONE)])[0]))
         place, is_there = _listed(rows, base, table0, t.places[c])
-        done += clear_entry(t.flat, place, shift, shift, is_there)
+        done += clear_entry(t.flat, place, shift, shift, is_there, is_shared(t))
     return np.int64(done)
 
 
@@ -154,11 +156,21 @@ def get_dirty_log(t, s, mode, roots, k, out):
         if first >= out.shape[0]:
             return found, changed
         end = min(first + HARVEST_WORDS, out.shape[0])
-        take_words(s.words, live, out, first, end)
+        take_words(s.words, live, out, first, end, is_shared(t))
         some, got = _rearm(t, s, m, roots, k, s.slots[k].base_gfn, out, first, end)
         found += some
         changed += got
         first = end
+
+
+@helper
+def _take_bits(t, words, w, wanted):
+    """Return word `w`; beside vCPUs its bits in `wanted` are cleared at once: KVM's atomic_long_fetch_andnot."""
+    if not is_shared(t):
+        return words[w]
+    if (load(words, np.int64(w)) & wanted) == ZERO:
+        return ZERO
+    return fetch_and(words, np.int64(w), ~wanted)
 
 
 @kernel
@@ -175,14 +187,27 @@ def clear_dirty_log(t, s, mode, roots, k, first_word, wanted):
         end = min(first + HARVEST_WORDS, wanted.shape[0])
         seen = ZERO
         for w in range(U64(first), U64(end)):
-            mask = s.words[live + w] & wanted[w]
+            mask = wanted[w] & _take_bits(t, s.words, live + w, wanted[w])
             wanted[w] = mask
             seen |= mask
         if seen == ZERO:
             continue
-        for w in range(U64(first), U64(end)):
-            s.words[live + w] &= ~wanted[w]
+        if not is_shared(t):
+            for w in range(U64(first), U64(end)):
+                s.words[live + w] &= ~wanted[w]
         some, got = _rearm(t, s, m, roots, k, base, wanted, first, end)
         found += some
         changed += got
     return found, changed
+
+
+@kernel
+def get_dirty_log_shared(t, s, mode, roots, k, out):
+    """As `get_dirty_log`, with `SharedTables`, beside vCPUs."""
+    return get_dirty_log(t, s, mode, roots, k, out)
+
+
+@kernel
+def clear_dirty_log_shared(t, s, mode, roots, k, first_word, wanted):
+    """As `clear_dirty_log`, with `SharedTables`, beside vCPUs."""
+    return clear_dirty_log(t, s, mode, roots, k, first_word, wanted)

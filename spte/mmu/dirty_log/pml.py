@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from spte._numba.atomics import is_shared
 from spte._numba.jit import helper, kernel_noinline
 from spte.arrays.slots import LOG_DIRTY_PAGES
 from spte.bits import SHIFT_PAGE, U64
@@ -21,7 +22,8 @@ def _mark_in_bitmaps(t, s, v, first):
         if k < 0 or s.slots[k].flags & LOG_DIRTY_PAGES == 0:
             at += 1
             continue
-        end, _ = mark_run(v.pml, at, np.int64(512), s.words, U64(s.slots[k].dirty_bitmap), s.slots[k].base_gfn, U64(s.slots[k].npages))
+        start, base, npages = U64(s.slots[k].dirty_bitmap), s.slots[k].base_gfn, U64(s.slots[k].npages)
+        end, _ = mark_run(v.pml, at, np.int64(512), s.words, start, base, npages, is_shared(t))
         t.kvm[0].dirty_marks += end - at
         at = end
 

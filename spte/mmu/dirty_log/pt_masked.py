@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from spte._numba.atomics import is_shared
 from spte._numba.jit import ctz, helper, kernel_noinline
 from spte.bits import ONE, U64, WRITABLE, ZERO, is_leaf
 from spte.kernels._entries import clear_entry
@@ -22,7 +23,7 @@ from spte.mmu.walk import leaf_table, walk
 def rearm_in_table(t, m, row, first, mask):
     """Re-arm entries ``first + b`` of level-1 `row` for each bit b of `mask`: KVM's clear_dirty_pt_masked. Returns SPTEs changed."""
     shift = log_shift(t, m, row)
-    return rearm_window(t.flat, row * 512 + first, mask, shift, shift)
+    return rearm_window(t.flat, row * 512 + first, mask, shift, shift, is_shared(t))
 
 
 @kernel_noinline
@@ -122,7 +123,7 @@ def rearm_rmaps(t, s, m, k, gfn, mask):
             ref = ref_of(s, head)
             head = next_of(s, head)
             shift = log_shift(t, m, ref >> 9)
-            changed += np.int64(clear_entry(t.flat, U64(ref), shift, shift, ONE))
+            changed += np.int64(clear_entry(t.flat, U64(ref), shift, shift, ONE, False))
     return changed
 
 

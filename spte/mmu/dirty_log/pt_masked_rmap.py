@@ -44,7 +44,7 @@ def _rearm_sparse(t, s, m, k, base, masks, first, end, pages):
         t.places[c] = U64(place + 1)
     for c in range(count):
         if t.places[c] != ZERO:
-            changed += np.int64(clear_entry(t.flat, t.places[c] - ONE, shift, W_SHIFT, ONE))
+            changed += np.int64(clear_entry(t.flat, t.places[c] - ONE, shift, W_SHIFT, ONE, False))
     return changed
 
 

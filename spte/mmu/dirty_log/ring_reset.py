@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from spte._numba.atomics import is_shared, swap
 from spte._numba.jit import kernel, kernel_noinline
 from spte.bits import ONE, U64, ZERO
 from spte.mmu.dirty_log.pt_masked import rearm
@@ -11,11 +12,15 @@ from spte.mmu.mark_dirty import SLOT_SHIFT, U32_MASK
 
 HARVESTED = U64(2)
 FLAGS_MASK = U64(0xFFFF_FFFF)
+AS_SHIFT = 16  # of a slot number
 
 
 @kernel_noinline
-def _rearm(t, s, m, roots, slot, offset, mask):
+def _rearm(t, spaces, m, roots, slot, offset, mask):
     """Re-arm one mask: KVM's kvm_reset_dirty_gfn. A slot or offset that does not exist (userspace may write the ring) is passed over."""
+    if slot >> AS_SHIFT >= 2:
+        return 0
+    s, under = (spaces[1], roots[1]) if slot >> AS_SHIFT else (spaces[0], roots[0])
     last = np.int64(63)
     while (mask >> U64(last)) == ZERO:
         last -= 1
@@ -23,16 +28,16 @@ def _rearm(t, s, m, roots, slot, offset, mask):
         if s.slots[k].id == slot:
             if offset < 0 or offset + last >= s.slots[k].npages:
                 return 0
-            changed, _ = rearm(t, s, m, roots, k, s.slots[k].base_gfn + offset, mask, np.int64(-1))
+            changed, _ = rearm(t, s, m, under, k, s.slots[k].base_gfn + offset, mask, np.int64(-1))
             return changed
     return 0
 
 
 @kernel
-def reset_ring(t, s, mode, v, roots):
+def reset_ring(t, spaces, mode, v, roots):
     """Free the harvested entries of one ring from its reset index on: KVM's kvm_dirty_ring_reset.
 
-    Returns ``(entries freed, SPTEs changed)``.
+    `spaces` and `roots` are memslots and valid TDP roots by address space, two each. Returns ``(entries freed, SPTEs changed)``.
     """
     m = mode[0]
     vcpu = v.vcpu[0]
@@ -45,7 +50,10 @@ def reset_ring(t, s, mode, v, roots):
             break
         next_slot = np.int64(head >> SLOT_SHIFT)
         offset = np.int64(v.ring[i, 1])
-        v.ring[i, 0] = head & ~FLAGS_MASK
+        if is_shared(t):  # before the vCPU may push there again
+            swap(v.ring, 2 * i, head & ~FLAGS_MASK)
+        else:
+            v.ring[i, 0] = head & ~FLAGS_MASK
         vcpu.reset_index = (vcpu.reset_index + 1) & U32_MASK
         freed += 1
         if mask != ZERO and next_slot == slot:
@@ -58,8 +66,14 @@ def reset_ring(t, s, mode, v, roots):
                 mask = (mask << U64(-delta)) | ONE
                 continue
         if mask != ZERO:
-            changed += _rearm(t, s, m, roots, slot, base, mask)
+            changed += _rearm(t, spaces, m, roots, slot, base, mask)
         slot, base, mask = next_slot, offset, ONE
     if mask != ZERO:
-        changed += _rearm(t, s, m, roots, slot, base, mask)
+        changed += _rearm(t, spaces, m, roots, slot, base, mask)
     return freed, changed
+
+
+@kernel
+def reset_ring_shared(t, spaces, mode, v, roots):
+    """As `reset_ring`, with `SharedTables`, beside vCPUs."""
+    return reset_ring(t, spaces, mode, v, roots)

@@ -8,7 +8,19 @@ from __future__ import annotations
 import numpy as np
 
 from spte._numba.jit import helper, kernel_noinline
-from spte.bits import MMU_PRESENT, ROLE_AD_DISABLED, ROLE_GUEST_MODE, ROLE_INVALID, SHIFT_PAGE, TYPE_DISABLED, U64, ZERO, child_of, is_link
+from spte.bits import (
+    MMU_PRESENT,
+    ROLE_AD_DISABLED,
+    ROLE_GUEST_MODE,
+    ROLE_INVALID,
+    ROLE_SMM_SHIFT,
+    SHIFT_PAGE,
+    TYPE_DISABLED,
+    U64,
+    ZERO,
+    child_of,
+    is_link,
+)
 from spte.mmu.arena import alloc_row, count_leaf, free_row
 from spte.mmu.memslot import find_slot
 from spte.mmu.page_track import bucket_of, count_shadowed, is_direct, protect_gfn, set_synced, unsync_below
@@ -173,7 +185,8 @@ def find_page(t, s, m, gfn, level, role):
         if t.pages[row].gfn == gfn:
             if np.int64(t.pages[row].role) == role:
                 return row
-            if level > 1 and t.pages[row].unsync:
+            # A page of the other address space may have that gfn by chance: its rmaps hang on other slots than `s` has.
+            if level > 1 and t.pages[row].unsync and np.int64(t.pages[row].role) >> ROLE_SMM_SHIFT == role >> ROLE_SMM_SHIFT:
                 zap_page(t, s, m, row)
         row = following
     return np.int64(-1)

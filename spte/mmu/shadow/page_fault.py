@@ -88,7 +88,7 @@ def _finish(t, s, v, m, f, page, row, i, access):
 @helper
 def shadow_map_gfn(t, s, h, v, m, f):
     """Take the slow path for a direct root: KVM's direct_page_fault. Returns as `map_gfn`."""
-    reason, page = faultin_pfn(s, h, m, f)
+    reason, page = faultin_pfn(t, s, h, m, f)
     if reason != DONE:
         return reason
     row = v.vcpu[0].root
@@ -153,7 +153,7 @@ def _guest_fault(t, s, h, v, m, f):
         vcpu.pf_emulate += 1
         return EXIT_MMIO
     vcpu.slow_faults += 1
-    reason, page = faultin_pfn(s, h, m, f)
+    reason, page = faultin_pfn(t, s, h, m, f)
     if reason != DONE:
         return reason
     row = vcpu.root

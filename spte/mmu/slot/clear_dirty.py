@@ -24,5 +24,5 @@ def clear_dirty_slot(t, mode, as_id, start, end):
                 continue
             lo, hi = place(t, row, as_id, start, end)
             if lo < hi:
-                changed += clear_entries(t.flat, row * 512 + lo, row * 512 + hi, shift, shift, t.pages[row].level > 1)
+                changed += clear_entries(t.flat, row * 512 + lo, row * 512 + hi, shift, shift, t.pages[row].level > 1, False)
     return changed

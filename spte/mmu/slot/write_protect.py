@@ -25,7 +25,7 @@ def write_protect_slot(t, as_id, start, end, min_level, tdp_level):
         elif t.pages[row].level >= least:
             lo, hi = place(t, row, as_id, start, end)
             if lo < hi:
-                changed += clear_entries(t.flat, row * 512 + lo, row * 512 + hi, W_SHIFT, W_SHIFT, t.pages[row].level > 1)
+                changed += clear_entries(t.flat, row * 512 + lo, row * 512 + hi, W_SHIFT, W_SHIFT, t.pages[row].level > 1, False)
     return changed
 
 

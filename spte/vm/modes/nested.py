@@ -10,7 +10,8 @@ from spte.errors import NestedError, OutOfTablesError
 from spte.exits import Exit
 from spte.host.guest_memory import contents
 from spte.platform import EPT, NPT, SHADOW
-from spte.vm.kvm import L2, Kvm, KvmVcpu
+from spte.vm.kvm import Kvm, KvmVcpu
+from spte.vm.modes.state import L2
 from spte.vm.root_cache import RootCache
 from spte.vm.vcpu_run import PAGED_BITS, enter_guest, kick, leave_guest
 
@@ -22,6 +23,7 @@ def load_cr3(kvm: Kvm, vcpu: KvmVcpu, gpa: int | None) -> None:
     kvm.check_alive()
     if vcpu.in_l2:
         raise NestedError("the vCPU runs L2; call leave_l2() first")
+    _refuse_smm(vcpu)
     _check_page("gpa", gpa)
     if kvm.platform.paging == SHADOW and gpa is not None:
         kvm.mmu.check_root(gpa)
@@ -47,6 +49,7 @@ def enter_l2(kvm: Kvm, vcpu: KvmVcpu, ept: int | None, pml: int | None, vmcb: in
     has_ad = ad and kvm.platform.ad_bits
     if vcpu.in_l2:
         raise NestedError("the vCPU runs L2 already; call leave_l2() first")
+    _refuse_smm(vcpu)
     for name, gpa in (("ept", ept), ("pml", pml), ("vmcb", vmcb)):
         _check_page(name, gpa)
     if paging == SHADOW and (ept is not None or vcpu.cr3 is None):
@@ -133,6 +136,11 @@ def _write_vmcb(kvm: Kvm, vcpu: KvmVcpu) -> None:
 def _access_of(acc: int) -> Access:
     """Return what KVM's ACC_EXEC_MASK (1), ACC_WRITE_MASK (2) and ACC_USER_MASK (4, here: may be read) allow."""
     return Access((acc >> 2 & 1) | acc & 2 | (acc & 1) << 2)
+
+
+def _refuse_smm(vcpu: KvmVcpu) -> None:
+    if vcpu.smm is not None:
+        raise NestedError("in system management mode the guest has its paging off and no L2; call leave_smm() first")
 
 
 def _check_page(name: str, gpa: int | None) -> None:
