@@ -50,7 +50,7 @@ class Migration:
         manual = int(mode[-1]) if mode.startswith("manual") else 0
         self.mode, self.pages, self.seed = mode, pages, seed
         self.vm = spte.VM(platform, vcpus=vcpus, manual=manual, ring_bytes=16 << 12 if mode == "ring" else 0)
-        self.vm.exclusive.turnstile.met = True  # vCPUs run beside each other from the first run on
+        self.vm.exclusive.meet()  # vCPUs run beside each other from the first run on
         self.host, self.moved = spte.Backing("thp", pages * PAGE), spte.Backing("4k", MOVED * PAGE)
         self.memory = np.zeros(PLACES[1] + MOVED, np.uint64)
         for vcpu in self.vm.vcpus:
@@ -199,7 +199,6 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--platforms", nargs="+", default=PLATFORMS)
     parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
     chosen = parser.parse_args(args)
-    sys.setswitchinterval(1e-5)  # threads give way to each other at once
     lost = 0
     for platform, mode, vcpus in itertools.product(chosen.platforms, chosen.modes, chosen.threads):
         r = stress(platform, mode, vcpus, int(chosen.writes))
@@ -211,4 +210,5 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.setswitchinterval(1e-5)  # threads give way to each other at once
     sys.exit(main())
