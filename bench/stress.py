@@ -26,8 +26,9 @@ from spte import mm
 PAGE, LOG = 4096, 1
 BASE, PAGES, MOVED = 512, 1 << 15, 64
 PLACES = 1 << 18, (1 << 18) + 4096  # gfns where slot 1 may be
-BATCH, WINDOW = 1 << 16, 256  # writes of a batch, and the pages among which 1024 of them go: so a page's last one may be any
-ROUND = 1 << 22  # writes of all vCPUs
+# Writes of a batch; RUN of them go to WINDOW pages side by side, so that a page's last write of a round may be early or late.
+BATCH, RUN, WINDOW = 1 << 17, 512, 256
+ROUND = 1 << 24  # writes of all vCPUs
 CHUNK = 4096  # pages of one CLEAR
 PLATFORMS, MODES, THREADS = ("ept-pml", "npt"), ("get", "manual 1", "manual 3", "ring"), (2, 4, 8)
 
@@ -67,21 +68,28 @@ class Migration:
 
     def write(self, v: int, writes: int) -> int:
         """Write from vCPU `v`; pages of slot 1 are each of one vCPU, so that of two places the higher stamp is the page's."""
-        rng, done = np.random.default_rng((self.seed, v, writes, self.result.writes)), 0
-        within = BASE + rng.integers(0, WINDOW, BATCH)
+        rng, count = np.random.default_rng((self.seed, v, self.result.writes)), len(self.vm.vcpus)
+        windows = BASE + np.repeat(rng.integers(0, self.pages - WINDOW, BATCH // RUN), RUN)
+        batches, done = [windows + rng.integers(0, WINDOW, BATCH) for _ in range(4)], 0
         while done < writes:
-            gfns = within + np.repeat(rng.integers(0, self.pages - WINDOW, BATCH // 1024), 1024)
-            if rng.integers(4) == 0:
-                count = len(self.vm.vcpus)
-                gfns[: BATCH // 8] = PLACES[rng.integers(2)] + rng.integers(0, MOVED // count, BATCH // 8) * count + v
-            while len(gfns):
-                stop = self.vm.vcpus[v].write(gfns)
-                done += len(gfns) if stop is None else stop.index
-                if stop is None:
-                    break
-                if stop.reason == "dirty_ring_full":
-                    time.sleep(0)
-                gfns = gfns[stop.index + (stop.reason == "mmio") :]  # slot 1 is elsewhere
+            done += self.run(v, batches[rng.integers(len(batches))])
+            done += self.run(v, PLACES[rng.integers(2)] + rng.integers(0, MOVED // count, 8) * count + v)
+        return done
+
+    def run(self, v: int, gfns: npt.NDArray[np.int64]) -> int:
+        """Write `gfns` from vCPU `v`; returns how many of them were somewhere."""
+        done = 0
+        while len(gfns):
+            stop = self.vm.vcpus[v].write(gfns)
+            done += len(gfns) if stop is None else stop.index
+            if stop is None:
+                break
+            if stop.reason == "mmio" and stop.gfn >= PLACES[0]:  # slot 1 is elsewhere
+                break
+            if stop.reason != "dirty_ring_full":
+                raise RuntimeError(f"vCPU {v} stopped: {stop}")
+            time.sleep(0)
+            gfns = gfns[stop.index :]
         return done
 
     def migrate(self, until: threading.Event) -> None:
@@ -134,9 +142,10 @@ class Migration:
             return
         for slot, first, npages in ((0, 0, self.pages), (1, self.pages, MOVED)):
             bitmap = self.vm.get_dirty_log(slot)
+            now = self.contents()  # at once: what is written to a page that is told comes before the return
             dirty = np.flatnonzero(np.unpackbits(bitmap.view(np.uint8), bitorder="little"))
             if self.mode == "get":
-                self.take(dirty + first)
+                self.copy[dirty + first] = now[dirty + first]
                 continue
             for at in range(0, npages, CHUNK):
                 count = min(CHUNK, npages - at)
