@@ -30,6 +30,7 @@ PLACES = 1 << 18, (1 << 18) + 4096  # gfns where slot 1 may be
 BATCH, RUN, WINDOW = 1 << 17, 512, 256
 ROUND = 1 << 24  # writes of all vCPUs
 CHUNK = 4096  # pages of one CLEAR
+TOGGLE = 16  # harvests from one time that logging is turned off and on to the next
 PLATFORMS, MODES, THREADS = ("ept-pml", "npt"), ("get", "manual 1", "manual 3", "ring"), (2, 4, 8)
 
 
@@ -96,7 +97,7 @@ class Migration:
         """Harvest and copy; now and then turn logging off and on."""
         while not until.is_set():
             self.harvest()
-            if self.rng.integers(16) == 0:
+            if self.rng.integers(TOGGLE) == 0:
                 self.vm.set_memory_region(0, BASE * PAGE, self.pages * PAGE, self.host)
                 self.enable()
 

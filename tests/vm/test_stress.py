@@ -45,6 +45,7 @@ def test_a_harvest_that_does_not_tell_is_seen(monkeypatch):
         return bitmap
 
     monkeypatch.setattr(dirty_log, "get", forgetful)
+    monkeypatch.setattr(stress, "TOGGLE", 1 << 60)  # then everything is copied
     assert stress.stress("npt", "get", 2, FEW, round_writes=FEW, pages=PAGES).lost
 
 
