@@ -2,13 +2,14 @@
 
 A write stores a stamp of its own in its page, after its look at the SPTE as a CPU does. The harvesting thread copies the pages that it is
 told of, as live migration does. After each round the vCPUs stop, a last harvest is copied, and every page must be equal to its copy.
-In the meantime logging is turned off and on (huge pages come back and are split), a second slot moves and is deleted, and the host takes
+In the meantime logging is turned off and on (huge pages come back and are split), a second slot moves or is deleted, and the host takes
 pages away by madvise and fork. Exit code 1: a write was lost.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import sys
 import threading
@@ -22,6 +23,7 @@ import numpy.typing as npt
 
 import spte
 from spte import mm
+from spte.errors import NoDirtyLogError
 
 PAGE, LOG = 4096, 1
 BASE, PAGES, MOVED = 512, 1 << 15, 64
@@ -58,6 +60,7 @@ class Migration:
         for vcpu in self.vm.vcpus:
             vcpu.arrays = vcpu.arrays._replace(memory=self.memory)
         self.copy = np.zeros(pages + MOVED, np.uint64)
+        self.copying = threading.Lock()  # held while pages are looked at and copied
         self.taken = [0] * vcpus
         self.place = itertools.cycle(PLACES)
         self.rng = np.random.default_rng(seed)
@@ -109,7 +112,7 @@ class Migration:
             lambda: mm.madvise(self.host, 0, 512, mm.PAGEOUT, ages=True),
             lambda: mm.fork([self.host]),
             lambda: self.moved.write(int(rng.integers(0, MOVED)), 1),
-            self.move, self.vm.stats, self.vm.check,
+            self.move, self.renew, self.vm.stats, self.vm.check,
         )  # fmt: skip
         while not until.wait(float(rng.random()) * 0.01):
             actions[rng.integers(len(actions))]()
@@ -118,6 +121,12 @@ class Migration:
     def move(self) -> None:
         """Move slot 1."""
         self.vm.set_memory_region(1, next(self.place) * PAGE, MOVED * PAGE, self.moved, flags=LOG)
+
+    def renew(self) -> None:
+        """Delete slot 1 and create it again: what its log held is gone, so all of it is copied."""
+        self.vm.set_memory_region(1, 0, 0)
+        self.move()
+        self.take(np.arange(self.pages, self.pages + MOVED))
 
     # -- harvests ---------------------------------------------------------------------------------------------------------
 
@@ -128,7 +137,8 @@ class Migration:
 
     def take(self, pages: npt.NDArray[np.int64]) -> None:
         """Copy `pages`, those of slot 1 behind those of slot 0."""
-        self.copy[pages] = self.contents()[pages]
+        with self.copying:
+            self.copy[pages] = self.contents()[pages]
 
     def enable(self) -> None:
         """Log slot 0 from now on; then all of it is copied."""
@@ -142,16 +152,20 @@ class Migration:
             self.take(self.collect())
             return
         for slot, first, npages in ((0, 0, self.pages), (1, self.pages, MOVED)):
-            bitmap = self.vm.get_dirty_log(slot)
-            now = self.contents()  # at once: what is written to a page that is told comes before the return
-            dirty = np.flatnonzero(np.unpackbits(bitmap.view(np.uint8), bitorder="little"))
-            if self.mode == "get":
-                self.copy[dirty + first] = now[dirty + first]
-                continue
-            for at in range(0, npages, CHUNK):
-                count = min(CHUNK, npages - at)
-                self.vm.clear_dirty_log(slot, at, count, bitmap[at // 64 : (at + count) // 64])
-                self.take(dirty[(dirty >= at) & (dirty < at + count)] + first)
+            with contextlib.suppress(NoDirtyLogError):  # slot 1 is deleted now and then
+                self.harvest_slot(slot, first, npages)
+
+    def harvest_slot(self, slot: int, first: int, npages: int) -> None:
+        """GET, and CLEAR in chunks; pages of the slot are copied as numbers `first` and above."""
+        bitmap = self.vm.get_dirty_log(slot)
+        dirty = np.flatnonzero(np.unpackbits(bitmap.view(np.uint8), bitorder="little"))
+        if self.mode == "get":
+            self.take(dirty + first)
+            return
+        for at in range(0, npages, CHUNK):
+            count = min(CHUNK, npages - at)
+            self.vm.clear_dirty_log(slot, at, count, bitmap[at // 64 : (at + count) // 64])
+            self.take(dirty[(dirty >= at) & (dirty < at + count)] + first)
 
     def collect(self) -> npt.NDArray[np.int64]:
         """Return the pages in the rings, which are freed."""
