@@ -172,12 +172,14 @@ class Migration:
         pages = []
         for v, vcpu in enumerate(self.vm.vcpus):
             ring = vcpu.ring
-            while ring["flags"][at := self.taken[v] % len(ring)] == 1:
-                pages.append(int(ring["offset"][at]) + self.pages * int(ring["slot"][at]))
-                ring["flags"][at] = 3
-                self.taken[v] += 1
+            order = (self.taken[v] + np.arange(len(ring))) % len(ring)
+            dirty = ring["flags"][order] == 1
+            entries = order[: len(ring) if dirty.all() else int(dirty.argmin())]
+            pages.append(ring["offset"][entries].astype(np.int64) + self.pages * ring["slot"][entries].astype(np.int64))
+            ring["flags"][entries] = 3
+            self.taken[v] += len(entries)
         self.vm.reset_dirty_rings()
-        return np.array(pages, np.int64)
+        return np.concatenate(pages)
 
     # -- rounds -----------------------------------------------------------------------------------------------------------
 
