@@ -65,7 +65,7 @@ class Guest:
 
     def share(self) -> None:
         """Let vCPUs run beside each other from now on."""
-        self.vm.exclusive.turnstile.met = True
+        self.vm.exclusive.meet()
 
     def set_all(self) -> None:
         """Set W and D everywhere, so that writes are hits."""

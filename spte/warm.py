@@ -84,6 +84,21 @@ def _rings() -> None:
         vm.reset_dirty_rings()
 
 
+def _threads() -> None:
+    """Reach what runs only once threads have met."""
+    for ring_bytes in (0, 1 << 14):
+        with VM("ept-pml", manual=1, ring_bytes=ring_bytes) as vm:
+            vm.set_memory_region(_SLOT, 0, 4 << 20, Backing("4k", 4 << 20), flags=1)
+            vm.exclusive.meet()
+            vm.vcpus[0].write(np.arange(1024))
+            if ring_bytes:
+                vm.reset_dirty_rings()
+                continue
+            vm.clear_dirty_log(_SLOT, 0, 1024, vm.get_dirty_log(_SLOT))
+            vm.enable_cap("manual_dirty_log_protect2", 0)
+            vm.get_dirty_log(_SLOT)
+
+
 def _shadow() -> None:
     with VM("npt-rmap", "6.1") as vm:
         backing = Backing("thp", 4 << 20, populate=True)
@@ -136,5 +151,5 @@ def _plain() -> None:
 
 STEPS: dict[str, Callable[[], None]] = {
     "guest access": _access, "logging": _logging, "host memory": _memory, "old policies": _old, "shadow MMU": _shadow, "rings": _rings,
-    "nested guests": _nested, "plain arrays": _plain,
+    "threads": _threads, "nested guests": _nested, "plain arrays": _plain,
 }  # fmt: skip

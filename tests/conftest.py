@@ -185,6 +185,7 @@ def typical_run(platform, policy):
             mm.madvise(guest.memory, 512, 8, mm.PAGEOUT, ages=True)
             guest.vm.set_memory_region(0, 0, 0)
             guest.vm.close()
+    typical_shared_run(platform, policy)
     typical_nested_run(platform, policy)
     words = np.zeros(8, np.uint64)
     kernels.write_protect(words)
@@ -193,6 +194,20 @@ def typical_run(platform, policy):
     kernels.pml_flush(np.zeros(512, np.uint64), 511, words)
     kernels.split(words, np.zeros((1, 512), np.uint64))
     kernels.collapse(words, np.zeros((1, 512), np.uint64))
+
+
+def typical_shared_run(platform, policy):
+    """What runs only once threads have met."""
+    for mode in ("get", "manual 1", *["ring"] * has_rings(policy)):
+        guest = Guest(platform, policy, mode=mode, kind="thp", npages=1100, vcpus=2)
+        guest.vm.exclusive.meet()
+        guest.set_flags(LOG)
+        for v in range(2):
+            guest.write(range(700), v=v)
+            guest.read(range(1100), v=v)
+            guest.harvest()
+        guest.set_flags(0)
+        guest.vm.close()
 
 
 def typical_nested_run(platform, policy):

@@ -78,10 +78,10 @@ def _let_through(flat, gfns, first, end, places, looks, permission, sets, logs, 
 def _let_through_shared(flat, gfns, first, end, places, looks, permission, sets, logs, v, writes, index, words, first_bit):
     """As _let_through, beside others: A and D are set by compare-and-exchange; who finds the entry changed stops before the access.
 
-    Where memory is kept, each of `writes` stores its stamp after its look at the SPTE, as a CPU does.
+    Where memory is kept, each of `writes` stores its stamp, all after the last look at an SPTE, as a CPU may with what its TLB holds.
     """
     care, want = looks | sets, permission | sets
-    keeps, stamp, stop = writes and v.memory.shape[0] > 0, v.requests[STAMP], np.int64(end)
+    stop = np.int64(end)
     for j in range(U64(first), U64(end)):
         place = np.int64(places[j - U64(first)])
         spte = load(flat, place)
@@ -95,10 +95,10 @@ def _let_through_shared(flat, gfns, first, end, places, looks, permission, sets,
                 v.pml[U64(index)] = U64(gfns[j]) << SHIFT_PAGE
                 prefetch(words, (gfns[j] + first_bit) >> 6)
                 index = (index - 1) & 0xFFFF
-        if keeps:
-            stamp += STAMP_STEP
-            v.memory[gfns[j]] = U64(stamp)
-    v.requests[STAMP] = stamp
+    if writes and v.memory.shape[0] > 0:
+        for j in range(U64(first), U64(stop)):
+            v.requests[STAMP] += STAMP_STEP
+            v.memory[gfns[j]] = U64(v.requests[STAMP])
     return stop, index
 
 

@@ -215,6 +215,10 @@ class ExclusiveLock:
         """A thread has waited for it once: from then on runs hold it shared."""
         return self.turnstile.met
 
+    def meet(self) -> None:
+        """Let runs hold it shared from now on, as if a thread had waited."""
+        self.turnstile.met = True
+
     @contextmanager
     def shared(self) -> Iterator[None]:
         """Hold it with other runs, which the caller ends when it is asked to. The caller does not hold it."""

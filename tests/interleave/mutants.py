@@ -19,8 +19,8 @@ _CHANGE = "        if not replace_spte(t, f.row, f.i, old, new):\n            re
 _MARK = "        if (new & ~old & WRITABLE) != ZERO:\n            mark_dirty(t, s, v, f.slot, f.gfn)\n"
 _CAS = "    with one_at_a_time:\n        old = flat[index]\n        if old == expected:\n            flat[index] = value\n"
 _STORE = "    old = flat[index]\n    flat[index] = value\n    old = expected\n"
-_STAMP = "        if keeps:\n"
-_CONFIRM = "        v.requests[CONFIRMED] = v.requests[REQUEST]\n"
+_STAMP = "    if writes and v.memory.shape[0] > 0:\n"
+_CONFIRM = "    v.requests[CONFIRMED] = v.requests[REQUEST]\n"
 
 # What is wrong: module, function, text, and what stands there instead.
 MUTANTS = {

@@ -153,3 +153,78 @@ def test_several_are_taken_in_one_order_whoever_asks_and_while_they_become_one(p
             user.result(SECONDS)
         assert max(most) == 1
         assert len({lock.turnstile for lock in locks}) == 1
+
+
+# -- runs, which hold it shared ---------------------------------------------------------------------------------------------
+
+
+def run_until(lock, word, order, what):
+    """A run that leaves when it is asked to."""
+    with lock.shared():
+        order.append(what)
+        wait_until(lambda: word[0])
+
+
+def test_runs_are_inside_together_and_are_asked_to_leave(pool):
+    lock, order, words = new_lock(), [], [np.zeros(1, np.int64) for _ in range(2)]
+    lock.kicked += words
+    runs = [pool.submit(run_until, lock, word, order, n) for n, word in enumerate(words)]
+    wait_until(lambda: len(order) == 2)
+    with lock.beside_runs():
+        assert lock.turnstile.runs == 2
+        assert not any(word[0] for word in words)
+    with lock:
+        assert lock.turnstile.runs == 0
+        assert lock.is_mine
+    for run in runs:
+        run.result(SECONDS)
+
+
+def test_runs_that_wait_come_before_the_next_that_takes_it(pool):
+    lock, order, word = new_lock(), [], np.zeros(1, np.int64)
+    lock.kicked.append(word)
+    for round_ in range(100):
+        with lock:
+            run = pool.submit(run_until, lock, word, order, "run")
+            wait_until(lambda: lock.contended)
+            assert lock.needbreak[0] == 1
+        with lock:
+            order.append("holder")
+            assert not lock.contended
+        run.result(SECONDS)
+        assert order == ["run", "holder"] * (round_ + 1)
+    assert lock.met
+
+
+def test_a_run_that_waits_for_a_lock_that_is_replaced_moves_over(pool):
+    a, b, order, word = new_lock(), new_lock(), [], np.zeros(1, np.int64)
+    b.kicked.append(word)
+    with b:
+        sharer = pool.submit(share, a, b)
+        wait_until(lambda: b.contended)
+        run = pool.submit(run_until, b, word, order, "run")
+        wait_until(lambda: b.turnstile.runs_wait)
+        b.let_in()
+    sharer.result(SECONDS)
+    wait_until(lambda: order)
+    with a:
+        assert a.turnstile is b.turnstile
+        assert a.turnstile.runs == 0
+    run.result(SECONDS)
+
+
+def test_an_interrupt_while_runs_are_awaited_leaves_the_lock_free(pool):
+    lock, order, word = new_lock(), [], np.zeros(1, np.int64)
+    lock.kicked.append(word)
+    run = pool.submit(run_until, lock, np.zeros(1, np.int64), order, "run")  # it does not hear
+    wait_until(lambda: order)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    lock.turnstile.changed.wait = interrupted
+    with pytest.raises(KeyboardInterrupt), lock:
+        raise AssertionError("not with a run inside")
+    assert not lock.is_mine
+    assert (lock.turnstile.depth, word[0]) == (0, 0)
+    assert not run.done()
