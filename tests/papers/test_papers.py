@@ -24,6 +24,7 @@ from spte.policy import parse
 from spte.profile.perf_test import PerfTest
 
 GUESS = load("guess")
+README = (Path(__file__).parents[2] / "README.md").read_text()
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "costs.md").read_text()
 FITTED = MACHINES["matlack"].items
 ALL = {each.name: each for each in experiments()}
@@ -199,6 +200,8 @@ def test_every_command_of_the_document_runs(capsys, monkeypatch):
         if "--recommend" in line:
             shown = re.search(r"<!-- the verdict .*?-->\n```text\n(.*?)```", DOCUMENT, re.DOTALL)[1]
             assert out.endswith(f"\n\n{shown}")
+            assert f"{line}\n```" in README
+            assert f"```text\n{shown}```" in README
 
 
 def test_the_document_names_every_profile_that_ships():
