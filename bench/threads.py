@@ -125,9 +125,10 @@ def under_harvest(guest: Guest, pool: ThreadPoolExecutor, seconds: float = 2.0) 
         waits.append(time.perf_counter() - start)
 
     def write(v: int) -> None:
+        batch = guest.random[v][: 1 << 20]
         while not until.is_set():
-            guest.write(v, guest.random[v][: 1 << 20])
-            done[v] += 1 << 20
+            guest.write(v, batch)
+            done[v] += len(batch)
 
     guest.vm.kvm.kick_and_wait = wait  # type: ignore[method-assign]
     threads, start = [pool.submit(write, v) for v in range(2)], time.perf_counter()
