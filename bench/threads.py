@@ -1,6 +1,6 @@
 """What threads are worth: ``python -m bench.threads [--guest 4G] [PAGE.md]``, beside bare loops on as many threads in the same run.
 
-A row is a rate over another, or a time over a limit's; each is the best of `ROUNDS`. A page gets the table between the marks it has.
+A row is a rate over another, or a time over a limit's; each is the best of several rounds. A page gets the table between the marks it has.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from spte.limits.bare_loops import rearm_by_zeros, scatter_or, set_bits
 from spte.mmu.slot.clear_dirty import clear_dirty_slot
 
 PAGE, LOG, ROUNDS, WRITES = 4096, 1, 5, 1 << 22
+SHORT, MANY = 1 << 19, 60  # writes and rounds where two threads want two cores at once, which others may use
 MARK, END = "<!-- bench.threads -->", "<!-- end of bench.threads -->"
 
 
@@ -81,10 +82,10 @@ class Guest:
         assert self.vm.vcpus[v].write(gfns) is None
 
 
-def best(work: Callable[[], object], setup: Callable[[], object] = lambda: None) -> float:
-    """Return the least time of `ROUNDS`, s; the first call, which may compile, does not count."""
+def best(work: Callable[[], object], setup: Callable[[], object] = lambda: None, rounds: int = ROUNDS) -> float:
+    """Return the least time of `rounds`, s; the first call, which may compile, does not count."""
     least = float("inf")
-    for n in range(ROUNDS + 1):
+    for n in range(rounds + 1):
         setup()
         start = time.perf_counter()
         work()
@@ -103,13 +104,15 @@ def together(pool: ThreadPoolExecutor, work: Callable[[int], object]) -> Callabl
     return both
 
 
-def scaling(guest: Guest, pool: ThreadPoolExecutor, batches: list[npt.NDArray[np.int64]]) -> tuple[float, float, float]:
-    """Return how much faster two threads are than one, of vCPUs and of the bare loop, and one vCPU's ns a write."""
-    one = best(lambda: guest.write(0, batches[0]), guest.set_all)
-    two = best(together(pool, lambda v: guest.write(v, batches[v])), guest.set_all)
-    bare_one = best(lambda: scatter_or(guest.flat, batches[0], guest.dirty))
-    bare_two = best(together(pool, lambda v: scatter_or(guest.flat, batches[v], guest.dirty)))
-    return 2 * one / two, 2 * bare_one / bare_two, one / len(batches[0]) * 1e9
+def scaling(guest: Guest, pool: ThreadPoolExecutor, batches: list[npt.NDArray[np.int64]]) -> tuple[float, float]:
+    """Return how much faster two threads are than one, of vCPUs and of the bare loop."""
+    guest.set_all()
+    short = [batch[:SHORT] for batch in batches]
+    one = best(lambda: guest.write(0, short[0]), rounds=MANY)
+    two = best(together(pool, lambda v: guest.write(v, short[v])), rounds=MANY)
+    bare_one = best(lambda: scatter_or(guest.flat, short[0], guest.dirty), rounds=MANY)
+    bare_two = best(together(pool, lambda v: scatter_or(guest.flat, short[v], guest.dirty)), rounds=MANY)
+    return 2 * one / two, 2 * bare_one / bare_two
 
 
 def under_harvest(guest: Guest, pool: ThreadPoolExecutor, seconds: float = 2.0) -> tuple[float, float, int]:
@@ -122,9 +125,10 @@ def under_harvest(guest: Guest, pool: ThreadPoolExecutor, seconds: float = 2.0) 
         waits.append(time.perf_counter() - start)
 
     def write(v: int) -> None:
+        batch = guest.random[v][: 1 << 20]
         while not until.is_set():
-            guest.write(v, guest.random[v][: 1 << 20])
-            done[v] += 1 << 20
+            guest.write(v, batch)
+            done[v] += len(batch)
 
     guest.vm.kvm.kick_and_wait = wait  # type: ignore[method-assign]
     threads, start = [pool.submit(write, v) for v in range(2)], time.perf_counter()
@@ -157,8 +161,9 @@ def rows(pages: int) -> list[Row]:
             words[:] = dirty
 
         guest.share()
-        random, bare_random, one = scaling(guest, pool, guest.random)
-        sweep, bare_sweep, _ = scaling(guest, pool, guest.ascending)
+        random, bare_random = scaling(guest, pool, guest.random)
+        sweep, bare_sweep = scaling(guest, pool, guest.ascending)
+        one = best(lambda: guest.write(0, guest.random[0]), guest.set_all) / WRITES * 1e9
         scatter = best(lambda: scatter_or(guest.flat, guest.random[0], guest.dirty)) / WRITES * 1e9
         logged = best(lambda: guest.write(0, guest.random[0]), guest.clear_all) / WRITES * 1e9
         harvest = best(lambda: guest.vm.get_dirty_log(0), refill)

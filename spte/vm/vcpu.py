@@ -17,6 +17,7 @@ from spte.host.guest_memory import contents
 from spte.vm.modes import nested
 from spte.vm.modes.vcpu import GuestModes, ioctl_of_vcpu, loaded
 from spte.vm.vcpu_run import (
+    GOES_ON,
     ONE_KIND,
     Kinds,
     check_reach,
@@ -109,19 +110,24 @@ class VirtualCpu(GuestModes):
     def _run(self, gfns: npt.ArrayLike, kinds: Kinds, *, leave: bool = True) -> Exit | None:
         array, low, high = frames(gfns)
         with loaded(self):
-            done = 0
-            if leave and self.exclusive.met and not self.exclusive.is_mine:
-                check_reach(self._kvm, self, low, high)
-                done, stop = run_beside(self._kvm, self, array, kinds)
-                if stop is not None or 0 < done == len(array):
-                    return stop
-            with self.exclusive:
-                stop = self._access(array[done:], low, high, kinds[done:] if len(kinds) > 1 else kinds, leave)
-            return stop if stop is None or not done else replace(stop, index=stop.index + done)
+            at, shares = 0, leave and not self.exclusive.is_mine
+            while True:
+                if shares and self.exclusive.met:
+                    check_reach(self._kvm, self, low, high)
+                    done, stop = run_beside(self._kvm, self, array[at:], kinds[at:] if len(kinds) > 1 else kinds)
+                    if stop is not None or 0 < done == len(array) - at:
+                        break
+                    at += done
+                with self.exclusive:
+                    stop = self._access(array[at:], low, high, kinds[at:] if len(kinds) > 1 else kinds, leave, yields=shares)
+                if stop is None or stop.reason != GOES_ON:
+                    break
+                at += stop.index
+            return stop if stop is None or not at else replace(stop, index=stop.index + at)
 
-    def _access(self, gfns: I64s, low: int, high: int, kinds: Kinds, leave: bool) -> Exit | None:
+    def _access(self, gfns: I64s, low: int, high: int, kinds: Kinds, leave: bool, *, yields: bool = False) -> Exit | None:
         check_reach(self._kvm, self, low, high)
-        stop = vcpu_run(self._kvm, self, gfns, kinds, leave=leave)
+        stop = vcpu_run(self._kvm, self, gfns, kinds, leave=leave, yields=yields)
         return None if stop is None else nested.reflect(self._kvm, self, stop)
 
     @ioctl_of_vcpu

@@ -51,6 +51,7 @@ from spte.vm.kvm import Kvm, KvmVcpu
 Kinds = npt.NDArray[np.uint8]
 PAGED_BITS = 48  # what four levels of guest tables reach
 ONE_KIND = {kind: np.array([kind], np.uint8) for kind in (READ, WRITE, EXEC)}
+GOES_ON = "needbreak"  # why a run ends that goes on beside others
 TOGETHER = 64  # accesses done while a run has the VM for itself
 ROWS = 64  # that a run beside others takes from the arena at once
 _NO_GFNS = np.zeros(0, np.int64)
@@ -166,10 +167,11 @@ def check_reach(kvm: Kvm, vcpu: KvmVcpu, low: int, high: int) -> None:
         raise SlotRangeError(f"gfn {bad:#x} is outside the {bits} bits that the guest can address")
 
 
-def vcpu_run(kvm: Kvm, vcpu: KvmVcpu, gfns: I64s, kinds: Kinds, *, leave: bool = True) -> Exit | None:
+def vcpu_run(kvm: Kvm, vcpu: KvmVcpu, gfns: I64s, kinds: Kinds, *, leave: bool = True, yields: bool = False) -> Exit | None:
     """Access each of `gfns` in order until one stops the run: KVM_RUN. Not `leave`: the guest is not left after the last.
 
-    When another thread waits, it is let in between two accesses. The guest is not left for it, but by the other's kick.
+    When another thread waits, it is let in between two accesses. The guest is not left for it, but by the other's kick. With `yields`
+    the run ends then, for the reason GOES_ON, if the rest can run beside others.
     """
     at, mmu, reason = 0, kvm.mmu, EXIT_NEEDBREAK
     while True:
@@ -202,6 +204,9 @@ def vcpu_run(kvm: Kvm, vcpu: KvmVcpu, gfns: I64s, kinds: Kinds, *, leave: bool =
         if reason == EXIT_NEEDBREAK or kvm.exclusive.contended:
             if reason in (EXIT_LOG, EXIT_NEEDBREAK):
                 _set_in_guest(kvm, vcpu, True)
+            if yields and reason == EXIT_NEEDBREAK and _is_served_beside(kvm, vcpu):
+                leave_guest(kvm, vcpu)
+                return _exit_of(GOES_ON, int(at), gfns, kinds)
             kvm.exclusive.let_in()
             reason = EXIT_NEEDBREAK
 
@@ -226,7 +231,7 @@ def run_beside(kvm: Kvm, vcpu: KvmVcpu, gfns: I64s, kinds: Kinds) -> tuple[int, 
     at, v = 0, vcpu.arrays
     while at < len(gfns):
         with kvm.exclusive.shared():
-            if not _may_run_beside(kvm, vcpu):
+            if vcpu.in_guest or not _is_served_beside(kvm, vcpu):
                 break
             reason = EXIT_EXCLUSIVE
             if vcpu.mmu.loaded == kvm.mmu.generation and not vcpu.update_requested:
@@ -248,10 +253,10 @@ def run_beside(kvm: Kvm, vcpu: KvmVcpu, gfns: I64s, kinds: Kinds) -> tuple[int, 
     return at, None
 
 
-def _may_run_beside(kvm: Kvm, vcpu: KvmVcpu) -> bool:
+def _is_served_beside(kvm: Kvm, vcpu: KvmVcpu) -> bool:
     """Tell whether the TDP MMU serves all that the vCPU does, and nothing looks at single accesses."""
     apart = kvm.mmu.has_shadow_pages or vcpu.in_l2 or vcpu.smm is not None  # or on memslots that `beside` does not give
-    return not (kvm.closed or apart or kvm.mmu.log.on or vcpu.in_guest)
+    return not (kvm.closed or apart or kvm.mmu.log.on)
 
 
 def _copy_page(kvm: Kvm, vcpu: KvmVcpu, gfn: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report
+from bench import report, threads
 from spte._numba import jit as _jit
 from spte.limits.measure import Case, measure, ratio_of
 
@@ -128,3 +128,34 @@ def test_every_operation_has_its_benchmark():
     files = {path.stem for path in (Path(report.__file__).parent).glob("bench_*.py")}
     operations = {"write_protect", "clear_dirty", "harvest", "pml", "split", "collapse", "fault", "guest_access", "rmap", "cold_start"}
     assert {f"bench_{name}" for name in operations} <= files
+
+
+def test_the_table_of_threads_tells_marks_and_goes_into_a_page(tmp_path, monkeypatch, capsys):
+    rows = [
+        threads.Row("two over one", 1.5, "x", 1.7), threads.Row("over the limit", 1.5, "x", 2.0, False), threads.Row("rate", 61.234, "M/s"),
+    ]  # fmt: skip
+    monkeypatch.setattr(threads, "rows", lambda pages: rows)
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{threads.MARK}\nold\n{threads.END}\nafter\n")
+    assert threads.main(["--guest", "2M", str(page)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:] == [
+        "| two over one | 1.50 x | at least 1.70 x | missed |",
+        "| over the limit | 1.50 x | at most 2.00 x | met |",
+        "| rate | 61.2 M/s |  |  |",
+    ]
+    assert page.read_text().splitlines() == ["before", threads.MARK, *lines, threads.END, "after"]
+    page.write_text("no marks")
+    with pytest.raises(SystemExit):
+        threads.main(["--guest", "2M", str(page)])
+    assert threads.MARK in capsys.readouterr().err
+
+
+def test_what_two_threads_do_is_measured(monkeypatch):
+    for name in ("ROUNDS", "MANY", "WRITES", "SHORT"):
+        monkeypatch.setattr(threads, name, 1 if name in ("ROUNDS", "MANY") else 64)
+    real = threads.under_harvest
+    monkeypatch.setattr(threads, "under_harvest", lambda guest, pool: real(guest, pool, 0.01))
+    measured = threads.rows(512)
+    assert len(measured) == 10
+    assert min(row.figure for row in measured) > 0

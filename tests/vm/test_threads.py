@@ -15,7 +15,7 @@ from spte.bits import MMU_PRESENT, PFN_MASK, SHIFT_PAGE
 from spte.errors import ClosedError
 from spte.host import pages as hostmm
 from spte.mmu.walk import walk
-from spte.vm import kvm
+from spte.vm import kvm, vcpu_run
 
 SECONDS = 120  # a deadlock fails the test
 WRITERS = 4
@@ -184,6 +184,17 @@ def test_a_harvest_does_not_wait_for_a_long_batch(pool):
     assert guest.stats("exits") < len(gfns)
     assert batch.result(SECONDS) is None
     assert first
+    assert set(first) | set(guest.harvest()) == set((gfns - guest.base).tolist())
+
+
+def test_a_batch_that_began_alone_goes_on_beside_others_once_threads_have_met(pool, monkeypatch):
+    guest, gfns = busy_guest()
+    real, beside = vcpu_run.run_shared, []
+    monkeypatch.setattr(vcpu_run, "run_shared", lambda *args: beside.append(args[-1]) or real(*args))
+    batch = begin(pool, guest, guest.vm.vcpus[0].write, gfns)
+    first = guest.harvest()
+    assert batch.result(SECONDS) is None
+    assert beside
     assert set(first) | set(guest.harvest()) == set((gfns - guest.base).tolist())
 
 
