@@ -2,10 +2,10 @@
 
 from spte.policy.decisions import COLLAPSE_PAGES, NAMES, SERIES, Policy, changes, decisions, spell
 from spte.policy.evidence import HOLDERS, Evidence, evidence
-from spte.policy.spelling import parse, replaced
+from spte.policy.spelling import parse
 from spte.policy.versions import RECORDED, VERSIONS, Change, mainline
 
 __all__ = [
     "COLLAPSE_PAGES", "HOLDERS", "NAMES", "RECORDED", "SERIES", "VERSIONS", "Change", "Evidence", "Policy", "changes", "decisions",
-    "evidence", "mainline", "parse", "replaced", "spell",
+    "evidence", "mainline", "parse", "spell",
 ]  # fmt: skip

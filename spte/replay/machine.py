@@ -13,6 +13,7 @@ from spte.arrays.records import U64s
 from spte.arrays.slots import READONLY
 from spte.errors import KvmError
 from spte.host.backing import Backing
+from spte.policy.spelling import replaced
 from spte.recording.ops import UINT64, RecordingError, short
 from spte.replay.guest import Guest, Memory
 from spte.replay.payload import CODE, CODE_PAGES, CODE_SLOT, COMMANDS, PML4, TABLE_PAGES, TABLE_SLOT, Payload, identity_map
@@ -87,7 +88,7 @@ class Machine:
         self.config: str = header["config"]
         self.platform = _platform(self.config)
         self.policy = _policy(header["kernel"]) if policy is None else policy
-        self.replaced = policies.replaced(self.policy)  # what the caller's policy says itself comes before recorded module parameters
+        self.replaced = replaced(self.policy)  # what the caller's policy says itself comes before recorded module parameters
         recorded = {name: header["params"].get(name, "N") == "Y" for name in PARAMS}
         self.params: dict[str, Any] = {name: getattr(self.policy, name) if name in self.replaced else on for name, on in recorded.items()}
         self.backings: dict[str, Backing] = {}
