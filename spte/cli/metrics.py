@@ -9,7 +9,7 @@ from spte._version import __version__
 from spte.cost import CostProfile
 from spte.platform import PAGE_SIZE
 from spte.profile.estimate import RowEstimate, estimate
-from spte.profile.report import HARVEST, Row
+from spte.profile.report import HARVEST, Row, Threads
 from spte.profile.workload import Workload
 
 SCHEMA = "spte-profile/2"
@@ -94,6 +94,40 @@ MEASURED = (
 """Measured on this machine: harvest a page reported, enable an SPTE written, guest writes while logging."""
 
 
+def _beside(key: str, label: str, value: Callable[[Threads], float | None], *, always: bool = True) -> Metric:
+    return Metric(key, label, lambda row: None if row.threads is None else value(row.threads), always)
+
+
+def _timed(key: str, label: str, name: str, *, always: bool = True) -> Metric:
+    return _beside(key, label, lambda threads: threads.counts[name], always=always)
+
+
+THREADS_EXACT = (_beside("pages_lost", "pages lost, vCPUs on threads", lambda threads: threads.lost),)
+"""Only with vCPUs on threads; 0 whatever the timing."""
+
+THREADS_COUNTS = (
+    _beside("harvests", "~ harvests", lambda threads: threads.harvests),
+    _beside("guest_writes", "~ guest writes during harvest", lambda threads: threads.writes),
+    _beside("pages_reported", "~ pages reported", lambda threads: threads.reported),
+    _timed("faults_fast", "~ faults, fast", "faults_fast"),
+    _timed("faults_slow", "~ faults, slow", "faults_slow"),
+    _timed("exits", "~ VM exits", "exits"),
+    _timed("pml_entries", "~ PML entries", "pml_entries"),
+    _timed("ring_full_exits", "~ ring full exits", "ring_full", always=False),
+    _timed("sptes_written", "~ SPTEs written", "sptes_written"),
+    _timed("flushes", "~ TLB flushes", "flushes"),
+    _timed("splits_2m", "~ splits of 2 MiB", "splits_2m"),
+)
+"""Counts of vCPUs on threads, which depend on timing: while logging was on, and until it was disabled."""
+
+THREADS_MEASURED = (
+    _beside("guest_writes_per_s_during_harvest", "guest writes/s during harvest", lambda threads: threads.writes_per_s),
+    _beside("harvest_wait_us", "harvest waits for vCPUs, us", lambda threads: _scaled(threads.wait_s_per_harvest, 1e6)),
+    _beside("disable_ms_beside_vcpus", "disable beside vCPUs, ms", lambda threads: _scaled(threads.disable_s, 1e3), always=False),
+)
+"""Measured on this machine with vCPUs on threads."""
+
+
 def _per_page(row: Row) -> float | None:
     rate = row.harvest_pages_per_s
     return None if rate is None else 1e9 / rate
@@ -120,11 +154,14 @@ def estimates(rows: Sequence[Row], profile: CostProfile, *, band: bool) -> tuple
 
 
 def sections(rows: Sequence[Row], profile: CostProfile | None = None, *, band: bool = False) -> tuple[Section, ...]:
-    """Return all figures of `rows` by kind; estimates only with a cost profile."""
-    exact, measured = Section("exact", True, COUNTS + RATES), Section("measured here", False, MEASURED)
-    if profile is None:
-        return exact, measured
-    return exact, Section("estimated", False, estimates(rows, profile, band=band)), measured
+    """Return all figures of `rows` by kind; estimates only with a cost profile, and those of threads only if there are any."""
+    beside = any(row.threads for row in rows)
+    found = [Section("exact", True, COUNTS + RATES + THREADS_EXACT * beside)]
+    if profile is not None:
+        found.append(Section("estimated", False, estimates(rows, profile, band=band)))
+    if beside:
+        found.append(Section("depends on timing", False, THREADS_COUNTS))
+    return *found, Section("measured here", False, MEASURED + THREADS_MEASURED * beside)
 
 
 def shown(metrics: Sequence[Metric], rows: Sequence[Row]) -> list[Metric]:
@@ -154,7 +191,10 @@ class Report(NamedTuple):
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """Return the report as JSON values; `counts` and `rates` are exact, `measured` holds for this machine, `estimated` by the costs."""
+    """Return the report as JSON values; `counts` and `rates` are exact, `measured` holds for this machine, `estimated` by the costs.
+
+    In `threads` a count of `depends_on_timing` may be another in the next run.
+    """
     profile = report.profile
     metrics = estimates(report.rows, profile, band=report.band) if profile else ()
     return {
@@ -175,6 +215,7 @@ def _row(row: Row, metrics: Sequence[Metric]) -> dict[str, Any]:
         "rates": {m.key: m.value(row) for m in RATES},
         "estimated": _estimated(row, metrics) if metrics else None,
         "measured": {m.key: m.value(row) for m in MEASURED},
+        "threads": None if row.threads is None else _threads(row, row.threads),
         "phases": [
             {"name": p.name, "kind": p.kind, "iteration": p.iteration, "counts": p.counts, "measured_s": p.seconds}
             for p in row.phases
@@ -192,6 +233,17 @@ def _row(row: Row, metrics: Sequence[Metric]) -> dict[str, Any]:
             for i, e in enumerate(row.epochs)
         ],
         "leafs": row.leafs,
+    }
+
+
+def _threads(row: Row, threads: Threads) -> dict[str, Any]:
+    return {
+        **{m.key: m.value(row) for m in THREADS_EXACT},
+        "first_lost_gfn": threads.first_lost,
+        "vcpus_side_by_side": threads.vcpus_beside,
+        "harvests_beside_vcpus": threads.harvests_beside,
+        "depends_on_timing": {m.key: m.value(row) for m in THREADS_COUNTS},
+        "measured": {m.key: m.value(row) for m in THREADS_MEASURED},
     }
 
 

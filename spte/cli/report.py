@@ -19,6 +19,7 @@ from spte.profile.report import Row
 from spte.profile.workload import Workload
 
 EPOCHS_SCHEMA = "spte-profile-epochs/1"
+TIMING = "~ depends on timing: another run with vCPUs on threads counts otherwise; all other counts are exact"
 
 
 class Wanted(NamedTuple):
@@ -59,6 +60,8 @@ def _table(report: Report, wanted: Wanted, *, color: bool) -> str:
 
     figures = sections(rows, costs, band=wanted.band)
     lines = [*report.notes]
+    if any(row.threads for row in rows):
+        lines.append(TIMING)
     if costs:
         guesses = f"; guesses: {', '.join(costs.guesses)}" if costs.guesses else ""
         lines.append(f"estimated at the costs of {costs.name}: {costs.title}{guesses}")

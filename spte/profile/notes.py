@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from spte.profile.columns import INITIALLY_SET, labels
-from spte.profile.report import Row
+from spte.profile.report import Row, Threads
 
 
 def notes(rows: Sequence[Row], clear_chunk: int | None = None) -> list[str]:
@@ -29,8 +29,17 @@ def _reasons(row: Row, clear_chunk: int | None) -> Iterator[str]:
             f"huge pages are split in faults, which mark the page, and PML logs it once more: {twice:,} marks of pages that were marked "
             "already; take eager_page_split=Y"
         )
+    if row.threads is not None:
+        yield from _turns(row.threads)
     if clear_chunk is not None and "clear" not in log.harvest:
         yield "--clear-chunk changes nothing: there is no CLEAR; take --log manual or initially-set"
+
+
+def _turns(threads: Threads) -> Iterator[str]:
+    if not threads.vcpus_beside:
+        yield "vCPUs on threads take turns, with harvests too: KVM's shadow MMU holds mmu_lock for writing"
+    elif not threads.harvests_beside:
+        yield "each GET and CLEAR waits until all vCPUs have stopped: with initially-set, CLEAR may split huge pages"
 
 
 def _marked_twice(row: Row) -> int:

@@ -16,9 +16,8 @@ from spte.host.backing import Backing
 from spte.limits.bare_loops import scatter_bits
 from spte.platform import PAGE_SIZE
 from spte.profile.columns import Column
-from spte.profile.report import HARVEST, Epoch, Phase, Row
+from spte.profile.report import HARVEST, Epoch, Phase, Row, compare
 from spte.profile.rings import RingReader, masks
-from spte.profile.verify import compare
 from spte.profile.workload import Access, Workload
 from spte.vm.vm import VM
 
@@ -81,16 +80,9 @@ class Run:
 
     def row(self, step: Callable[[int], None]) -> Row:
         """Go through all phases; `step` is called with the number of each that is done."""
-        work, leafs, epochs, populated = self.workload, {}, [], None
+        work, leafs, epochs = self.workload, {}, []
         step(0)
-        if self.plan.from_creation:
-            self._toggle("enable", LOG_DIRTY_PAGES)
-            populated = self._round("populate", 0, work.populate())
-        else:
-            populate = self._phase("populate")
-            for access in work.populate():
-                self._guest(access, populate, None)
-            self._ended(populate)
+        populated = self._populate()
         leafs["populate"] = self._leafs()
         step(1)
         if not self.plan.from_creation:
@@ -108,6 +100,17 @@ class Run:
             self._ended(retouch)
         phases = tuple(self.phases)
         return Row(self.column, work.vcpus, work.npages, phases, tuple(epochs), self.accesses, leafs, work.t_ns, populated)
+
+    def _populate(self) -> Epoch | None:
+        """Let the guest write all its memory; harvest if logging begins with the slots."""
+        if self.plan.from_creation:
+            self._toggle("enable", LOG_DIRTY_PAGES)
+            return self._round("populate", 0, self.workload.populate())
+        populate = self._phase("populate")
+        for access in self.workload.populate():
+            self._guest(access, populate, None)
+        self._ended(populate)
+        return None
 
     def _toggle(self, kind: str, flags: int) -> None:
         phase = self._phase(kind)

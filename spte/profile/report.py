@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -84,6 +86,91 @@ class Epoch:
     first_lost: int | None
 
 
+def compare(written: npt.NDArray[np.uint64], logs: Sequence[npt.NDArray[np.uint64]], per_slot: int, others: str) -> Epoch:
+    """Return what an epoch wrote and what its harvest reported.
+
+    Parameters
+    ----------
+    written : ndarray of uint64[slots, words]
+        Bitmap of the pages written, a row a slot.
+    logs : sequence of ndarray of uint64[words]
+        Bitmap of the pages reported, one a slot.
+    per_slot : int
+        Pages of a slot.
+    others : str
+        What pages are that were reported and not written: ``"initially_set"`` or ``"over_reported"``.
+    """
+    total: dict[str, Any] = {"written": 0, "reported": 0, "initially_set": 0, "over_reported": 0, "lost": 0}
+    first_lost = None
+    for slot, log in enumerate(logs):
+        expected = written[slot]
+        missing = expected & ~log
+        for name, words in (
+            ("written", expected),
+            ("reported", log),
+            (others, log & ~expected),
+            ("lost", missing),
+        ):
+            total[name] += int(np.bitwise_count(words).sum(dtype=np.int64))
+        if first_lost is None and (at := np.flatnonzero(missing)).size:
+            word = int(missing[at[0]])
+            first_lost = slot * per_slot + int(at[0]) * 64 + (word & -word).bit_length() - 1
+    return Epoch(**total, first_lost=first_lost)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Threads:
+    """What vCPUs on threads did that went on during harvests; all but `lost` and `first_lost` depends on timing.
+
+    Parameters
+    ----------
+    vcpus_beside : bool
+        vCPUs ran side by side; else they took turns.
+    harvests_beside : bool
+        Harvests went beside them; else each call of a harvest stopped them until its end.
+    harvests : int
+        Harvests of all slots, or of all rings.
+    writes : int
+        Guest accesses that ended while one harvest followed another, without the last, unfinished batch of each vCPU.
+    seconds : float
+        How long that was, s.
+    wait_s : float
+        Of this, how long harvests waited for vCPUs.
+    reported : int
+        Pages reported, summed over the harvests.
+    counts : dict of str to int
+        Changes of `VM.counters` from when logging was enabled until it was disabled.
+    disable_s : float or None
+        How long it took to disable while vCPUs went on, s; None if they had stopped.
+    lost : int
+        Pages that were written and that the next harvest did not report; anything but 0 breaks the contract.
+    first_lost : int or None
+        The first of them.
+    """
+
+    vcpus_beside: bool
+    harvests_beside: bool
+    harvests: int
+    writes: int
+    seconds: float
+    wait_s: float
+    reported: int
+    counts: dict[str, int]
+    disable_s: float | None
+    lost: int
+    first_lost: int | None
+
+    @property
+    def writes_per_s(self) -> float | None:
+        """Guest accesses a second while harvests ran; None if no vCPU had any."""
+        return self.writes / self.seconds if self.seconds else None
+
+    @property
+    def wait_s_per_harvest(self) -> float | None:
+        """How long a harvest waited for vCPUs, s; None if there was none."""
+        return self.wait_s / self.harvests if self.harvests else None
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Row:
     """What one column did.
@@ -107,6 +194,8 @@ class Row:
         The workload's time, ns.
     populated : Epoch, optional
         What populating wrote and its harvest reported, if logging began with the slots.
+    threads : Threads, optional
+        What the same guest did with its vCPUs on threads, in a run of its own.
     """
 
     column: Column
@@ -118,6 +207,7 @@ class Row:
     leafs: dict[str, dict[str, int]]
     t_ns: npt.NDArray[np.int64] | None
     populated: Epoch | None = None
+    threads: Threads | None = None
 
     @property
     def platform(self) -> str:

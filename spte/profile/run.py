@@ -10,17 +10,20 @@ guest's accesses and a harvest, at last disable logging. A harvest is
 
 If logging begins with the slots, enabling comes first, and what populating wrote is harvested before the first iteration.
 
-Counts are exact and depend on nothing but the arguments. Seconds are how long this library took on this machine.
+Counts are exact and depend on nothing but the arguments, but for `Row.threads`: on demand the guest runs once more, on a VM of its own,
+with vCPUs on threads that go on during harvests. Seconds are how long this library took on this machine.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from spte.policy import Policy, parse
 from spte.profile.columns import LOG_FROM, Column, Log, check_chunk
 from spte.profile.phases import Plan, Run
 from spte.profile.report import Row
+from spte.profile.threads import ThreadedRun
 from spte.profile.workload import Workload, check_choice
 from spte.warm import warmup
 
@@ -39,6 +42,7 @@ def profile(
     backings: Sequence[str] = (),
     clear_chunk: int | None = None,
     log_from: str = "populated",
+    threads: bool = False,
     progress: Progress | None = None,
 ) -> list[Row]:
     """Run `workload` on a fresh VM for every platform, policy, way to log and kind of host memory.
@@ -59,6 +63,8 @@ def profile(
         Pages that one CLEAR takes, a multiple of 64; by default a whole slot.
     log_from : str
         ``"populated"``: logging begins when every page was written; ``"creation"``: with the slots.
+    threads : bool
+        Also run the guest with its vCPUs on threads: `Row.threads`.
     progress : callable, optional
         Called as ``progress(done, total, what)`` after each step.
 
@@ -84,21 +90,28 @@ def profile(
     plan = Plan(clear_chunk, log_from == "creation")
     for column in columns:
         Run(workload, column, plan).vm.close()
-    prepare(columns)
+    prepare(columns, threads=threads)
     per_run = workload.nepochs + 2
     rows = []
     for i, column in enumerate(columns):
 
-        def step(done: int, first: int = i * per_run, what: str = " ".join((column.platform, column.policy.name))) -> None:
+        def step(done: int, first: int = i * (1 + threads) * per_run, what: str = " ".join((column.platform, column.policy.name))) -> None:
             if progress is not None:
-                progress(first + done, len(columns) * per_run, what)
+                progress(first + done, len(columns) * (1 + threads) * per_run, what)
 
         with (run := Run(workload, column, plan)).vm:
-            rows.append(run.row(step))
+            row = run.row(step)
+        rows.append(_with_threads(row, workload, plan, step) if threads else row)
     return rows
 
 
-def prepare(columns: Sequence[Column]) -> None:
+def _with_threads(row: Row, workload: Workload, plan: Plan, step: Callable[[int], None]) -> Row:
+    """Return `row` with what its column does when vCPUs are on threads; its steps follow those that are done."""
+    with (run := ThreadedRun(workload, row.column, plan)).vm:
+        return dataclasses.replace(row, threads=run.measure(lambda done: step(workload.nepochs + 2 + done)))
+
+
+def prepare(columns: Sequence[Column], *, threads: bool = False) -> None:
     """Compile, or load, the kernels that runs of `columns` call, so that no phase is timed with it."""
-    steps = ["guest access", "logging"] + ["rings"] * any(column.log.ring_bytes for column in columns)
+    steps = ["guest access", "logging"] + ["rings"] * any(column.log.ring_bytes for column in columns) + ["threads"] * threads
     warmup(steps=steps + ["old policies"] * any(column.policy.collapse == "zap-leaf" for column in columns))

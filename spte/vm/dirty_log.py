@@ -130,13 +130,18 @@ def _check_user_copy(data: npt.NDArray[np.uint8], words: int, name: str, *, writ
         raise BufferFaultError(f"{name} is {what}; pass {8 * words} {'writable ' if write else ''}bytes, uint64[{words}]")
 
 
+def goes_beside(kvm: Kvm) -> bool:
+    """Tell whether a harvest can go beside vCPUs that run on other threads."""
+    return not (kvm.mmu.has_shadow_pages or kvm.mmu.log.on or kvm.vcpus_in_guest or kvm.mmu.mode[0].clear_arms_huge)
+
+
 @contextmanager
 def harvest(kvm: Kvm) -> Iterator[bool]:
     """Hold other ioctls off, but no vCPU where a harvest can go beside them (True); else do as `ioctl` (False)."""
     if kvm.exclusive.met and not kvm.exclusive.is_mine:
         with kvm.exclusive.beside_runs():
             kvm.check_alive()
-            if not (kvm.mmu.has_shadow_pages or kvm.mmu.log.on or kvm.vcpus_in_guest or kvm.mmu.mode[0].clear_arms_huge):
+            if goes_beside(kvm):
                 yield True
                 return
     with ioctl(kvm):

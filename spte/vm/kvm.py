@@ -131,6 +131,7 @@ class Kvm:
         self.mmu = Mmu(platform, policy, mode_of(platform, policy, manual), self.memslots)
         self.exclusive = ExclusiveLock(self.mmu.tables.kvm["needbreak"])
         self.nr_memslots_dirty_logging = 0
+        self.kick_wait_s = 0.0  # how long harvests beside vCPUs have waited for them
         self.vcpus: tuple[KvmVcpu, ...] = ()
         self.vcpus_in_guest = 0
         self.counting = threading.Lock()  # held while counts of the VM change beside others
@@ -191,10 +192,12 @@ class Kvm:
 
     def kick_and_wait(self) -> None:
         """Make every vCPU that runs beside others exit once; return when each has: kvm_make_all_cpus_request."""
+        start = time.perf_counter()
         asked = [(requests, request_exit(requests)) for requests in (v.requests for v in self.vcpu_arrays)]
         for requests, request in asked:
             while not has_exited(requests, request):
                 time.sleep(0)
+        self.kick_wait_s += time.perf_counter() - start
 
     def check_alive(self) -> None:
         """Raise ClosedError if the VM was closed."""

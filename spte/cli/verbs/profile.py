@@ -31,6 +31,8 @@ from spte.trace import SHIPPED, TraceError, default_trace, load, shipped
 
 BYTES_PER_PAGE = 8 * 513 / 512 + 2 / 8 + 1
 """Memory of a guest mapped at 4 KiB: the SPTE and its share of upper tables, two bitmaps, one flag of the check."""
+BYTES_PER_ACCESS = 8 + 1
+"""Memory of an access that a thread repeats: gfn and kind."""
 
 HELP = """What dirty logging costs for a program's writes, on every platform side by side.
 
@@ -53,7 +55,13 @@ A table has a column for each platform, policy, way to log (--log) and host memo
   spte profile --vcpus 4 --ring 64K --json > report.json
   spte profile --platform npt --epochs --csv > epochs.csv
   spte profile --workload perf-test -v 4 -b 1G -s anonymous_hugetlb_1gb -w 50 -i 3
+  spte profile --workload perf-test -v 4 -e --threads
   spte profile --limits --memory 1T
+
+With --threads each column runs once more, on a VM of its own, with a thread for each vCPU: it performs the epoch over and
+over while harvests follow one another, with -e also while logging is disabled. The table then has the writes/s during
+harvest and how long a harvest waits for vCPUs. Counts of that run depend on timing and are marked ~; a lost page is exit
+code 1 as ever. All other figures are those without --threads.
 
 With --cost, counts times the costs of a machine give estimates: the CPU time that the guest's vCPUs lose in an epoch, the time
 of the VMM's calls, the longest exclusive hold of mmu_lock. They are marked as such, and what each cost rests on stands in its file;
@@ -117,6 +125,7 @@ PERF_OPTIONS = {"vcpus": "-v", "bytes_per_vcpu": "-b", "source": "-s", "overlap"
 @click.option("-g", "no_manual_protect", is_flag=True, help="perf-test: no manual protect; GET clears.")
 @click.option("-e", "run_while_disabling", is_flag=True, help="perf-test: vCPUs run on while logging is disabled.")
 @click.option("-i", "iterations", type=int, help="perf-test: iterations. Default 2.")
+@click.option("--threads", is_flag=True, help="Beside the exact run: vCPUs on threads that go on during harvests, and with -e disabling.")
 @click.option("--limits", is_flag=True, help="Instead: each kernel beside what this machine can do. --memory: 64G.")
 @click.option("--cost", metavar="NAME|FILE", help=f"Add estimates at these costs: {', '.join(names())}, or a TOML file.")
 @click.option("--cost-range", is_flag=True, help="With --cost: the band of each estimate, too.")
@@ -147,6 +156,7 @@ def profile(
     log_from: str,
     eager: tuple[str, ...],
     clear_chunk: int | None,
+    threads: bool,
     **options: Any,
 ) -> int:
     """Check every option, run, print, and return the exit code."""
@@ -156,6 +166,8 @@ def profile(
         refuse_others(click.get_current_context())
         return show(memory, style, output)
     wanted = Wanted(style, options.pop("epochs"), options.pop("pivot"), options.pop("cost_range"), options.pop("recommend"))
+    if threads and wanted.epochs:
+        raise click.UsageError("--threads adds to the table, which --epochs does not print; leave one out")
     costs = _costs(options.pop("cost"), wanted)
     platforms = tuple(dict.fromkeys(platforms)) or DIRECT
     policies = _policies(policies, eager)
@@ -175,7 +187,7 @@ def profile(
             check_chunk(clear_chunk)
     except (TraceError, WorkloadError) as error:
         raise click.UsageError(str(error)) from None
-    _refuse_too_large(work)
+    _refuse_too_large(work, threads=threads)
     if style != "json":
         importlib.import_module("spte.cli.table")  # what the host lacks is said before the work
     if plot:
@@ -186,8 +198,9 @@ def profile(
     announce_compilation()
     with steps_bar() as progress:
         rows = run_profile(
-            work, platforms, policies, logs=logs, backings=backings, clear_chunk=clear_chunk, log_from=log_from, progress=progress
-        )
+            work, platforms, policies, logs=logs, backings=backings, clear_chunk=clear_chunk, log_from=log_from, threads=threads,
+            progress=progress,
+        )  # fmt: skip
     report = Report(work, rows, notes(rows, clear_chunk), costs, wanted.band)
     text = render(report, wanted, color=output is None and sys.stdout.isatty())
     if output:
@@ -259,22 +272,29 @@ def _refuse(options: set[str], why: str) -> None:
         raise click.UsageError(f"{min(options)} {why}")
 
 
-def _refuse_too_large(work: Workload) -> None:
-    need = work.npages * BYTES_PER_PAGE
+def _refuse_too_large(work: Workload, *, threads: bool) -> None:
+    bytes_per_page = BYTES_PER_PAGE + BYTES_PER_ACCESS * threads * (work.vcpus if getattr(work, "overlap", False) else 1)
+    need = work.npages * bytes_per_page
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if need > have:
         raise click.UsageError(
             f"a guest of {spell_size(work.npages * PAGE_SIZE)} may need {spell_size(need)} for its page tables and "
-            f"this host has {spell_size(have)}; take less than {spell_size(have / BYTES_PER_PAGE * PAGE_SIZE)}"
+            f"this host has {spell_size(have)}; take less than {spell_size(have / bytes_per_page * PAGE_SIZE)}"
         )
 
 
 def _report_losses(rows: Sequence[Row]) -> int:
+    lost = False
     for label, row in zip(labels([row.column for row in rows]), rows, strict=True):
+        lost |= row.lost > 0
+        if row.threads is not None and row.threads.lost:
+            lost = True
+            what = f"{row.threads.lost} pages were written and not reported, first gfn {row.threads.first_lost}, with vCPUs on threads"
+            click.echo(f"spte profile: {', '.join(label)}: {what}", err=True)
         if row.lost:
             harvests = {"populating": row.populated} if row.populated else {}
             harvests |= {f"epoch {i}": epoch for i, epoch in enumerate(row.epochs)}
             where, gfn = next((name, epoch.first_lost) for name, epoch in harvests.items() if epoch.lost)
             what = f"{row.lost} pages were written and not reported, first gfn {gfn} in {where}"
             click.echo(f"spte profile: {', '.join(label)}: {what}", err=True)
-    return EXIT_DIFFERENCE if any(row.lost for row in rows) else EXIT_OK
+    return EXIT_DIFFERENCE if lost else EXIT_OK
