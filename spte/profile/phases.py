@@ -119,7 +119,7 @@ class Run:
                 self._set_slot(slot, flags)
             if kind == "disable":
                 for access in self.workload.during_disable():
-                    self._guest(access, phase, None)
+                    self._guest(access, phase, (phase, phase))  # rings of slots that still log may fill
         self._ended(phase)
 
     def _epoch(self, index: int) -> Epoch:

@@ -11,6 +11,7 @@ from spte import KvmError, Policy
 from spte._numba import jit as _jit
 from spte.access import READ, WRITE
 from spte.profile import workload
+from spte.profile.columns import Log
 from spte.profile.perf_test import PerfTest
 from spte.profile.run import DIRECT, profile
 from spte.profile.workload import TraceWorkload, WorkloadError
@@ -263,6 +264,13 @@ def test_vcpus_that_run_while_logging_is_disabled_fault_their_huge_pages_back(pl
     assert still.leafs["disable"]["pages_2m"] == 0
     assert running.leafs["disable"] == {"pages_4k": 0, "pages_2m": 4, "pages_1g": 0}
     assert running.count("faults_slow", "disable") >= 4
+
+
+def test_rings_that_fill_while_the_other_slot_is_still_to_be_disabled_are_harvested(platform):
+    work = PerfTest(bytes_per_vcpu=8 << 20, memslots=2, run_while_disabling=True)
+    [row] = profile(work, [platform], logs=[Log(ring_bytes=16384)])
+    assert row.lost == 0
+    assert row.count("ring_full", "disable") > 0
 
 
 def test_slots_whose_size_is_no_multiple_of_64_pages_are_compared_bit_by_bit(platform):

@@ -58,12 +58,9 @@ def test_every_page_written_beside_harvests_is_reported(platform, log):
 @pytest.mark.parametrize("log_from", ["populated", "creation"])
 def test_vcpus_of_e_go_on_while_logging_is_disabled(log_from):
     for log in LOGS:
-        run = ThreadedRun(dataclasses.replace(SMALL, run_while_disabling=True), column_of("ept-pml", log), Plan(None, log_from == "creation"))
-        with run.vm:
-            found = run.measure(lambda done: None)
-            run.vm.check()
-        assert found.lost == 0
-        assert found.disable_s > 0
+        [row] = profile(dataclasses.replace(SMALL, run_while_disabling=True), ["ept-pml"], logs=[log], log_from=log_from, threads=True)
+        assert row.threads.lost == 0
+        assert row.threads.disable_s > 0
 
 
 def test_a_trace_whose_epochs_leave_vcpus_idle():
@@ -114,6 +111,7 @@ def test_a_page_that_no_harvest_reports_is_lost(monkeypatch):
     run = ThreadedRun(PerfTest(bytes_per_vcpu=1 << 20), column_of("ept-pml"), Plan())
     with run.vm:
         found = run.measure(lambda done: None)
+        run.vm.check()
     assert found.lost >= 2  # the first page of each epoch
     assert found.first_lost == 0
 
