@@ -116,6 +116,22 @@ def test_a_page_that_no_harvest_reports_is_lost(monkeypatch):
     assert found.first_lost == 0
 
 
+class Swallowing(ThreadedRun):
+    """A run that harvests once the vCPUs have ended and drops what it got."""
+
+    def _go_on(self, work):
+        super()._go_on(work)
+        self._harvest()
+        self._seen.fill(0)
+
+
+@pytest.mark.parametrize("log", LOGS, ids=lambda log: log.name)
+def test_a_batch_written_after_the_last_harvest_must_be_in_the_next(log):
+    run = Swallowing(PerfTest(bytes_per_vcpu=1 << 20, iterations=1), column_of("ept-pml", log), Plan())
+    with run.vm:
+        assert run.measure(lambda done: None).lost == 256
+
+
 def test_pages_lost_beside_threads_are_exit_code_1(capsys, monkeypatch):
     measure = ThreadedRun.measure
     monkeypatch.setattr(ThreadedRun, "measure", lambda run, step: dataclasses.replace(measure(run, step), lost=3, first_lost=7))
