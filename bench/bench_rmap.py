@@ -16,6 +16,7 @@ from spte.platform import named
 SLOT_BAR, FAULT_BAR = 3.0, 4.0
 REFILLED = 1 << 24  # pages at most, where each refill faults page by page
 SHADOW_REACH = 1 << 20  # pages: a guest without paging addresses 4 GiB
+WHY = "heads of rmaps are read beside the entries, one a page"
 PLATFORMS = {"rmap": named("ept-pml-rmap"), "shadow": named("shadow")}
 
 
@@ -32,7 +33,7 @@ def beside(name, unit, units, pair, work, setup, at_most=SLOT_BAR):
     one, two = pair
     return Case(
         f"rmap: {name}", unit, units, lambda: work(one), "the direct MMU", lambda: work(two), at_most,
-        setup=lambda: setup(one), limit_setup=lambda: setup(two),
+        setup=lambda: setup(one), limit_setup=lambda: setup(two), why=WHY,
     )  # fmt: skip
 
 

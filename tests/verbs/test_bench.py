@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -159,3 +160,9 @@ def test_what_two_threads_do_is_measured(monkeypatch):
     measured = threads.rows(512)
     assert len(measured) == 10
     assert min(row.figure for row in measured) > 0
+
+
+def test_the_readme_names_the_throughput_that_the_page_on_threads_measured():
+    root = Path(report.__file__).parents[1]
+    (figure,) = re.findall(r"while a third harvests all the time \| (\d+) M writes/s", (root / "docs" / "threads.md").read_text())
+    assert f"vCPU threads write {figure} million pages a second" in " ".join((root / "README.md").read_text().split())
