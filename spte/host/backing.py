@@ -21,6 +21,7 @@ from spte.platform import PAGE_SIZE
 _BLOCK = 2 << 20
 _BLOCK_PAGES = _BLOCK // PAGE_SIZE
 _GIB = 1 << 30
+_CHUNK = 1 << 16  # blocks that are released together
 _KINDS = {
     "4k": hostmm.SMALL, "thp": hostmm.THP, "hugetlb2m": hostmm.HUGETLB_2M, "hugetlb1g": hostmm.HUGETLB_1G, "shm": hostmm.SHM,
     "devdax2m": hostmm.HUGETLB_2M, "devdax1g": hostmm.HUGETLB_1G,
@@ -53,14 +54,16 @@ def _release_gone() -> None:
 def _release(first_block: int, blocks: int, unit: int, units: int) -> None:
     h = hostmm.the_host()
     guest_memory.forget(first_block, blocks)
-    state = h.blocks["state"]
-    touched = first_block + np.flatnonzero(state[first_block : first_block + blocks] != hostmm.EMPTY)  # the others take no memory
-    for block in touched[state[touched] == hostmm.MIXED]:
-        hostmm.drop_mixed(h, block, np.uint8(hostmm.EMPTY))
-        h.alone[block] = 0
-    h.alone[touched[(state[touched] == hostmm.OWN) & (h.kinds[touched] == hostmm.THP)]] = 0
-    state[touched] = hostmm.EMPTY
-    h.blocks["device"][touched] = 0
+    for start in range(first_block, first_block + blocks, _CHUNK):
+        end = min(start + _CHUNK, first_block + blocks)
+        state = h.blocks["state"][start:end]
+        if not state.any():  # EMPTY, and no memory is to be taken by writing that
+            continue
+        for block in start + np.flatnonzero(state == hostmm.MIXED):
+            hostmm.drop_mixed(h, block, np.uint8(hostmm.EMPTY))
+            h.alone[block] = 0
+        h.alone[start + np.flatnonzero((state == hostmm.OWN) & (h.kinds[start:end] == hostmm.THP))] = 0
+        h.blocks[start:end] = 0
     h.kinds[first_block : first_block + blocks] = hostmm.UNMAPPED
     _units().give(unit, units)
 

@@ -134,6 +134,7 @@ def test_each_way_to_log_is_charged_for_what_it_does(hot, log):
 
 
 @compiled
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "bandwidth"), [("redis", 50 * 10**6), ("sqlite", 900 * 10**6)])
 def test_stalls_on_a_recorded_trace_are_those_of_single_events(name, bandwidth):
     """A first write costs 20 us, so that up to a tenth of the time is lost; docs/migrate.md tells how far the two are apart."""

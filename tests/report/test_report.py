@@ -49,6 +49,7 @@ def report(capsys, toy, tmp_path, verb):
     return path
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("verb", RUNS)
 def test_a_page_is_drawn_sorts_and_asks_for_nothing(capsys, toy, tmp_path, browser, verb):
     path = report(capsys, toy, tmp_path, verb)

@@ -113,6 +113,7 @@ def test_a_journal_of_another_sweep_or_of_none_or_in_use_is_refused(toy, tmp_pat
         assert path.read_text() == text
 
 
+@pytest.mark.long
 def test_a_process_that_dies_is_named_and_what_is_finished_is_kept(toy, tmp_path):
     plan, path = Sweep(points_of(toy, *range(10**6, 10**6 + 4))), tmp_path / "journal"
 
@@ -132,6 +133,7 @@ def command(toy, result):
     return ["sweep", toy, *axes, "--max-time", "10s", "--cost", "guess", "-o", str(result), "--workers", "2"]
 
 
+@pytest.mark.long
 def test_a_sweep_that_was_killed_goes_on_where_it_stopped(capsys, toy, tmp_path):
     result = tmp_path / "result.parquet"
     journal = tmp_path / "result.parquet.journal"
@@ -191,6 +193,7 @@ def test_a_cluster_that_loses_a_worker_half_way_loses_nothing(toy, cluster, tmp_
     assert figures == [measure(point, *plan.inputs(point)) for point in plan.points]
 
 
+@pytest.mark.long  # the connection is tried for 5 s
 def test_a_scheduler_that_is_not_there_is_one_line(capsys, toy):
     pytest.importorskip("distributed", reason="needs distributed: pip install 'kvm-spte[cluster]'")
     err = refused(capsys, "sweep", toy, "--vary", "vcpus=1,2", "--scheduler", "tcp://127.0.0.1:9")
