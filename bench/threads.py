@@ -120,8 +120,9 @@ def under_harvest(guest: Guest, pool: ThreadPoolExecutor, seconds: float = 2.0) 
     until, done, harvests, waited = threading.Event(), [0, 0], 0, guest.vm.kvm.kick_wait_s
 
     def write(v: int) -> None:
-        batch = guest.random[v][: 1 << 20]
-        while not until.is_set():
+        batch, over = guest.random[v][: 1 << 20], False
+        while not over:
+            over = until.is_set()
             guest.write(v, batch)
             done[v] += len(batch)
 

@@ -173,7 +173,7 @@ def spell(value: float | None) -> str:
     """Return a figure as tables show it: counts whole, others with three significant digits or more."""
     if value is None:
         return "n/a"
-    if isinstance(value, float) and value >= 1e7:
+    if isinstance(value, float) and value >= 1e6:
         return f"{value / 1e6:,.4g} M"
     if isinstance(value, int) or value >= 100:
         return f"{value:,.0f}"

@@ -158,8 +158,10 @@ def test_what_two_threads_do_is_measured(monkeypatch):
     real = threads.under_harvest
     monkeypatch.setattr(threads, "under_harvest", lambda guest, pool: real(guest, pool, 0.01))
     measured = threads.rows(512)
-    assert len(measured) == 10
-    assert min(row.figure for row in measured) > 0
+    *others, wait = [row.figure for row in measured]
+    assert len(others) == 9
+    assert min(others) > 0
+    assert wait >= 0  # of so few harvests it may be that none met a vCPU in the guest
 
 
 def test_the_readme_names_the_throughput_that_the_page_on_threads_measured():
