@@ -11,6 +11,7 @@ from spte.guest_tables import GuestTables
 from spte.host.backing import Backing
 from spte.host.pages import the_host
 from spte.mmu.memslot import max_mapping_level
+from spte.policy import Policy
 from spte.vm.vm import VM
 
 _SLOT = 508  # a large one that every version has
@@ -30,6 +31,12 @@ def warmup(progress: Callable[[str], None] | None = None, *, steps: Iterable[str
         if progress is not None:
             progress(name)
         STEPS[name]()
+
+
+def steps_of(policies: Iterable[Policy], *, rings: bool = False, threads: bool = False) -> list[str]:
+    """Return the names of the steps that VMs need which log dirty pages: into rings, with vCPUs on threads."""
+    old = any(policy.collapse == "zap-leaf" for policy in policies)
+    return ["guest access", "logging"] + ["rings"] * rings + ["threads"] * threads + ["old policies"] * old
 
 
 def _access() -> None:

@@ -22,7 +22,7 @@ from spte.migrate.report import Downtime, Outcome, Round, Source
 from spte.migrate.throttle import Throttle
 from spte.platform import PAGE_SIZE
 from spte.policy import parse
-from spte.warm import warmup
+from spte.warm import steps_of, warmup
 
 Pages = npt.NDArray[np.uint64]
 LONGEST_STEP_NS, SHORTEST_STEP_NS = 10_000_000, 500_000
@@ -60,10 +60,8 @@ def migrate(plan: Plan, *, progress: Progress | None = None) -> Outcome:
     KvmError
         If the platform, the policy or the ring's size is refused.
     """
-    policy = parse(plan.policy)
-    steps = ["guest access", "logging"] + ["rings"] * (plan.log == "ring") + ["old policies"] * (policy.collapse == "zap-leaf")
     guest = Guest(plan)
-    warmup(steps=steps)
+    warmup(steps=steps_of([parse(plan.policy)], rings=plan.log == "ring"))
     with guest.vm:
         return _Run(plan, guest, progress).outcome()
 

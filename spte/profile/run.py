@@ -25,7 +25,7 @@ from spte.profile.phases import Plan, Run
 from spte.profile.report import Row
 from spte.profile.threads import ThreadedRun
 from spte.profile.workload import Workload, check_choice
-from spte.warm import warmup
+from spte.warm import steps_of, warmup
 
 DIRECT = ("ept-pml", "ept-nopml", "ept-noad", "npt", "npt-pml")
 """The platforms with two-dimensional paging."""
@@ -113,5 +113,5 @@ def _with_threads(row: Row, workload: Workload, plan: Plan, step: Callable[[int]
 
 def prepare(columns: Sequence[Column], *, threads: bool = False) -> None:
     """Compile, or load, the kernels that runs of `columns` call, so that no phase is timed with it."""
-    steps = ["guest access", "logging"] + ["rings"] * any(column.log.ring_bytes for column in columns) + ["threads"] * threads
-    warmup(steps=steps + ["old policies"] * any(column.policy.collapse == "zap-leaf" for column in columns))
+    rings = any(column.log.ring_bytes for column in columns)
+    warmup(steps=steps_of((column.policy for column in columns), rings=rings, threads=threads))

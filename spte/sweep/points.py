@@ -67,6 +67,10 @@ class Sweep:
         object.__setattr__(self, "traces", {name: load_trace(name) for name in traces})
         object.__setattr__(self, "costs", {name: load_costs(name).costs for name in costs})
 
+    def setting(self, index: int, name: str) -> object:
+        """Return a setting of a point, else its default."""
+        return self.points[index].get(name, DEFAULTS[name])
+
     def inputs(self, point: Settings) -> tuple[Trace | None, Costs | None]:
         """Return the trace and the costs of a point."""
         cost = point.get("cost")

@@ -9,9 +9,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from spte.policy import parse
 from spte.sweep.journal import Journal
 from spte.sweep.points import Figures, SchedulerError, Sweep, WorkerError, measure, name_of_trace
-from spte.warm import warmup
+from spte.warm import steps_of, warmup
 
 CONNECT_S = 5
 GO_ON = "run the same command again: with -o it goes on where it stopped"
@@ -77,7 +78,9 @@ def _here(plan: Sweep, left: list[int], workers: int | None) -> Iterator[tuple[i
     if workers <= 1:
         yield from ((index, measure(plan.points[index], *plan.inputs(plan.points[index]))) for index in left)
         return
-    warmup()  # once, before all of them want it
+    policies = (parse(str(plan.setting(index, "policy"))) for index in left)
+    rings = any(plan.setting(index, "log") == "ring" for index in left)
+    warmup(steps=steps_of(policies, rings=rings))  # once, before all of them want it
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(measure, plan.points[index], *plan.inputs(plan.points[index])): index for index in left}
         try:

@@ -2,11 +2,11 @@
 
 import json
 
+import commandline
 import numpy as np
 import pytest
 
 from spte._numba import jit as _jit
-from spte.cli.app import run as command
 from spte.diff import diff
 from spte.diff.tables import digest, leaves
 from spte.observe import listing
@@ -116,8 +116,7 @@ def test_any_changed_entry_changes_the_digest_and_a_frame_does_not(toy):
 
 
 def spte(capsys, *argv):
-    code = command(["diff", *map(str, argv)])
-    return code, *capsys.readouterr()
+    return commandline.spte(capsys, "diff", *argv)
 
 
 def test_the_command_prints_what_differs_and_where_first(capsys, path):

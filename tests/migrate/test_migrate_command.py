@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commandline import refused, save_toy, spte
 
 from spte._numba import jit as _jit
-from spte.cli.app import run
 from spte.cost import dump, load
 from spte.migrate.settings import DEFAULTS, plan_of
 from spte.trace import Trace, save
@@ -33,28 +33,12 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture
 def toy(tmp_path):
-    """4 MiB of which 100 pages are written in each tenth of a second."""
-    path = tmp_path / "toy.npz"
-    gfn = np.concatenate([np.arange(e * 100, e * 100 + 100) for e in range(5)]).astype(np.uint32)
-    save(Trace(np.arange(6) * 100_000_000, np.arange(6) * 100, gfn, 1024, {"command": "a toy"}), path)
-    return str(path)
+    return save_toy(tmp_path / "toy.npz")
 
 
 @pytest.fixture(autouse=True)
 def warm(monkeypatch):
     monkeypatch.setattr(_jit, "is_warm", lambda: True)
-
-
-def spte(capsys, *argv):
-    code = run([str(a) for a in argv])
-    return code, *capsys.readouterr()
-
-
-def refused(capsys, *argv, code=2):
-    got, out, err = spte(capsys, *argv)
-    assert (got, out, err.count("\n")) == (code, "", 1)
-    assert err.startswith("spte")
-    return err
 
 
 def test_a_run_prints_its_rounds_how_it_ended_and_what_is_left(capsys, toy):

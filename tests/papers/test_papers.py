@@ -7,6 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
+import commandline
 import numpy as np
 import pytest
 
@@ -224,8 +225,7 @@ def tiny(monkeypatch):
 
 
 def spte(capsys, *argv):
-    code = command(["papers", *map(str, argv)])
-    return code, *capsys.readouterr()
+    return commandline.spte(capsys, "papers", *argv)
 
 
 def test_every_published_time_is_printed_and_a_misfit_is_no_error(capsys, tiny):

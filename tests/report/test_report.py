@@ -4,13 +4,12 @@ import io
 import re
 
 import matplotlib.image
-import numpy as np
 import pytest
 from browser import Browser
+from commandline import save_toy
 
 from spte._numba import jit as _jit
 from spte.cli.app import run
-from spte.trace import Trace, save
 
 go = pytest.importorskip("plotly.graph_objects", reason="needs plotly: pip install 'kvm-spte[report]'")
 from spte.cli.html import page  # noqa: E402 - it needs plotly
@@ -20,11 +19,7 @@ compiled = pytest.mark.skipif(_jit.PLAIN, reason="hundreds of thousands of acces
 
 @pytest.fixture
 def toy(tmp_path):
-    """4 MiB of which 100 pages are written in each tenth of a second."""
-    path = tmp_path / "toy.npz"
-    gfn = np.concatenate([np.arange(e * 100, e * 100 + 100) for e in range(5)]).astype(np.uint32)
-    save(Trace(np.arange(6) * 100_000_000, np.arange(6) * 100, gfn, 1024, {"command": "a toy <b>& more</b>"}), path)
-    return str(path)
+    return save_toy(tmp_path / "toy.npz", "a toy <b>& more</b>")
 
 
 @pytest.fixture

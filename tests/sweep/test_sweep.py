@@ -12,42 +12,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commandline import refused, save_toy, spte
 
-from spte.cli.app import run
 from spte.cli.migration.options import combinations
 from spte.migrate import migrate
 from spte.migrate.settings import DEFAULTS, plan_of
 from spte.sweep import Journal, Sweep, SweepError, recommend, sweep
 from spte.sweep.points import WorkerError, measure
-from spte.trace import Trace, save
 
 pq = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow: pip install 'kvm-spte[data]'")
 
 
 @pytest.fixture
 def toy(tmp_path):
-    """1024 pages of which 100 are written in each tenth of a second."""
-    path = tmp_path / "toy.npz"
-    gfn = np.concatenate([np.arange(e * 100, e * 100 + 100) for e in range(5)]).astype(np.uint32)
-    save(Trace(np.arange(6) * 100_000_000, np.arange(6) * 100, gfn, 1024, {"command": "a toy"}), path)
-    return str(path)
+    return save_toy(tmp_path / "toy.npz")
 
 
 def points_of(toy, *bandwidths):
     axes = [("bandwidth", tuple(bandwidths) or (10**6, 10**8)), ("log", ("bitmap", "ring")), ("cost", ("guess",))]
     return combinations(axes, {"trace": toy, "max_ns": 3 * 10**9})
-
-
-def spte(capsys, *argv):
-    code = run([str(a) for a in argv])
-    return code, *capsys.readouterr()
-
-
-def refused(capsys, *argv, code=2):
-    got, out, err = spte(capsys, *argv)
-    assert (got, out, err.count("\n")) == (code, "", 1)
-    assert err.startswith("spte")
-    return err
 
 
 # -- points

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commandline import refused, spte
 
 from spte import __version__, policy
 from spte._numba import jit as _jit
-from spte.cli.app import VERBS, cli, run
+from spte.cli.app import VERBS, cli
 from spte.cli.metrics import COUNTS, MEASURED, RATES, SCHEMA
 from spte.cli.verbs import policies as policies_verb
 from spte.cli.verbs import profile as profile_verb
@@ -39,19 +40,6 @@ def trace(tmp_path):
 def terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(_jit, "is_warm", lambda: True)
-
-
-def spte(capsys, *argv):
-    code = run([str(a) for a in argv])
-    return code, *capsys.readouterr()
-
-
-def refused(capsys, *argv):
-    code, out, err = spte(capsys, *argv)
-    assert (code, out) == (2, "")
-    assert err.count("\n") == 1
-    assert err.startswith("spte")
-    return err
 
 
 # -- the command ----------------------------------------------------------------------------------------------------------

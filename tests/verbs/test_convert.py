@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commandline import refused, spte
 
 from bench.bench_convert import LINES, million_lines
-from spte.cli.app import run
 from spte.cli.params import address, duration, rate, spell_time
 from spte.convert import FORMATS
 from spte.trace import Trace, default_trace, load, save
@@ -20,19 +20,6 @@ ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "convert" / "data"
 PNG = b"\x89PNG\r\n\x1a\n"
 SLOTS = ("--slot", "0:512K", "--slot", "1=0xC0000:256K")
-
-
-def spte(capsys, *argv):
-    code = run([str(a) for a in argv])
-    return code, *capsys.readouterr()
-
-
-def refused(capsys, *argv):
-    code, out, err = spte(capsys, *argv)
-    assert (code, out) == (2, "")
-    assert err.count("\n") == 1
-    assert err.startswith("spte")
-    return err
 
 
 @pytest.fixture

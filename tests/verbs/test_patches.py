@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import commandline
 import numpy as np
 import pytest
 
@@ -126,8 +127,7 @@ def page(monkeypatch):
 
 
 def spte(capsys, *argv):
-    code = run(["patches", *map(str, argv)])
-    return code, *capsys.readouterr()
+    return commandline.spte(capsys, "patches", *argv)
 
 
 @pytest.mark.parametrize("columns", [80, 120])

@@ -6,11 +6,11 @@ import io
 import json
 import re
 
+import commandline
 import numpy as np
 import pytest
 
 from spte._numba import jit as _jit
-from spte.cli.app import run
 from spte.cli.metrics import COUNTS
 from spte.cost import load, names
 from spte.cost.costs import ITEMS
@@ -53,8 +53,7 @@ def terminal(monkeypatch):
 
 
 def spte(capsys, *argv):
-    code = run(["profile", *map(str, argv)])
-    return code, *capsys.readouterr()
+    return commandline.spte(capsys, "profile", *argv)
 
 
 def cells(markdown):

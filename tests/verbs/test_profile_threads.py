@@ -4,11 +4,11 @@ import dataclasses
 import json
 import threading
 
+import commandline
 import numpy as np
 import pytest
 
 from spte._numba import jit as _jit
-from spte.cli.app import run
 from spte.cli.metrics import THREADS_COUNTS, THREADS_MEASURED
 from spte.host.backing import Backing
 from spte.policy import parse
@@ -33,8 +33,7 @@ def terminal(monkeypatch):
 
 
 def spte(capsys, *argv):
-    code = run(["profile", *argv])
-    return code, *capsys.readouterr()
+    return commandline.spte(capsys, "profile", *argv)
 
 
 def column_of(platform, log=LOGS[0]):
