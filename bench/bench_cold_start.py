@@ -93,11 +93,11 @@ def test_start_of_numba(benchmark):
 
 @pytest.mark.skipif(_jit.PLAIN, reason="nothing is compiled in plain Python")
 def test_compilation_of_everything(benchmark, tmp_path):
-    why = "half in numba's Python, which types and lowers 250 functions, half in LLVM, with what several kernels share once in each"
+    why = "half in numba's Python, which types and lowers all functions, half in LLVM, with what several kernels share once in each"
     best(benchmark, "compilation of every kernel", lambda: fresh(WARM, SPTE_CACHE_DIR=str(tmp_path)), 25.0, rounds=1, why=why)
 
 
 @pytest.mark.skipif(_jit.PLAIN, reason="nothing is compiled in plain Python")
 def test_the_first_profile_ever(benchmark, tmp_path):
-    why = "it compiles the kernels that it calls; the rest takes 3 s"
+    why = "it compiles the kernels that it calls"
     best(benchmark, "first spte profile: kernels compiled", lambda: fresh(PROFILE, SPTE_CACHE_DIR=str(tmp_path)), 10.0, rounds=1, why=why)

@@ -22,7 +22,7 @@ NAMES = {
 def table(costs: Costs) -> str:
     """Return the costs as a Markdown table."""
     rows = [f"| {name} | {getattr(costs, field):.1f} |" for field, name in NAMES.items()]
-    head = f"| Linux {platform.release()}, least of {ROUNDS} rounds over {NPAGES * 4096 >> 20} MiB | ns a page |"
+    head = f"| Linux {platform.release().partition('-')[0]}, least of {ROUNDS} rounds over {NPAGES * 4096 >> 20} MiB | ns a page |"
     return "\n".join([head, "| :-- | --: |", *rows])
 
 

@@ -168,12 +168,12 @@ def rows(pages: int) -> list[Row]:
         Row("the bare scatter on two threads over one", bare_random, "x"),
         Row("two vCPU threads, ascending writes, over one", sweep, "x", 0.9 * bare_sweep),
         Row("the bare loop on two threads over one", bare_sweep, "x"),
-        Row("random writes, W and D set, one thread beside others, over the bare scatter", one / scatter, "x", 2.0, False),
-        Row("the same with the VM for itself", alone / scatter, "x"),
-        Row("random writes, PML logs each, one thread beside others, over the bare scatter", logged / scatter, "x", 3.0, False),
-        Row("harvest beside vCPUs, 1 % dirty, over a trailing-zeros loop", harvest / zeros, "x", 2.0, False),
+        Row("random writes, W and D set, variant for threads on one thread, over the bare scatter", one / scatter, "x", 2.0, False),
+        Row("the same, variant for one thread", alone / scatter, "x"),
+        Row("random writes, PML logs each, variant for threads on one thread, over the bare scatter", logged / scatter, "x", 3.0, False),
+        Row("harvest, 1 % dirty, variant for threads, no vCPU in the guest, over a trailing-zeros loop", harvest / zeros, "x", 2.0, False),
         Row("two vCPU threads while a third harvests all the time", rate, "M writes/s"),
-        Row(f"a harvest of these {harvests} waits for vCPUs", wait, "ms"),
+        Row(f"wait of a harvest for vCPUs, mean of {harvests}", wait, "ms"),
     ]
 
 

@@ -119,4 +119,4 @@ def spell_time(seconds: float) -> str:
 def announce_compilation() -> None:
     """Say on stderr that kernels will be compiled, unless the cache has them."""
     if not _jit.is_warm():
-        click.echo("spte: first run: compiling the kernels for this machine, about half a minute, once", err=True)
+        click.echo("spte: first run: compiling the kernels for this machine, less than a minute, once", err=True)

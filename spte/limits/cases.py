@@ -27,16 +27,13 @@ ORDERS = ("ascending", "random")
 BUFFERS = 2048  # PML buffers of one flush
 KVM_RECOVER_NS = 37_000.0  # per 2 MiB, commit message of 13e2e4f62a4b
 _PML_WHY = "two random lines a write, the SPTE and the word of the bitmap, are read and written back, where the limit has one"
-_DRAIN_WHY = (
-    "it also looks whether a page is in the slot and counts the bits that were clear; without prefetching 1.4 ns instead of 1.7 at "
-    "4 GiB, 24 instead of 2.4 at 256 GiB"
-)
+_DRAIN_WHY = "it also looks whether a page is in the slot and counts the bits that were clear"
 _RECOVER_WHY = "a leaf takes its bits from the first one of its table, which lies on a page of its own: the next row has that as its limit"
 _HARVEST_WHY = "loop and kernel wait for the same lines of memory, five of a table: prefetched 8, 16 or 32 entries ahead, they take as long"
 IN_CACHE = (32 << 30) >> 12  # pages of a guest whose tables lie, at least in part, in the host's caches
 _HARVEST_IN_CACHE_WHY = "in a cache the loop's own speculation hides what prefetching hides in memory, and the list of pages is a pass more"
 _CALL_WHY = "half of the call is to take apart the arrays of tables and slots"
-_WRITES_IN_CACHE_WHY = "a walk reads the list of tables and the entry; in one loop without prefetching 15 ns instead of 6.4 at 8 GiB"
+_WRITES_IN_CACHE_WHY = "a walk reads the list of tables and the entry, where the limit reads one word that a cache holds"
 _TOUCH_IN_CACHE_WHY = "a fault's own instructions take as long at every size, the limit's stores stay in the caches"
 _SWEEP_IN_CACHE_WHY = "where entries come from a cache, to look whether each is present, and to count, takes longer than they do"
 _LEAVES, _FILL = "np.bitwise_and in place", "filling the rows"

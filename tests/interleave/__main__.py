@@ -1,4 +1,4 @@
-"""Explore programs: ``python -m interleave BOUND [MUTANT]`` with NUMBA_DISABLE_JIT=1; one line of JSON a program."""
+"""Explore programs: ``python -m interleave BOUND [MUTANT [PROGRAM...]]`` with NUMBA_DISABLE_JIT=1; one line of JSON a program."""
 
 import contextlib
 import json

@@ -214,9 +214,9 @@ def test_a_run_that_waits_for_a_lock_that_is_replaced_moves_over(pool):
 
 
 def test_an_interrupt_while_runs_are_awaited_leaves_the_lock_free(pool):
-    lock, order, word = new_lock(), [], np.zeros(1, np.int64)
+    lock, order, word, deaf = new_lock(), [], np.zeros(1, np.int64), np.zeros(1, np.int64)
     lock.kicked.append(word)
-    run = pool.submit(run_until, lock, np.zeros(1, np.int64), order, "run")  # it does not hear
+    run = pool.submit(run_until, lock, deaf, order, "run")  # it does not hear
     wait_until(lambda: order)
 
     def interrupted():
@@ -228,3 +228,5 @@ def test_an_interrupt_while_runs_are_awaited_leaves_the_lock_free(pool):
     assert not lock.is_mine
     assert (lock.turnstile.depth, word[0]) == (0, 0)
     assert not run.done()
+    deaf[0] = 1
+    run.result(SECONDS)

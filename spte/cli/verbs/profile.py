@@ -65,7 +65,8 @@ code 1 as ever. All other figures are those without --threads.
 
 With --cost, counts times the costs of a machine give estimates: the CPU time that the guest's vCPUs lose in an epoch, the time
 of the VMM's calls, the longest exclusive hold of mmu_lock. They are marked as such, and what each cost rests on stands in its file;
-see docs/costs.md. JSON is spte-profile/2: since 1, rows name their `log` and `backing`, and `estimated`, `costs` and `notes` came.
+see docs/costs.md. JSON is spte-profile/2: since 1, rows name their `log` and `backing`, and `estimated`, `costs`,
+`notes` and `threads` came.
 
 Larger guests: page p of the guest is written in an epoch if the trace wrote page p modulo its own size, so the written
 share of memory stays the trace's. --scale N takes N times the trace's memory, --memory SIZE just that size; the copy
