@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from spte.calibrate import steps
-from spte.calibrate.steps import PAGES, PAGES_PER_2M, Bench
+from spte.calibrate.steps import PAGES, Bench
 from spte.cost import CostProfile, Costs, Origin, load
 from spte.cost.costs import ITEMS
 from spte.devkvm.device import HostMemory, NoKvmError, open_kvm
@@ -18,6 +18,7 @@ from spte.errors import KvmError
 from spte.platform import PAGE_SIZE, SHADOW, Platform
 from spte.replay.guest import UnsupportedOp
 from spte.replay.machine import Machine
+from spte.trace import PAGES_PER_2M
 
 REPEATS = 7
 GUESS = "guess"  # the profile that gives what can not be measured

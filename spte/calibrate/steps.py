@@ -14,13 +14,14 @@ from spte.devkvm.guest import EXIT_ROUTINE
 from spte.devkvm.host import Host
 from spte.devkvm.machine import HostMachine
 from spte.platform import PAGE_SIZE
+from spte.profile.rings import DIRTY, HARVESTED
 from spte.replay.guest import HALT, Exits, UnsupportedOp
 from spte.replay.payload import Command
+from spte.trace import PAGES_PER_2M
 
 PAGES = 16384  # of the slot whose pages are written: 64 MiB
 WORDS = PAGES // 64
 LARGE_WORDS = 1 << 15  # of the bitmap of a slot that nobody touches: 8 GiB
-PAGES_PER_2M = 512
 BASE, ABOVE = 1 << 18, 1 << 20  # gfns where slots begin: those that the guest writes, and beyond what it reaches
 EXITS = 10_000
 SLOT = 0
@@ -97,7 +98,7 @@ class Bench:
     def reap(self) -> None:
         """Take all entries of the ring, and reset them."""
         ring = self._vm.vcpus[0].ring
-        ring["flags"][ring["flags"] == 1] = 3
+        ring["flags"][ring["flags"] == DIRTY] = HARVESTED
         del ring
         self._vm.reset_dirty_rings()
 

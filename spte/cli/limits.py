@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import click
 
 from spte._version import __version__
 from spte.cli.exit_codes import EXIT_OK
-from spte.cli.params import announce_compilation, spell_size
+from spte.cli.params import announce_compilation, refuse_too_large, spell_size
 from spte.limits.cases import measure_all
 from spte.limits.measure import Ratio
 from spte.platform import PAGE_SIZE
@@ -40,11 +39,7 @@ def show(memory: int | None, style: str | None, output: Path | None) -> int:
     memory = memory or DEFAULT_MEMORY
     if memory % HUGE_PAGE or memory < LEAST_MEMORY:
         raise click.UsageError(f"--memory {memory} is not a multiple of 2 MiB of at least {spell_size(LEAST_MEMORY)}; round it up")
-    need, have = memory // PAGE_SIZE * BYTES_PER_PAGE, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if need > have:
-        fits = spell_size(have / BYTES_PER_PAGE * PAGE_SIZE)
-        told = f"takes {spell_size(need)}, this host has {spell_size(have)}; below {fits} fits"
-        raise click.UsageError(f"--memory {spell_size(memory)} {told}")
+    refuse_too_large(memory // PAGE_SIZE, BYTES_PER_PAGE, "--memory")
     announce_compilation()
     progress = (lambda name: click.echo(f"spte: {name}", err=True)) if sys.stderr.isatty() else None
     ratios = list(measure_all(memory // PAGE_SIZE, progress=progress))

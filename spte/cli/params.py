@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from spte._numba import jit as _jit
+from spte.platform import PAGE_SIZE
 from spte.profile.columns import INITIALLY_SET, Log
 
 _SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50}
@@ -68,6 +69,20 @@ def spell_size(count: float) -> str:
             return f"{count:.4g} {unit}"
         count /= 1024
     return f"{count:.4g} TiB"
+
+
+BYTES_PER_PAGE = 8 * 513 / 512 + 2 / 8 + 1
+"""Bytes a page of a guest mapped at 4 KiB takes: the SPTE and its share of upper tables, two bitmaps, one flag of the check."""
+
+
+def refuse_too_large(npages: int, bytes_per_page: float, what: str = "a guest of") -> None:
+    """Refuse a guest of `npages` pages, `bytes_per_page` each, whose tables this host can not hold; `what` begins the line."""
+    need, have = npages * bytes_per_page, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > have:
+        raise click.UsageError(
+            f"{what} {spell_size(npages * PAGE_SIZE)} may need {spell_size(need)} for its page tables and "
+            f"this host has {spell_size(have)}; take less than {spell_size(have / bytes_per_page * PAGE_SIZE)}"
+        )
 
 
 def duration(text: str) -> int:

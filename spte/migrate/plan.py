@@ -8,7 +8,7 @@ from typing import Any
 from spte._arguments import index, instance, integer
 from spte.cost import Costs
 from spte.platform import PAGE_SIZE
-from spte.profile.columns import check_chunk
+from spte.profile.columns import INITIALLY_SET, check_chunk
 from spte.profile.workload import TraceWorkload
 
 LOGS = ("bitmap", "manual", "initially-set", "ring")
@@ -127,7 +127,7 @@ class Plan:
     @property
     def manual(self) -> int:
         """Argument of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 for `log`."""
-        return {"manual": 1, "initially-set": 3}.get(self.log, 0)
+        return {"manual": 1, "initially-set": INITIALLY_SET}.get(self.log, 0)
 
     def wire_ns(self, pages: int) -> int:
         """Return how long `pages` pages are on the link, ns."""

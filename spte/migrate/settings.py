@@ -13,7 +13,7 @@ from spte.generate import PATTERNS, generate
 from spte.migrate.plan import MigrateError, Plan
 from spte.platform import PAGE_SIZE
 from spte.profile.workload import TraceWorkload
-from spte.trace import PAGES_PER_2M, SHIPPED, Trace, load, shipped
+from spte.trace import PAGES_PER_2M, Trace, named
 
 STRESS = "stress"
 """In place of a trace: writes to one page after the other, over all memory, again and again."""
@@ -66,7 +66,7 @@ def plan_of(settings: Mapping[str, Any], *, trace: Trace | None = None, costs: C
 @functools.lru_cache(maxsize=4)
 def load_trace(name: str) -> Trace:
     """Return a trace that ships or that is a file; TraceError if there is none."""
-    return shipped(name) if name in SHIPPED else load(name)
+    return named(name)
 
 
 @functools.lru_cache(maxsize=4)

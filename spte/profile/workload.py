@@ -233,9 +233,9 @@ def check_vcpus(vcpus: int) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Raise WorkloadError if `seed` is negative."""
-    if seed < 0:
-        raise WorkloadError(f"seed={seed}; take 0 or more")
+    """Raise WorkloadError if `seed` is no int64 of 0 or more."""
+    if not 0 <= seed < 1 << 63:
+        raise WorkloadError(f"seed={seed}; take 0 to {(1 << 63) - 1}")
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -96,6 +96,8 @@ def _on_cluster(plan: Sweep, left: list[int], address: str) -> Iterator[tuple[in
     import distributed
 
     try:
+        # Before there is a client: one of an address that can not be right would wait, and complain, until it is collected.
+        distributed.comm.get_address_host_port(distributed.comm.normalize_address(address), strict=True)
         client = distributed.Client(address, timeout=CONNECT_S, set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:
         why = " ".join(str(error).split())[:80]

@@ -13,7 +13,7 @@ array      dtype, shape             meaning
 
 from spte.trace.build import from_bitmaps, from_gfns
 from spte.trace.model import FORMAT, MAX_BYTES, MAX_NPAGES, PAGES_PER_2M, Trace, TraceError
-from spte.trace.npz import SHIPPED, default_trace, load, save, shipped
+from spte.trace.npz import SHIPPED, default_trace, load, named, save, shipped
 
 __all__ = [
     "FORMAT",
@@ -27,6 +27,7 @@ __all__ = [
     "from_bitmaps",
     "from_gfns",
     "load",
+    "named",
     "save",
     "shipped",
 ]

@@ -123,6 +123,22 @@ def shipped(name: str) -> Trace:
         return _read(stream)
 
 
+def named(name: str) -> Trace:
+    """Return the trace of a name: one of `SHIPPED`, else a file.
+
+    Parameters
+    ----------
+    name : str
+        Name or path.
+
+    Raises
+    ------
+    TraceError
+        If there is no such file, or it is no trace.
+    """
+    return shipped(name) if instance(name, "name", str, "a name or a path") in SHIPPED else load(name)
+
+
 def _read(stream: IO[bytes]) -> Trace:
     try:
         with zipfile.ZipFile(stream) as archive:

@@ -275,7 +275,7 @@ def test_bad_input_is_refused_in_one_line_with_its_value_before_any_work(capsys,
 
 
 def test_a_guest_that_this_host_can_not_hold_is_refused_with_the_largest_it_can(capsys, monkeypatch, trace):
-    monkeypatch.setattr(profile_verb.os, "sysconf", lambda name: {"SC_PHYS_PAGES": 1 << 18, "SC_PAGE_SIZE": 4096}[name])
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 1 << 18, "SC_PAGE_SIZE": 4096}[name])
     err = refused(capsys, "profile", trace, "--memory", "1T")
     assert "1 TiB" in err
     assert "1 GiB" in err

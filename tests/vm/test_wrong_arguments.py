@@ -135,6 +135,7 @@ CALLS = {
     ),
     "trace.from_gfns": call(lambda w: trace.from_gfns, t_ns=[0], gfn=[1], interval_ns=5, npages=512, squeeze=False, meta=None),
     "trace.load": call(lambda w: trace.load, path=GONE),
+    "trace.named": call(lambda w: trace.named, name="sqlite"),
     "trace.shipped": call(lambda w: trace.shipped, name="sqlite"),
     "trace.save": call(lambda w: trace.save, trace=lambda w: w.trace, path=GONE),
     "kernels.layout": call(lambda w: kernels.layout, platform="npt", policy="6.12"),

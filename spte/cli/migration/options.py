@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import click
 
-from spte.cli.params import bandwidth, duration, rate, size, spell_bandwidth, spell_size, spell_time
+from spte.cli.params import bandwidth, duration, rate, refuse_too_large, size, spell_bandwidth, spell_size, spell_time
 from spte.cost import CostError
 from spte.cost import names as cost_names
 from spte.migrate.plan import AFTER, LOGS, THROTTLES, MigrateError, Plan
 from spte.migrate.settings import DEFAULTS, plan_of
-from spte.platform import PAGE_SIZE, named
+from spte.platform import named
 from spte.policy import parse
 from spte.profile.workload import BACKINGS, ORDERS, WorkloadError
 from spte.trace import TraceError
@@ -155,12 +154,7 @@ def check(settings: Mapping[str, Any]) -> Plan:
         plan = plan_of(settings)
     except (MigrateError, WorkloadError, TraceError, CostError) as error:
         raise click.UsageError(str(error)) from None
-    need, have = plan.workload.npages * BYTES_PER_PAGE, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if need > have:
-        raise click.UsageError(
-            f"a guest of {spell_size(plan.workload.npages * PAGE_SIZE)} may need {spell_size(need)} here and this host has "
-            f"{spell_size(have)}; take less than {spell_size(have / BYTES_PER_PAGE * PAGE_SIZE)}"
-        )
+    refuse_too_large(plan.workload.npages, BYTES_PER_PAGE)
     return plan
 
 

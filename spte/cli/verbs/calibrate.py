@@ -8,12 +8,13 @@ from pathlib import Path
 import click
 
 from spte.cli.exit_codes import EXIT_MISSING, EXIT_OK
+from spte.cli.params import target
 
 MAX_REPEATS = 1000
 
 
 @click.command(short_help="Measure what this host's KVM costs.")
-@click.option("--output", "-o", "output", type=click.Path(path_type=Path), help="File to write, TOML. Default: standard output.")
+@click.option("--output", "-o", "output", type=target(), help="File to write, TOML. Default: standard output.")
 @click.option("--repeats", type=click.IntRange(1, MAX_REPEATS), default=7, show_default=True, help="How often each step is timed.")
 def calibrate(output: Path | None, repeats: int) -> int:
     """Measure what this host's KVM costs: exits, write faults, GET, CLEAR, enabling and disabling per page, by a tiny guest on /dev/kvm.
@@ -25,9 +26,6 @@ def calibrate(output: Path | None, repeats: int) -> int:
     from spte.calibrate import calibrate as measure
     from spte.cost import dump
     from spte.devkvm import NoKvmError
-
-    if output is not None and not output.parent.is_dir():
-        raise click.UsageError(f"-o {output}: there is no directory {output.parent}; make it first")
 
     def show(repeat: int) -> None:
         if sys.stderr.isatty():

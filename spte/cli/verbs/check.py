@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from spte.cli.exit_codes import EXIT_BAD_INPUT, EXIT_DIFFERENCE, EXIT_MISSING, EXIT_OK
+from spte.cli.text import pipes
 
 SCHEMA = 1
 
@@ -83,9 +84,7 @@ def check(paths: tuple[str, ...], kvm: bool, as_json: bool, markdown: bool, poli
         click.echo(json.dumps(out))
     else:
         if markdown and reports:
-            head, *rows = model.matrix(reports)
-            lines = [head, [":--", *("--:" for _ in head[1:])], *rows]
-            click.echo("\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")
+            click.echo("\n".join(pipes(model.matrix(reports), 1)) + "\n")
         passed = sums.files - sums.differing
         click.echo(f"{passed} of {sums.files} recordings pass: {sums.ops} ops, {sums.fields} fields compared; {sums.differing} differ")
         if not sums.files and not bad:

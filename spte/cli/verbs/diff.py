@@ -7,7 +7,7 @@ import json
 import click
 
 from spte.cli.exit_codes import EXIT_DIFFERENCE, EXIT_OK
-from spte.cli.params import announce_compilation, log_mode, size
+from spte.cli.params import BYTES_PER_PAGE, announce_compilation, log_mode, refuse_too_large, size
 from spte.cli.text import columns, pipes
 from spte.diff import Difference
 from spte.diff import diff as compare
@@ -15,7 +15,7 @@ from spte.platform import PAGE_SIZE
 from spte.policy import Policy, parse
 from spte.profile.columns import Column, Log
 from spte.profile.workload import BACKINGS, TraceWorkload, WorkloadError
-from spte.trace import SHIPPED, Trace, TraceError, default_trace, load, shipped
+from spte.trace import PAGES_PER_2M, TraceError, default_trace, named
 
 SCHEMA = "spte-diff/1"
 DEFAULT_PLATFORM, DEFAULT_POLICY = "ept-pml", "6.12"
@@ -51,15 +51,17 @@ def diff(
 ) -> int:
     """Read what is to be compared, compare, print, and return the exit code."""
     policies, path = _told(args, both=platforms is not None)
-    if memory is not None and memory % PAGE_SIZE:
+    if memory is not None and memory % (PAGES_PER_2M * PAGE_SIZE):
         raise click.UsageError(f"--memory {memory} is not a multiple of 2 MiB; round it")
     sides = [Column(name, policy, log, backing) for name, policy in zip(platforms or (DEFAULT_PLATFORM,) * 2, policies, strict=True)]
     for side in sides:
         _ = side.on  # an unknown platform is refused before the trace is read
     try:
-        work = TraceWorkload(_trace(path), memory and memory // PAGE_SIZE, vcpus=vcpus, backing=backing)
+        trace = default_trace() if path is None else named(path)
+        work = TraceWorkload(trace, memory and memory // PAGE_SIZE, vcpus=vcpus, backing=backing)
     except (TraceError, WorkloadError) as error:
         raise click.UsageError(str(error)) from None
+    refuse_too_large(work.npages, BYTES_PER_PAGE)
     announce_compilation()
     found = compare(work, *sides)
     click.echo(_json(found, sides) if style == "json" else _text(found, sides, markdown=style == "markdown"), nl=False)
@@ -72,16 +74,12 @@ def _told(args: tuple[str, ...], *, both: bool) -> tuple[tuple[Policy, Policy], 
         if not 2 <= len(args) <= 3:
             raise click.UsageError(f"{len(args)} arguments; take two policies and at most one trace, or two platforms by --platform A B")
         return (parse(args[0]), parse(args[1])), args[2] if len(args) == 3 else None
-    names = [arg for arg in args[:2] if arg[0].isdigit() or arg.split(",")[0] == "series"]
+    names = [arg for arg in args[:2] if arg[:1].isdigit() or arg.split(",")[0] == "series"]
     rest = args[len(names) :]
     if len(rest) > 1:
         raise click.UsageError(f"{rest[0]!r} is no policy, and {rest[1]!r} stands behind it; take at most two policies and then one trace")
     chosen = [parse(name) for name in names] or [parse(DEFAULT_POLICY)]
     return (chosen[0], chosen[-1]), rest[0] if rest else None
-
-
-def _trace(path: str | None) -> Trace:
-    return default_trace() if path is None else shipped(path) if path in SHIPPED else load(path)
 
 
 def _names(sides: list[Column]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import click
 
 from spte.cli.exit_codes import EXIT_DIFFERENCE, EXIT_OK
 from spte.cli.metrics import Report
-from spte.cli.params import announce_compilation, log_mode, size, spell_size, target
+from spte.cli.params import BYTES_PER_PAGE, announce_compilation, log_mode, refuse_too_large, size, target
 from spte.cli.progress import steps_bar
 from spte.cli.report import Wanted, render, title
 from spte.cost import CostError, CostProfile, names
@@ -27,10 +26,9 @@ from spte.profile.report import Row
 from spte.profile.run import DIRECT
 from spte.profile.run import profile as run_profile
 from spte.profile.workload import BACKINGS, MANUALS, ORDERS, TraceWorkload, Workload, WorkloadError
-from spte.trace import SHIPPED, TraceError, default_trace, load, shipped
+from spte.trace import PAGES_PER_2M, TraceError, default_trace
+from spte.trace import named as trace_named
 
-BYTES_PER_PAGE = 8 * 513 / 512 + 2 / 8 + 1
-"""Memory of a guest mapped at 4 KiB: the SPTE and its share of upper tables, two bitmaps, one flag of the check."""
 BYTES_PER_ACCESS = 8 + 1
 """Memory of an access that a thread repeats: gfn and kind."""
 
@@ -252,9 +250,9 @@ def _traced(
         raise click.UsageError(f"--scale {scale} and --memory {memory} both give the guest's size; take one")
     if scale is not None and scale < 1:
         raise click.UsageError(f"--scale {scale}; take 1 or more")
-    if memory is not None and memory % PAGE_SIZE:
+    if memory is not None and memory % (PAGES_PER_2M * PAGE_SIZE):
         raise click.UsageError(f"--memory {memory} is not a multiple of 2 MiB; round it")
-    trace = default_trace() if path is None else shipped(str(path)) if str(path) in SHIPPED else load(path)
+    trace = default_trace() if path is None else trace_named(str(path))
     pages = trace.npages * scale if scale is not None else memory and memory // PAGE_SIZE
     if "manual" in given:
         given["manual"] = int(given["manual"])
@@ -275,13 +273,7 @@ def _refuse(options: set[str], why: str) -> None:
 
 def _refuse_too_large(work: Workload, *, threads: bool) -> None:
     bytes_per_page = BYTES_PER_PAGE + BYTES_PER_ACCESS * threads * (work.vcpus if getattr(work, "overlap", False) else 1)
-    need = work.npages * bytes_per_page
-    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if need > have:
-        raise click.UsageError(
-            f"a guest of {spell_size(work.npages * PAGE_SIZE)} may need {spell_size(need)} for its page tables and "
-            f"this host has {spell_size(have)}; take less than {spell_size(have / bytes_per_page * PAGE_SIZE)}"
-        )
+    refuse_too_large(work.npages, bytes_per_page)
 
 
 def _report_losses(rows: Sequence[Row]) -> int:

@@ -62,6 +62,8 @@ def record(command: tuple[str, ...], pid: int | None, interval: float, output: P
     """Check what was asked for, record, say what came of it, and return the exit code."""
     if (pid is not None) + bool(command) + (recover is not None) != 1:
         raise click.UsageError("give one of --pid PID, -- CMD ARGS..., or --recover JOURNAL")
+    if command and not command[0]:
+        raise click.UsageError("the name of the program is empty; give -- CMD ARGS...")
     if pid is not None and pid < 1:
         raise click.UsageError(f"--pid {pid}; take the pid of a process")
     try:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from spte.cli.exit_codes import EXIT_DIFFERENCE, EXIT_OK
+from spte.cli.params import target
 from spte.policy import Policy, parse
 
 
 @click.command(short_help="Perform a recording of real KVM on the model.")
 @click.argument("file", type=click.Path(dir_okay=False, exists=True))
-@click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write to this file; .gz and .xz compress.")
+@click.option("-o", "--output", type=target(), help="Write to this file; .gz and .xz compress.")
 @click.option("--policy", metavar="NAME[,FIELD=VALUE]...", help="Another kernel in place of the recorded one: what would it do?")
 @click.option("--events", is_flag=True, help="Add the tracepoints of each op, in their kernel names.")
-def replay(file: str, output: str | None, policy: str | None, events: bool) -> int:
+def replay(file: str, output: Path | None, policy: str | None, events: bool) -> int:
     """Perform every op of the recording FILE on the model.
 
     Writes records of the same format, to stdout or with -o to a file that `spte check` takes in its turn. An op that

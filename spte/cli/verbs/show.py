@@ -11,13 +11,14 @@ import click
 from spte.cli.exit_codes import EXIT_OK
 from spte.cli.params import spell_size, spell_time, target
 from spte.platform import PAGE_SIZE
-from spte.trace import PAGES_PER_2M, Trace, TraceError, default_trace, load
+from spte.trace import PAGES_PER_2M, Trace, TraceError, default_trace, named
 from spte.trace.summary import WORKING_SET_S, Summary, summarize
 
 HELP = """What a write trace (spte-trace/1, a .npz) holds: how much it dirties, how often the same pages, and where.
 
-Without TRACE it shows the trace that ships in the package. A page counts once in each epoch that wrote it. The table
-says how many distinct pages an interval of some length dirties: what a round of pre-copy of that length has to send.
+TRACE is a file or one of the traces that ship, redis and sqlite; without it, sqlite is shown. A page counts once in each
+epoch that wrote it. The table says how many distinct pages an interval of some length dirties: what a round of pre-copy of
+that length has to send.
 
 \b
   spte show redis.npz
@@ -26,13 +27,13 @@ says how many distinct pages an interval of some length dirties: what a round of
 
 
 @click.command(help=HELP, short_help="What a write trace holds, and its picture.")
-@click.argument("trace", required=False, type=click.Path(path_type=Path))
+@click.argument("trace", required=False, type=click.Path())
 @click.option("--png", type=target(".png", ".svg"), metavar="FILE.png", help="Draw it.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def show(trace: Path | None, png: Path | None, as_json: bool) -> int:
+def show(trace: str | None, png: Path | None, as_json: bool) -> int:
     """Print the summary, draw the picture, and return the exit code."""
     try:
-        loaded = default_trace() if trace is None else load(trace)
+        loaded = default_trace() if trace is None else named(trace)
     except TraceError as error:
         raise click.UsageError(str(error)) from None
     summary = summarize(loaded)
