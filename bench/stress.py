@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,6 +65,7 @@ class Migration:
         self.place = itertools.cycle(PLACES)
         self.rng = np.random.default_rng(seed)
         self.result = Result()
+        self.others: list[Future[None]] = []  # what harvests and disturbs
         self.move()
         self.enable()
 
@@ -92,6 +93,8 @@ class Migration:
                 break
             if stop.reason != "dirty_ring_full":
                 raise RuntimeError(f"vCPU {v} stopped: {stop}")
+            if any(other.done() for other in self.others):
+                raise RuntimeError(f"vCPU {v}: its ring is full and nobody harvests")
             time.sleep(0)
             gfns = gfns[stop.index :]
         return done
@@ -186,15 +189,15 @@ class Migration:
     def round(self, pool: ThreadPoolExecutor, writes: int = ROUND) -> None:
         """Let all threads run, then compare."""
         until, start = threading.Event(), time.perf_counter()
-        others = [pool.submit(self.migrate, until), pool.submit(self.disturb, until)]
+        self.others = [pool.submit(self.migrate, until), pool.submit(self.disturb, until)]
         count = len(self.vm.vcpus)
         try:
             done = [pool.submit(self.write, v, writes // count) for v in range(count)]
             self.result.writes += sum(each.result() for each in done)
         finally:
             until.set()
-        for other in others:
-            other.result()
+            for other in self.others:  # theirs is the cause, if they ended first
+                other.result()
         self.harvest()
         self.result.seconds += time.perf_counter() - start
         self.result.lost += np.flatnonzero(self.copy != self.contents()).tolist()

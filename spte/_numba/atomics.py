@@ -1,7 +1,7 @@
 """Atomic operations on 64-bit words of arrays that several threads use, with their plain-Python twins; and which variant a kernel is.
 
-Operations that write are sequentially consistent, as x86's locked ones. `array` is C-contiguous, of uint64 or int64; `index` is that of
-``array.flat``; what is stored has the array's type.
+Operations that read and write in one step are sequentially consistent, as x86's locked ones; `load` acquires, `store` releases. `array`
+is C-contiguous, of uint64 or int64; `index` is that of ``array.flat``; what is stored has the array's type.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ if PLAIN:
 
     def store(array: Any, index: Any, value: Any) -> None:
         """Store `value`; a thread that sees it also sees all that was stored before."""
-        array.reshape(-1)[index] = value
+        with one_at_a_time:  # not between the two halves of another operation
+            array.reshape(-1)[index] = value
 
     def compare_exchange(array: Any, index: Any, expected: Any, value: Any) -> Any:
         """Store `value` if the word is `expected`; returns what it was, in one step."""

@@ -37,11 +37,11 @@ class _Turnstile:
         self.gone = False  # another one has taken its place; then `waiting` stays set, so that everybody notices
         self.met = False  # somebody has waited once
         self.telling = threading.Lock()  # so that the words of members are as the last change left it
-        self.changed = threading.Condition(threading.Lock())  # for what follows
+        self.changed = threading.Condition(threading.Lock())  # guards the counts below, and tells of their changes
         self.depth = 0  # how often the thread that has `main` keeps runs out
         self.runs = 0  # that are inside
-        self.runs_wait = 0  # runs that wait for the end of that
-        self.turn = 0  # as many of them come first
+        self.runs_wait = 0  # runs that wait because `depth` is not 0
+        self.turn = 0  # how many waiting runs get in before the lock is taken again
 
     def pass_gate(self) -> None:
         """Take `main`; the caller holds `gate`."""
@@ -150,10 +150,12 @@ class _Turnstile:
         """Take the place of `other`; the caller holds `gate` and `main` of both, and keeps runs out of both."""
         other.gone = other.waiting = True
         members = [*self._members(), *other._members()]
-        self.members, other.members = tuple(map(weakref.ref, members)), ()
+        with other.telling:  # who still waits there tells nobody from now on
+            self.members, other.members = tuple(map(weakref.ref, members)), ()
         self.met |= other.met
         for member in members:
             member.turnstile = self
+        self._ask(self.waiting)  # what the other had told them
 
 
 class ExclusiveLock:

@@ -96,7 +96,7 @@ class KvmVcpu:
         if self._beside is None:
             t, own = kvm.mmu.tables, _own(KVM, 1)
             own["rows"] = len(t.pages)
-            shared = SharedTables(*t)._replace(kvm=own, leaf_rows=memory.reserve(np.uint32, len(t.leaf_rows)))
+            shared = kvm.shared_tables._replace(kvm=own, leaf_rows=memory.reserve(np.uint32, len(t.leaf_rows)))
             self._beside = shared, s._replace(memslots=s.memslots.copy())
         self._beside[1].memslots[:] = s.memslots
         return self._beside

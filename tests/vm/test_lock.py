@@ -230,3 +230,26 @@ def test_an_interrupt_while_runs_are_awaited_leaves_the_lock_free(pool):
     assert not run.done()
     deaf[0] = 1
     run.result(SECONDS)
+
+
+def test_a_run_that_waits_while_its_lock_becomes_another_ones_leaves_no_request_behind(pool):
+    a, b = new_lock(), new_lock()
+    kicked, order = np.zeros(1, np.int64), []
+    b.kicked.append(kicked)
+    inside = threading.Event()
+
+    def first_run():
+        with b.shared():
+            inside.wait(SECONDS)
+
+    first = pool.submit(first_run)
+    wait_until(lambda: b.turnstile.runs == 1)
+    sharer = pool.submit(share, a, b)
+    wait_until(lambda: kicked[0] == 1)
+    second = pool.submit(run_until, b, np.ones(1, np.int64), order, "second")
+    wait_until(lambda: b.needbreak[0] == 1)
+    inside.set()
+    for each in (first, sharer, second):
+        each.result(SECONDS)
+    assert a.turnstile is b.turnstile
+    assert (a.needbreak[0], b.needbreak[0]) == (0, 0)
