@@ -89,21 +89,17 @@ INTERRUPTED = [
 @pytest.mark.parametrize(("config", "name"), INTERRUPTED)
 def test_a_run_that_lets_other_threads_in_is_one_run_if_none_comes(config, name, piece, monkeypatch) -> None:
     """Exits, drains and flushes are as recorded, wherever a batch of accesses is interrupted, or ends to go on beside others."""
-    init, run, interruptions = kvm.Kvm.__init__, vcpu.vcpu_run, []
+    run, interruptions = vcpu.vcpu_run, []
 
-    def waited_for(self, *args):
-        init(self, *args)
-        self.exclusive.needbreak[0] = 1
-
-    def runs(*args, **kwargs):
-        stop = run(*args, **kwargs)
+    def runs(kvm, *args, **kwargs):
+        kvm.exclusive.needbreak[0] = 1
+        stop = run(kvm, *args, **kwargs)
         if stop is not None and stop.reason == GOES_ON:
             interruptions.append(stop)
         return stop
 
     monkeypatch.setattr(vcpu, "vcpu_run", runs)
     monkeypatch.setattr(kvm, "PIECE", piece)
-    monkeypatch.setattr(kvm.Kvm, "__init__", waited_for)
     monkeypatch.setattr(kvm.ExclusiveLock, "let_in", lambda lock: interruptions.append(lock))
     report = check(recording_of(config, name))
     assert report.finding is None, f"{report.name}: {report.finding}"
