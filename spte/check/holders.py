@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spte.check.run import check
-from spte.policy import HOLDERS, Policy, changes, decisions, mainline, spell
+from spte.policy import HOLDERS, Policy, changes, decisions, running, spell
 from spte.recording.file import Recording, RecordingError, read_all
 from spte.replay.guest import UnsupportedOp
 
@@ -40,7 +40,7 @@ def holders(archives: Iterable[str | Path]) -> dict[str, dict[str, dict[str, str
     """
     by_version: dict[str, list[Path]] = {}
     for path in sorted(map(Path, archives)):
-        version = mainline(next(read_all(path)).header["kernel"].split("-")[0])
+        version = running(next(read_all(path)).header["kernel"])
         if version is not None:
             by_version.setdefault(version, []).append(path)
     found: dict[str, dict[str, dict[str, str]]] = {}

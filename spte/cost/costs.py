@@ -51,6 +51,11 @@ class Costs:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise CostError(f"{name}={value!r} is no time; take nanoseconds, 0 or more")
 
+    @classmethod
+    def only(cls, **costs: float) -> Costs:
+        """Return these costs, ns, and all others 0."""
+        return cls(**{**dict.fromkeys(ITEMS, 0.0), **costs})
+
 
 ITEMS: dict[str, str] = {f.name: f.metadata["doc"] for f in dataclasses.fields(Costs)}
 """Every item of `Costs`, and what it is."""

@@ -37,6 +37,11 @@ class Host(NamedTuple):
     thp: bool
 
     @property
+    def version(self) -> str | None:
+        """The mainline version of its kernel, which names the policy; None if there is none."""
+        return policies.running(self.kernel)
+
+    @property
     def user_mode(self) -> bool:
         """Guests run natively in user mode alone: neither VMX nor SVM is known to be behind this KVM."""
         return self.config == SOFTWARE
@@ -75,7 +80,7 @@ def host(release: str | None = None, modules: Path = MODULES) -> Host:
         The kernel's version has no policy.
     """
     release = os.uname().release if release is None else release
-    if policies.mainline(release.split("-")[0]) is None:
+    if policies.running(release) is None:
         versions = f"{policies.VERSIONS[0]} to {policies.VERSIONS[-1]}"
         raise NoKvmError(f"the host runs Linux {release}, of which there is no policy; there are {versions}")
     kvm = _parameters(modules / "kvm")

@@ -79,7 +79,7 @@ def fit(name: str, times: Sequence[Measured], known: CostProfile) -> CostProfile
     """
     items, about = MACHINES[name].items, experiments(*MACHINES[name].experiments)
     published = np.array([each.published for each in times])
-    unit = {item: dataclasses.replace(_nothing(), **{item: 1.0}) for item in ITEMS}
+    unit = {item: Costs.only(**{item: 1.0}) for item in ITEMS}
     vcpus = [slowest(each.row, each.phase, known.costs) for each in times]  # one and the same for all costs: then they add up
     parts = np.array([[seconds(*each, unit[item], vcpu) for item in ITEMS] for each, vcpu in zip(times, vcpus, strict=True)])
     parts /= published[:, None]
@@ -106,10 +106,6 @@ def fit(name: str, times: Sequence[Measured], known: CostProfile) -> CostProfile
 
 
 ITEM_INDEX = {item: i for i, item in enumerate(ITEMS)}
-
-
-def _nothing() -> Costs:
-    return Costs(**dict.fromkeys(ITEMS, 0.0))
 
 
 def nonnegative_least_squares(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

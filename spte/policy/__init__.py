@@ -3,9 +3,9 @@
 from spte.policy.decisions import COLLAPSE_PAGES, NAMES, SERIES, Policy, changes, decisions, spell
 from spte.policy.evidence import HOLDERS, Evidence, evidence
 from spte.policy.spelling import parse
-from spte.policy.versions import RECORDED, VERSIONS, Change, mainline
+from spte.policy.versions import RECORDED, VERSIONS, Change, mainline, running
 
 __all__ = [
     "COLLAPSE_PAGES", "HOLDERS", "NAMES", "RECORDED", "SERIES", "VERSIONS", "Change", "Evidence", "Policy", "changes", "decisions",
-    "evidence", "mainline", "parse", "spell",
+    "evidence", "mainline", "parse", "running", "spell",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ VERSIONS = (*(f"5.{n}" for n in range(10, 20)), *(f"6.{n}" for n in range(20)), 
 RECORDED = ("5.10", "6.1", "6.12", "6.18", "7.2")
 """Those of which recordings of real KVM exist (5.10 is the stable kernel 5.10.223)."""
 _RELEASE = re.compile(r"(\d{1,4})\.(\d{1,4})(?:\.\d+)?")
+_RUNNING = re.compile(r"\d{1,4}\.\d{1,4}(?!\d)")
 
 
 class Change(NamedTuple):
@@ -38,6 +39,12 @@ def mainline(name: str) -> str | None:
     match = _RELEASE.fullmatch(instance(name, "version", str, "a name"))
     version = f"{int(match[1])}.{int(match[2])}" if match else None
     return version if version in VERSIONS else None
+
+
+def running(release: str) -> str | None:
+    """Return the mainline version of a running kernel: 6.1 of ``6.1.0-44-amd64``, as ``uname -r`` prints it; None if none has a policy."""
+    match = _RUNNING.match(instance(release, "release", str, "a name"))
+    return mainline(match[0]) if match else None
 
 
 def unknown(what: str, name: str, *others: str) -> PlatformError:

@@ -154,8 +154,7 @@ class _Column:
         return Part(self.name, stall, tuple((item, share) for share, item in shares if share >= 0.01))
 
 
-_NOTHING = Costs(**dict.fromkeys(ITEMS, 0.0))
-_UNITS = [dataclasses.replace(_NOTHING, **{item: 1.0}) for item in ITEMS]
+_UNITS = [Costs.only(**{item: 1.0}) for item in ITEMS]
 
 
 def recommend(rows: Sequence[Row], profile: CostProfile) -> Verdict | None:

@@ -251,7 +251,7 @@ def _platform(config: str) -> platforms.Platform:
 
 
 def _policy(kernel: str) -> policies.Policy:
-    version = policies.mainline(kernel.split("-")[0])
+    version = policies.running(kernel)
     if version is None:
         raise RecordingError(f"kernel {short(kernel)} has no policy here; known are {policies.VERSIONS[0]} to {policies.VERSIONS[-1]}")
     return policies.Policy.named(version)

@@ -5,9 +5,8 @@ import dataclasses
 import pytest
 
 from spte.cost import CostError, Costs, VmShape, call_time, guest_stall
-from spte.cost.costs import ITEMS
 
-FREE = Costs(**dict.fromkeys(ITEMS, 0.0))
+FREE = Costs.only()
 ONE = VmShape(vcpus=1, running=1, shared=True)
 
 

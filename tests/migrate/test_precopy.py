@@ -10,7 +10,6 @@ from reference import Migration
 
 from spte._numba import jit as _jit
 from spte.cost import Costs, load
-from spte.cost.costs import ITEMS
 from spte.generate import PATTERNS, generate
 from spte.migrate import MigrateError, Plan, migrate
 from spte.migrate.guest import Guest
@@ -103,7 +102,7 @@ def test_a_recorded_trace_takes_as_long_as_by_single_events(name, bandwidth, vcp
 
 def test_stalls_slow_the_guest_down_within_one_step(hot):
     """A first write to a page costs 1 ms here, so that a good part of the guest's time is gone; a step late, it is charged."""
-    costs = Costs(**{**dict.fromkeys(ITEMS, 0.0), "fast_fault": 900_000.0, "exit": 100_000.0})
+    costs = Costs.only(fast_fault=900_000.0, exit=100_000.0)
     plan = plan_of(hot, platform="npt", costs=costs)
     outcome, expected = migrate(plan), Migration(plan, stall=1_000_000)
     assert expected.run()
@@ -116,7 +115,7 @@ def test_stalls_slow_the_guest_down_within_one_step(hot):
 
 
 def test_calls_of_the_vmm_delay_the_link_and_are_part_of_the_downtime(hot):
-    costs = Costs(**{**dict.fromkeys(ITEMS, 0.0), "get_word": 100_000.0})
+    costs = Costs.only(get_word=100_000.0)
     free, priced = migrate(plan_of(hot)), migrate(plan_of(hot, costs=costs))
     words = hot.npages // 64
     assert priced.downtime.harvest_ns == words * 100_000
@@ -138,7 +137,7 @@ def test_each_way_to_log_is_charged_for_what_it_does(hot, log):
 @pytest.mark.parametrize(("name", "bandwidth"), [("redis", 50 * 10**6), ("sqlite", 900 * 10**6)])
 def test_stalls_on_a_recorded_trace_are_those_of_single_events(name, bandwidth):
     """A first write costs 20 us, so that up to a tenth of the time is lost; docs/migrate.md tells how far the two are apart."""
-    costs = Costs(**{**dict.fromkeys(ITEMS, 0.0), "fast_fault": 20_000.0})
+    costs = Costs.only(fast_fault=20_000.0)
     plan = Plan(TraceWorkload(shipped(name), vcpus=2, order="random"), bandwidth=bandwidth, platform="npt", costs=costs, max_ns=10**11)
     outcome, expected = migrate(plan), Migration(plan, stall=20_000)
     assert outcome.converged == expected.run() is True

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from spte.check.run import check
-from spte.policy import Policy, mainline
+from spte.policy import Policy, running
 from spte.recording import file as rec
 from spte.vm import kvm, vcpu
 from spte.vm.vcpu_run import GOES_ON
@@ -109,6 +109,6 @@ def test_a_run_that_lets_other_threads_in_is_one_run_if_none_comes(config, name,
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.tar.xz")), ids=lambda p: p.name)
 def test_a_recordings_kernel_finds_its_policy(path: Path) -> None:
     header = next(iter(archive(path).values())).header
-    version = mainline(header["kernel"].split("-")[0])
+    version = running(header["kernel"])
     assert version is not None
     assert path.name.split("-")[0] == version == Policy.named(version).name

@@ -105,7 +105,13 @@ def test_a_value_between_two_equal_recordings_that_was_another_is_of_a_commit():
 def test_the_recorded_versions_are_those_of_the_recordings():
     kernels = {path.name.split("-")[0] for path in GOLDEN.glob("*.tar.xz")}
     assert kernels <= set(RECORDED)
-    assert policy.mainline("6.12.117") == "6.12"
+
+
+def test_a_running_kernel_finds_its_mainline_version():
+    for release in ("6.12.117", "6.12.0-13-amd64", "6.12.0+", "6.12.87.2-microsoft-standard-WSL2", "6.12-rc3"):
+        assert policy.running(release) == "6.12", release
+    for release in ("", "6", "linux-6.12", "4.19.0-27-amd64", "6.123.0"):
+        assert policy.running(release) is None, release
 
 
 TOLD = [

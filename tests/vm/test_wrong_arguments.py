@@ -119,6 +119,7 @@ CALLS = {
     "policy.parse": call(lambda w: policy.parse, text="6.12"),
     "policy.changes": call(lambda w: policy.changes, decision="zap_all"),
     "policy.evidence": call(lambda w: policy.evidence, version="6.8"),
+    "policy.running": call(lambda w: policy.running, release="6.1.0-44-amd64"),
     "policy.mainline": call(lambda w: policy.mainline, name="6.8"),
     "policy.spell": call(lambda w: policy.spell, value=1),
     "mm.madvise": call(lambda w: mm.madvise, backing=lambda w: w.memory, first=0, count=1, advice=4, ages=False),

@@ -113,7 +113,7 @@ def _check_kvm(paths: Iterable[str], *, as_json: bool) -> int:
     try:
         host = devkvm.host()
         if not as_json:
-            click.echo(f"Linux {host.kernel}; the model: policy {_version(host.kernel)}, {host.config} ({host.why})")
+            click.echo(f"Linux {host.kernel}; the model: policy {host.version}, {host.config} ({host.why})")
         shipped: list[Any] = [None]
         for path in found or shipped:
             try:
@@ -143,12 +143,6 @@ def _check_kvm(paths: Iterable[str], *, as_json: bool) -> int:
     if differ:
         return EXIT_DIFFERENCE
     return EXIT_OK if sums["fields"] else _missing("nothing could be compared: this host performs none of the ops")
-
-
-def _version(release: str) -> str | None:
-    from spte.policy import mainline
-
-    return mainline(release.split("-")[0])
 
 
 def _missing(why: str) -> int:
