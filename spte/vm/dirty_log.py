@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from spte.mmu.slot.split import split_slot
 from spte.mmu.slot.write_protect import count_protected, write_protect_slot
 from spte.vm.kvm import Kvm
 from spte.vm.memslots import ADDRESS_SPACES, Memslot, check_slot_number
-from spte.vm.vcpu_run import ioctl
+from spte.vm.vcpu_run import Ioctl
 
 
 def _write_protect(kvm: Kvm, slot: Memslot, level: int, tdp_level: int) -> int:
@@ -113,6 +113,8 @@ def _refuse_ring(kvm: Kvm) -> None:
 
 def bytes_of(buffer: Any, name: str) -> npt.NDArray[np.uint8]:
     """Return a view of the bytes of a buffer, as an ioctl sees it; TypeError if it has none that lie side by side."""
+    if type(buffer) is np.ndarray and buffer.dtype == np.uint64 and buffer.flags.c_contiguous:
+        return buffer.reshape(-1).view(np.uint8)
     try:
         view = memoryview(buffer)
         plain = view.c_contiguous and not np.asarray(view).dtype.hasobject
@@ -135,17 +137,20 @@ def goes_beside(kvm: Kvm) -> bool:
     return not (kvm.mmu.has_shadow_pages or kvm.mmu.log.on or kvm.vcpus_in_guest or kvm.mmu.mode[0].clear_arms_huge)
 
 
+def harvest(kvm: Kvm) -> AbstractContextManager[bool]:
+    """Hold other ioctls off, but no vCPU where a harvest can go beside them (True); else do as `Ioctl` (False)."""
+    return _beside(kvm) if kvm.exclusive.met and not kvm.exclusive.is_mine else Ioctl(kvm)
+
+
 @contextmanager
-def harvest(kvm: Kvm) -> Iterator[bool]:
-    """Hold other ioctls off, but no vCPU where a harvest can go beside them (True); else do as `ioctl` (False)."""
-    if kvm.exclusive.met and not kvm.exclusive.is_mine:
-        with kvm.exclusive.beside_runs():
-            kvm.check_alive()
-            if goes_beside(kvm):
-                yield True
-                return
-    with ioctl(kvm):
-        yield False
+def _beside(kvm: Kvm) -> Iterator[bool]:
+    with kvm.exclusive.beside_runs():
+        kvm.check_alive()
+        if goes_beside(kvm):
+            yield True
+            return
+    with Ioctl(kvm) as beside:
+        yield beside
 
 
 def _sync(kvm: Kvm, beside: bool) -> None:
@@ -157,6 +162,8 @@ def _sync(kvm: Kvm, beside: bool) -> None:
 
 
 def _count(kvm: Kvm, counter: str, n: int) -> None:
+    if not n:
+        return
     with kvm.counting:
         kvm.mmu.tables.kvm[counter][0] += n
 

@@ -297,7 +297,7 @@ class Kvm:
             self._warned.add(kind)
             self._to_warn.append(text)
 
-    def give_warnings(self) -> None:
-        """Emit as KernelWarning what the last ioctl has to warn of. The caller holds no lock."""
+    def give_warnings(self, stacklevel: int) -> None:
+        """Emit as KernelWarning what the last ioctl has to warn of; `stacklevel` as for `warnings.warn`. The caller holds no lock."""
         while self._to_warn:
-            warnings.warn(self._to_warn.pop(), KernelWarning, stacklevel=4)
+            warnings.warn(self._to_warn.pop(), KernelWarning, stacklevel=stacklevel + 1)

@@ -15,7 +15,7 @@ from spte.errors import PrefaultError, SlotAlignmentError
 from spte.exits import Exit
 from spte.host.guest_memory import contents
 from spte.vm.modes import nested
-from spte.vm.modes.vcpu import GuestModes, ioctl_of_vcpu, loaded
+from spte.vm.modes.vcpu import GuestModes, VcpuLoad, ioctl_of_vcpu
 from spte.vm.vcpu_run import (
     GOES_ON,
     ONE_KIND,
@@ -109,7 +109,7 @@ class VirtualCpu(GuestModes):
 
     def _run(self, gfns: npt.ArrayLike, kinds: Kinds, *, leave: bool = True) -> Exit | None:
         array, low, high = frames(gfns)
-        with loaded(self):
+        with VcpuLoad(self):
             at, shares = 0, leave and not self.exclusive.is_mine
             while True:
                 if shares and self.exclusive.met:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -70,13 +69,35 @@ def kick(kvm: Kvm) -> None:
             leave_guest(kvm, vcpu)
 
 
-@contextmanager
-def ioctl(kvm: Kvm) -> Iterator[None]:
-    """Hold the VM's lock, every vCPU out of the guest: what a call does once its arguments are checked."""
-    with kvm.exclusive:
-        kick(kvm)
-        yield
-    kvm.give_warnings()
+class Ioctl:
+    """Hold the VM's lock, every vCPU out of the guest: what a call does once its arguments are checked.
+
+    Parameters
+    ----------
+    kvm : Kvm
+        The VM.
+    """
+
+    __slots__ = ("_kvm",)
+
+    def __init__(self, kvm: Kvm) -> None:
+        self._kvm = kvm
+
+    def __enter__(self) -> bool:
+        """Return whether vCPUs run meanwhile: False."""
+        kvm = self._kvm
+        kvm.exclusive.__enter__()
+        try:
+            kick(kvm)
+        except BaseException:
+            kvm.exclusive.__exit__(None, None, None)
+            raise
+        return False
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._kvm.exclusive.__exit__(kind, value, trace)
+        if kind is None:
+            self._kvm.give_warnings(stacklevel=3)
 
 
 def leave_guest(kvm: Kvm, vcpu: KvmVcpu) -> None:

@@ -18,7 +18,7 @@ from spte.vm import set_memory_region as region
 from spte.vm.kvm import Kvm
 from spte.vm.observed import Observed
 from spte.vm.vcpu import VirtualCpu
-from spte.vm.vcpu_run import ioctl, kick
+from spte.vm.vcpu_run import Ioctl, kick
 
 Buffer = TypeVar("Buffer")
 MIN_MMU_PAGES = 64  # KVM_MIN_ALLOC_MMU_PAGES
@@ -139,7 +139,7 @@ class VM(Observed):
         """
         given = region.typed(slot, gpa, size, backing, hva, offset, flags)
         share(self.exclusive, *(memory.exclusive for memory in region.memory_of(*given[2:6])))
-        with ioctl(self.kvm):
+        with Ioctl(self.kvm):
             region.set_memory_region(self.kvm, *given)
 
     # -- dirty log --------------------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ class VM(Observed):
             EINVAL (E2BIG for a ring that is too large); nothing is changed. A ring is given once, and before the first vCPU.
         """
         cap, arg0 = capabilities.enabled_number(name), integer(arg0, "arg0", CapabilityError)
-        with ioctl(self.kvm):
+        with Ioctl(self.kvm):
             capabilities.enable_cap(self.kvm, cap, arg0)
 
     def check_extension(self, cap: str | int) -> int:
@@ -248,7 +248,7 @@ class VM(Observed):
         if instance(name, "name", str, "the name of a parameter") not in ("eager_page_split", "nx_huge_pages"):
             raise CapabilityError(f"parameter {spell(name)} can not be set; take eager_page_split or nx_huge_pages")
         value = flag(value, "value")
-        with ioctl(self.kvm):
+        with Ioctl(self.kvm):
             capabilities.set_param(self.kvm, name, value)
 
     def kernel_write(self, gfn: int, vcpu: int | None = 0) -> None:
@@ -269,13 +269,13 @@ class VM(Observed):
             EINVAL: a gfn beyond 52 bits of address; no such vCPU; nothing is changed.
         """
         gfn, vcpu = integer(gfn, "gfn", SlotRangeError, 0, 1 << 40), None if vcpu is None else self._index(vcpu)
-        with ioctl(self.kvm):
+        with Ioctl(self.kvm):
             self.kvm.write_guest_page(gfn, vcpu)
 
     def set_tss_addr(self, gpa: int) -> None:
         """Give KVM three pages at `gpa` (bytes) for a TSS, as internal memslots: KVM_SET_TSS_ADDR; KvmError if they are not free."""
         gpa = integer(gpa, "gpa", SlotRangeError, 0, region.TSS_END + 1)
-        with ioctl(self.kvm):
+        with Ioctl(self.kvm):
             region.set_tss_addr(self.kvm, gpa)
 
     def set_nr_mmu_pages(self, n: int) -> None:

@@ -198,7 +198,7 @@ def test_a_batch_that_began_alone_goes_on_beside_others_once_threads_have_met(po
     assert set(first) | set(guest.harvest()) == set((gfns - guest.base).tolist())
 
 
-def test_vcpus_take_turns_in_their_batches(pool):
+def test_a_short_batch_of_one_vcpu_does_not_wait_for_the_end_of_a_long_one_of_another(pool):
     guest, gfns = busy_guest(vcpus=2)
     long = begin(pool, guest, guest.vm.vcpus[0].write, gfns)
     assert guest.vm.vcpus[1].write(gfns[:100]) is None

@@ -184,8 +184,9 @@ def test_kernel_writes_overrun_a_ring_and_warn_once():
     other = guest("npt", ring_bytes=4096)
     for n in range(256):
         other.kernel_write(n % 8)
-    with pytest.warns(spte.KernelWarning):  # each VM once
+    with pytest.warns(spte.KernelWarning) as told:  # each VM once
         other.kernel_write(0)
+    assert told[0].filename == __file__  # where the user called
 
 
 def test_a_write_that_is_not_logged_overruns_nothing():

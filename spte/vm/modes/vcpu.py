@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from types import TracebackType
 from typing import Concatenate, ParamSpec, TypeVar
 
 from spte._arguments import flag, index, integer, spell
@@ -18,15 +18,27 @@ V = TypeVar("V", bound="GuestModes")
 SMBASE = 0x30000  # where SMRAM lies after a reset, bytes
 
 
-@contextmanager
-def loaded(vcpu: KvmVcpu) -> Iterator[None]:
-    """Keep other threads from the vCPU: vcpu_load."""
-    while not vcpu.mutex.acquire(blocking=not vcpu.exclusive.is_mine):
-        vcpu.exclusive.let_in()
-    try:
-        yield
-    finally:
-        vcpu.mutex.release()
+class VcpuLoad:
+    """Keep other threads from the vCPU: vcpu_load.
+
+    Parameters
+    ----------
+    vcpu : KvmVcpu
+        The vCPU.
+    """
+
+    __slots__ = ("_vcpu",)
+
+    def __init__(self, vcpu: KvmVcpu) -> None:
+        self._vcpu = vcpu
+
+    def __enter__(self) -> None:
+        vcpu = self._vcpu
+        while not (vcpu.mutex.acquire(blocking=False) or vcpu.mutex.acquire(blocking=not vcpu.exclusive.is_mine)):
+            vcpu.exclusive.let_in()
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._vcpu.mutex.release()
 
 
 def ioctl_of_vcpu(call: Callable[Concatenate[V, P], R]) -> Callable[Concatenate[V, P], R]:
@@ -34,9 +46,9 @@ def ioctl_of_vcpu(call: Callable[Concatenate[V, P], R]) -> Callable[Concatenate[
 
     @functools.wraps(call)
     def alone(vcpu: V, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with loaded(vcpu), vcpu.exclusive:
+        with VcpuLoad(vcpu), vcpu.exclusive:
             result = call(vcpu, *args, **kwargs)
-        vcpu._kvm.give_warnings()
+        vcpu._kvm.give_warnings(stacklevel=2)
         return result
 
     return alone
