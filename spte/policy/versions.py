@@ -42,7 +42,7 @@ def mainline(name: str) -> str | None:
 
 
 def running(release: str) -> str | None:
-    """Return the mainline version of a running kernel: 6.1 of ``6.1.0-44-amd64``, as ``uname -r`` prints it; None if none has a policy."""
+    """Return the mainline version of a kernel by its `release`, as ``uname -r`` prints it: 6.1 of ``6.1.0-44-amd64``; None: no policy."""
     match = _RUNNING.match(instance(release, "release", str, "a name"))
     return mainline(match[0]) if match else None
 

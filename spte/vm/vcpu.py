@@ -16,6 +16,7 @@ from spte.exits import Exit
 from spte.host.guest_memory import contents
 from spte.vm.modes import nested
 from spte.vm.modes.vcpu import GuestModes, VcpuLoad, ioctl_of_vcpu
+from spte.vm.pre_fault_memory import pre_fault_memory
 from spte.vm.vcpu_run import (
     GOES_ON,
     ONE_KIND,
@@ -24,7 +25,6 @@ from spte.vm.vcpu_run import (
     enter_guest,
     frames,
     integers,
-    pre_fault_memory,
     run_beside,
     vcpu_run,
     written_page,

@@ -1,4 +1,4 @@
-"""Into the guest and out of it: a run of accesses until it stops, alone or beside others, prefault, the kick that an ioctl begins with."""
+"""Into the guest and out of it: a run of accesses until it stops, alone or beside others; the kick that an ioctl begins with."""
 
 from __future__ import annotations
 
@@ -36,15 +36,14 @@ from spte.arrays.vcpu import (
     Vcpu,
 )
 from spte.bits import GUEST_EPT, GUEST_EPT_NO_AD, GUEST_LONG, PFN_MASK, WRITABLE, is_leaf
-from spte.cpu.prefault import prefault
 from spte.cpu.run import run as run_guest
 from spte.cpu.run import run_shadow
 from spte.cpu.run_shared import run_shared, top_up
-from spte.errors import OutOfTablesError, PrefaultError, PrefaultHoleError, PrefaultHostError, PrefaultUnsupportedError, SlotRangeError
+from spte.errors import OutOfTablesError, SlotRangeError
 from spte.exits import Exit
 from spte.host.pages import the_host
 from spte.mmu.walk import walk
-from spte.platform import EPT, SHADOW
+from spte.platform import EPT
 from spte.vm.kvm import Kvm, KvmVcpu
 
 Kinds = npt.NDArray[np.uint8]
@@ -303,32 +302,3 @@ def written_page(kvm: Kvm, vcpu: KvmVcpu, gfn: int) -> int:
     if is_leaf(spte, level) and spte & WRITABLE:
         return (int(spte & PFN_MASK) >> 12) + (gfn & ((1 << (9 * (int(level) - 1))) - 1))
     return _host_write(kvm, vcpu, gfn if v.vcpu[0].pgd < 0 else int(v.vcpu[0].walker.gfn))  # KVM did the write itself
-
-
-def pre_fault_memory(kvm: Kvm, vcpu: KvmVcpu, gpa: int, size: int, flags: int) -> tuple[int, int]:
-    """Map ``[gpa, gpa + size)`` before the guest asks for it; see `VirtualCpu.prefault`: KVM_PRE_FAULT_MEMORY."""
-    if not kvm.policy.prefault or flags or gpa % 4096 or size % 4096 or not 0 <= gpa < gpa + size < 1 << 64:
-        raise PrefaultError(f"gpa={gpa:#x}, size={size:#x}, flags={flags:#x}: take page multiples, flags 0, a policy with prefault")
-    if kvm.platform.paging == SHADOW or vcpu.mmu.active is vcpu.mmu.guest_mmu:
-        raise PrefaultUnsupportedError("shadowed guest tables have no prefault; take a platform with EPT or NPT, and L1")
-    enter_guest(kvm, vcpu)
-    at, end = gpa >> 12, (gpa + size) >> 12
-    while at < end:
-        reason, level = EXIT_MMIO, 1  # beyond what a guest can address is a hole without an SPTE
-        if at < 1 << (kvm.platform.gpa_bits - 12):
-            args = kvm.mmu.tables, kvm.memslots.spaces[vcpu.as_id], the_host(), vcpu.arrays, vcpu.mmu.mode, np.int64(at)
-            reason, level = prefault(*args)
-        if reason != DONE and at << 12 == gpa:
-            if reason == EXIT_NOMEM:
-                raise OutOfTablesError(f"no page-table page left for gfn {at:#x}; delete slots or close the VM")
-            if reason == EXIT_MMIO:
-                raise PrefaultHoleError(f"gpa {gpa:#x} is in no memslot; create one first")
-            raise PrefaultHostError(f"the host has no memory for gpa {gpa:#x}")
-        if reason != DONE:
-            break
-        at = (at | ((1 << (9 * (int(level) - 1))) - 1)) + 1
-        if kvm.exclusive.contended:
-            kvm.exclusive.let_in()
-            enter_guest(kvm, vcpu)
-    at = min(at, end)
-    return at << 12, (end - at) << 12
