@@ -170,10 +170,10 @@ class GuestTables:
                     raise GuestTablesError(f"gfn={max(first, gfn):#x} is mapped by a page of level {at}; map it once")
                 if not entry:
                     missing |= {(n, first >> 9 * (n - 1)) for n in range(level + 1, at + 1)}
+                    if len(missing) > self._end - self._next:
+                        self._refuse()
                     break
                 page, at = (entry & FRAME) >> 12, at - 1
-        if len(missing) > self._end - self._next:
-            self._refuse()
 
     def _refuse(self) -> NoReturn:
         raise GuestTablesError(f"no page left for guest tables behind gfn {self._end - 1:#x}; give them more memory")

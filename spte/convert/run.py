@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import PurePath
-from typing import IO, NamedTuple, cast
+from typing import IO, Any, NamedTuple, cast
 
+from spte._arguments import instance, items, spell
 from spte.convert.slots import Slot
 from spte.convert.sniff import FORMATS, choose
 from spte.convert.source import Progress, Source, open_source
@@ -75,12 +76,32 @@ def convert(
         that names the input and the line or offset.
     """
     options = Options(interval_ns, npages, slots, addresses, time_unit, squeeze)
-    if not inputs:
-        raise TraceError("no input; name a file, or - for stdin")
-    if format is not None and format not in FORMATS:
-        raise TraceError(f"format {format!r}; take one of {', '.join(FORMATS)}")
+    inputs = _checked(inputs)
+    if format is not None and instance(format, "format", str, f"one of {', '.join(FORMATS)}") not in FORMATS:
+        raise TraceError(f"format {spell(format)}; take one of {', '.join(FORMATS)}")
     with closing(_Sources(inputs, progress)) as sources:
         return _convert(sources, format, options)
+
+
+def _checked(inputs: Sequence[Input]) -> Sequence[Input]:
+    """Return `inputs` if they are what can be read."""
+    what = "a list of paths and binary streams"
+    if isinstance(inputs, str | bytes):
+        raise TypeError(f"inputs={spell(inputs)} is one name; pass {what}")
+    given = list(items(inputs, "inputs", what))
+    if not given:
+        raise TraceError("no input; name a file, or - for stdin")
+    for each in given:
+        if not _is_name(each) and not callable(getattr(each, "read", None)):
+            raise TypeError(f"inputs holds {spell(each)}; pass {what}")
+    return given
+
+
+def _is_name(given: Any) -> bool:
+    try:
+        return isinstance(os.fspath(given), str)
+    except Exception:  # TypeError, or a foreign object's own
+        return False
 
 
 def _convert(sources: _Sources, given_format: str | None, options: Options) -> Converted:
@@ -97,7 +118,7 @@ def _convert(sources: _Sources, given_format: str | None, options: Options) -> C
     try:
         return Converted(writes.trace(), kind, writes.notes)
     except TraceError as error:
-        raise TraceError(f"{sources.title}: {error}") from None
+        raise TraceError("; ".join([f"{sources.title}: {error}", *writes.notes])) from None
 
 
 class _Sources:
@@ -113,15 +134,16 @@ class _Sources:
         first = self._streams[0].name if 0 in self._streams else os.fspath(cast("str", inputs[0]))
         self.title = PurePath(first).name + (f" and {len(inputs) - 1} more" if len(inputs) > 1 else "")
 
-    def heads(self) -> Iterator[tuple[str, bytes]]:
-        """Yield name and first bytes of each input."""
+    def heads(self) -> Iterator[tuple[str, bytes, bool]]:
+        """Yield of each input the name, bytes that tell its format, and whether they do."""
         for at in range(len(self._inputs)):
             source = self._open(at)
+            told = source.telling()
             if source.size is None:
                 self._streams[at] = source  # a pipe gives its bytes only once
             else:
                 source.close()  # there may be more files than a process may have open
-            yield source.name, source.head
+            yield source.name, *told
 
     def close(self) -> None:
         """Close what was opened here; streams that were given stay open."""
@@ -133,9 +155,10 @@ class _Sources:
 
     def __iter__(self) -> Iterator[Source]:
         sizes = [source.size for source in self._streams.values()]
-        for at, given in enumerate(self._inputs):
+        for at in range(len(self._inputs)):
             if at not in self._streams:
-                sizes.append(os.path.getsize(cast("str", given)))
+                with closing(self._open(at)) as source:
+                    sizes.append(source.size)
         self._total = None if None in sizes else sum(size or 0 for size in sizes)
         for at in range(len(self._inputs)):
             self._now = self._open(at)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from spte._arguments import integer
 from spte.convert.scan import Mask, Uint64Array
 from spte.platform import PAGE_SIZE
 from spte.trace import MAX_NPAGES, PAGES_PER_2M, TraceError
@@ -25,6 +26,11 @@ class Slot:
     gpa: int
     size: int
     id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("gpa", "size", "id"):
+            if name != "id" or self.id is not None:
+                integer(getattr(self, name), name, TraceError)
 
 
 class Slots:

@@ -47,8 +47,8 @@ ENOUGH = 8
 TEXT = re.compile(rb"[\t\n\f\r\x1b -~\x80-\xff]*")
 
 
-def choose(heads: Iterable[tuple[str, bytes]]) -> str:
-    """Return the format of all inputs together, given the name and the first bytes of each.
+def choose(heads: Iterable[tuple[str, bytes, bool]]) -> str:
+    """Return the format of all inputs together, given of each the name, the bytes that tell it, and whether they do.
 
     Raises
     ------
@@ -58,7 +58,9 @@ def choose(heads: Iterable[tuple[str, bytes]]) -> str:
     possible = set(FORMATS)
     blank = True
     decided_by = ""
-    for name, head in heads:
+    for name, head, tells in heads:
+        if not tells:
+            raise TraceError(f"{name}: begins with {len(head)} zeros, as a bitmap, a ring and a pagemap can; say which with --format")
         kinds = _kinds(name, head)
         if not possible & kinds:
             raise TraceError(

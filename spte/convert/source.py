@@ -29,6 +29,7 @@ MAX_LINE = 1 << 16
 PIECE = 1 << 20
 """Bytes of one read: what a file promises is not allocated before it is there."""
 PAD = 8
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 NEWLINE = 10
 
 
@@ -58,6 +59,10 @@ class Block:
         """Return line `line` of this block, shortened and with unprintable characters escaped, for an error."""
         return shown(self.data[int(self.starts[line]) : int(self.ends[line])].tobytes())
 
+    def error_at(self, lines: Positions, at: int, why: str) -> TraceError:
+        """Return `error` for the line of this block that ``lines[at]`` is."""
+        return self.error(int(lines[at]), why)
+
     def error(self, line: int, why: str) -> TraceError:
         """Return an error that names the file, the number of line `line` of this block, its text, and `why`."""
         return self.source.error(f"line {self.first_line + line}: {self.text(line)!r} {why}")
@@ -76,6 +81,21 @@ class Source:
         self.head = self._read(HEAD)
         self._unread = self.head
 
+    def telling(self) -> tuple[bytes, bool]:
+        """Return bytes that tell the format, and whether they do: the head, or the file's first block of as many that is not all zero.
+
+        They do not where a stream goes on after a head of zeros, which is given only once.
+        """
+        if any(self.head) or len(self.head) < HEAD:
+            return self.head, True
+        if self.size is None:
+            return self.head, self.at_end(HEAD)
+        block = b""
+        while not any(block) and (more := self._read(HEAD)):
+            block = more
+        self._stream.seek(HEAD)
+        return block or self.head, True
+
     def error(self, why: str) -> TraceError:
         """Return an error that begins with the input's name."""
         return TraceError(f"{self.name}: {why}")
@@ -91,11 +111,11 @@ class Source:
         self.progress()
         return taken
 
-    def at_end(self) -> bool:
-        """Return whether every byte was read."""
-        if not self._unread:
-            self._unread = self._read(HEAD)
-        return not self._unread
+    def at_end(self, ahead: int = 0) -> bool:
+        """Return whether the input has no byte after the next `ahead`."""
+        if len(self._unread) <= ahead:
+            self._unread += self._read(HEAD)
+        return len(self._unread) <= ahead
 
     def blocks(self) -> Iterator[Block]:
         """Yield the text in blocks of whole lines.
@@ -107,7 +127,7 @@ class Source:
         """
         line, rest = 1, b""
         while more := self.read(BLOCK):
-            text = rest + more
+            text = rest + more if self.done > len(more) else more.removeprefix(BYTE_ORDER_MARK)
             cut = text.rfind(b"\n") + 1
             rest = text[cut:]
             if cut:

@@ -8,17 +8,19 @@ from typing import Any
 
 import numpy as np
 
+from spte._arguments import flag, instance, integer, items
 from spte.convert.scan import Uint64Array
 from spte.convert.slots import Slot, Slots
 from spte.convert.source import Positions
 from spte.platform import PAGE_SIZE
 from spte.trace import Trace, TraceError
 from spte.trace.build import INTERVAL_NS, check_interval, epochs_of
-from spte.trace.collect import Collector
+from spte.trace.collect import GFN_BITS, Collector
 from spte.trace.model import MAX_NPAGES
 
 UNITS = {"s": 9, "ms": 6, "us": 3, "ns": 0}
 """Unit of a time, and how many decimal digits it has down to ns."""
+GFN_END = 1 << GFN_BITS
 WAY_OUT = "--slot ID=GPA:SIZE (Slot in the library)"
 
 
@@ -34,9 +36,15 @@ class Options:
     squeeze: bool = False
 
     def __post_init__(self) -> None:
-        check_interval(self.interval_ns)
-        if self.npages is not None and not 0 < self.npages <= MAX_NPAGES:
+        check_interval(integer(self.interval_ns, "interval_ns", TraceError))
+        if self.npages is not None and not 0 < integer(self.npages, "npages", TraceError) <= MAX_NPAGES:
             raise TraceError(f"{self.npages} pages; a guest has from 1 to {MAX_NPAGES}")
+        for name in ("addresses", "squeeze"):
+            flag(getattr(self, name), name)
+        for slot in items(self.slots, "slots", "a list of spte.convert.Slot"):
+            instance(slot, "slots", Slot, "a list of spte.convert.Slot")
+        if self.time_unit is not None:
+            instance(self.time_unit, "time_unit", str, f"one of {', '.join(UNITS)}")
         if self.slots and (self.npages is not None or self.squeeze):
             raise TraceError("slots say themselves how many pages there are and leave out the holes; give either them or pages, squeeze")
         if self.time_unit not in (None, *UNITS):
@@ -58,18 +66,30 @@ class Writes:
         self._outside = 0
         self._only_slot: int | None = None
 
-    def at(self, t_ns: Positions, gfn: Uint64Array) -> None:
-        """Take writes of guest pages at times; the first one of all says where epoch 0 begins."""
+    def at(self, t_ns: Positions, gfn: Uint64Array, error: Callable[[int, str], TraceError] | None = None) -> None:
+        """Take writes of guest pages at times; the first one of all says where an epoch begins. `error` as for `of_slot`."""
         if not len(gfn):
             return
         if self._start is None:
             self._start = int(t_ns[0])
+        if int(t_ns.min()) < self._start:
+            self.note("times go back behind the first line's, at which an epoch begins; sort the lines by time to begin at the earliest")
+        if error and self.slots is None:
+            self._check_range(gfn, error)
         epoch = epochs_of(t_ns, self._start, self.options.interval_ns)
         if self.slots:
             gfn, inside = self.slots.place(gfn)
             epoch = epoch[inside]
             self._outside += int(np.count_nonzero(~inside))
         self._collector.add(epoch, gfn)
+
+    def _check_range(self, gfn: Uint64Array, error: Callable[[int, str], TraceError]) -> None:
+        """Refuse a page that the guest does not have, or that no trace holds unless it is squeezed."""
+        end = self.options.npages or (GFN_END if self.squeeze else MAX_NPAGES)
+        far = np.flatnonzero(gfn >= np.uint64(end))
+        if len(far):
+            way = f"the guest has {end}" if self.options.npages else f"a trace has at most {end}: name the guest's slots, or squeeze"
+            raise error(int(far[0]), f"is page {int(gfn[far[0]]):#x}; {way}")
 
     def of_slot(self, slot: Uint64Array, offset: Uint64Array, error: Callable[[int, str], TraceError]) -> Uint64Array:
         """Return the guest page of each `offset`, in pages, in the slot that KVM knows as `slot`.

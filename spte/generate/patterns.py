@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from spte._arguments import integer, spell
 from spte.trace import TraceError
 
 Gfns = npt.NDArray[np.int64]
@@ -34,6 +35,13 @@ class Pattern:
     def name(cls) -> str:
         """Return the name under which `spte generate` knows the pattern, such as ``"hot-cold"``."""
         return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", cls.__name__).lower()
+
+
+def number(value: Any, name: str) -> Any:
+    """Return a parameter if it is a real number; else TypeError."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name}={spell(value)} is of type {type(value).__name__}; pass a number")
+    return value
 
 
 def _parameter(default: float, doc: str) -> Any:
@@ -82,8 +90,8 @@ class Zipf(Pattern):
     theta: float = _parameter(0.99, "Skew; the default is YCSB's.")
 
     def __post_init__(self) -> None:
-        if not 0 < self.theta <= 10:
-            raise TraceError(f"theta={self.theta}; take more than 0 and at most 10")
+        if not 0 < number(self.theta, "theta") <= 10:
+            raise TraceError(f"theta={spell(self.theta)}; take more than 0 and at most 10")
 
     def pages(self, epoch: int, first: int, last: int, npages: int, rng: np.random.Generator) -> Gfns:
         """Return the pages of an epoch."""
@@ -101,8 +109,8 @@ class HotCold(Pattern):
 
     def __post_init__(self) -> None:
         for name, value in (("hot", self.hot), ("hot_writes", self.hot_writes)):
-            if not 0 < value < 1:
-                raise TraceError(f"{name}={value}; it is a share, above 0 and below 1")
+            if not 0 < number(value, name) < 1:
+                raise TraceError(f"{name}={spell(value)}; it is a share, above 0 and below 1")
 
     def pages(self, epoch: int, first: int, last: int, npages: int, rng: np.random.Generator) -> Gfns:
         """Return the pages of an epoch."""
@@ -120,14 +128,16 @@ class Strided(Pattern):
     stride: int = _parameter(16, "Distance of two writes, in pages.")
 
     def __post_init__(self) -> None:
-        if not 1 <= self.stride <= MAX_STRIDE:
-            raise TraceError(f"stride={self.stride}; take 1 to {MAX_STRIDE} pages")
+        integer(self.stride, "stride", TraceError, 1, MAX_STRIDE + 1)
 
     def pages(self, epoch: int, first: int, last: int, npages: int, rng: np.random.Generator) -> Gfns:
         """Return the pages of an epoch."""
         stride = min(self.stride, npages)
-        column, row = np.divmod(np.arange(first, min(last, first + npages)), npages // stride)
-        page: Gfns = row * stride + column % stride
+        rows, longer = divmod(npages, stride)  # the first columns have a page more, if the stride does not divide memory
+        nth = np.arange(first, min(last, first + npages)) % npages
+        split = longer * (rows + 1)
+        column = np.where(nth < split, nth // (rows + 1), longer + (nth - split) // rows)
+        page: Gfns = np.where(nth < split, nth % (rows + 1), (nth - split) % rows) * stride + column
         return page
 
 
@@ -148,15 +158,15 @@ class AppendLog(Pattern):
 
 @dataclasses.dataclass(frozen=True)
 class GcSweep(Pattern):
-    """Allocation goes through a nursery; each time it is full, a collection sweeps the rest of memory in the next epoch."""
+    """Allocation goes through a nursery; the epoch that fills it also sweeps the rest of memory, as a collection does."""
 
     ABOUT: ClassVar[str] = "allocation in a nursery; each time it is full, one epoch sweeps all the rest"
 
     nursery: float = _parameter(0.25, "Share of memory that is nursery, at its beginning.")
 
     def __post_init__(self) -> None:
-        if not 0 < self.nursery < 1:
-            raise TraceError(f"nursery={self.nursery}; it is a share, above 0 and below 1")
+        if not 0 < number(self.nursery, "nursery") < 1:
+            raise TraceError(f"nursery={spell(self.nursery)}; it is a share, above 0 and below 1")
 
     def pages(self, epoch: int, first: int, last: int, npages: int, rng: np.random.Generator) -> Gfns:
         """Return the pages of an epoch."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from spte._arguments import instance, integer
 from spte.access import WRITE
 from spte.generate.patterns import Pattern
 from spte.platform import PAGE_SIZE
@@ -56,6 +57,9 @@ def generate(
     TraceError
         If a parameter is out of range.
     """
+    instance(pattern, "pattern", Pattern, "one that spte.generate.PATTERNS makes, such as PATTERNS['uniform']()")
+    for name, value in (("memory", memory), ("rate", rate), ("duration_ns", duration_ns), ("interval_ns", interval_ns), ("seed", seed)):
+        integer(value, name, TraceError)
     check_interval(interval_ns)
     if memory <= 0 or memory % (PAGES_PER_2M * PAGE_SIZE) or memory // PAGE_SIZE > MAX_NPAGES:
         raise TraceError(f"memory={memory}; take a multiple of 2 MiB up to {MAX_NPAGES // PAGES_PER_2M * PAGES_PER_2M * PAGE_SIZE}")
@@ -93,7 +97,8 @@ def perf_test(test: PerfTest, *, interval_ns: int = INTERVAL_NS) -> Trace:
     Trace
         The pages that any vCPU writes in each iteration; what is only read is not there.
     """
-    check_interval(interval_ns)
+    instance(test, "test", PerfTest, "a spte.profile.perf_test.PerfTest")
+    check_interval(integer(interval_ns, "interval_ns", TraceError))
     collected = Collector()
     for iteration in range(test.nepochs):
         collected.add(iteration, np.empty(0, np.uint64))

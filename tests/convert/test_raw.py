@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spte.convert import Slot
+from spte.convert import Slot, convert
 from spte.convert.formats.ring import ENTRY
 from spte.convert.slots import Slots
 from spte.trace import TraceError
@@ -37,6 +37,31 @@ def pagemap(dirty, npages):
     entries = np.full(npages, 1 << 63, np.uint64)
     entries[list(dirty)] |= np.uint64(1 << 55)
     return entries.tobytes()
+
+
+def behind_zeros(kind):
+    """A ring of which the first entries are free; a range of memory of which the first pages were never touched."""
+    if kind == "ring":
+        entries = np.zeros(30_000, ENTRY)
+        entries["flags"][20_000:20_100], entries["offset"][20_000:20_100] = 1, np.arange(100) * 7
+        return entries.tobytes()
+    return bytes(8 * 10_000) + pagemap(range(100), 200)
+
+
+@pytest.mark.parametrize("kind", ["ring", "pagemap"])
+def test_the_format_is_told_by_what_comes_behind_zeros(kind, tmp_path):
+    path = tmp_path / "in"
+    path.write_bytes(content := behind_zeros(kind))
+    got = convert([path])
+    assert got.format == kind
+    assert epochs(got.trace) == epochs(read(content, format=kind).trace)
+    assert len(epochs(got.trace)[0]) == 100
+
+
+@pytest.mark.parametrize("kind", ["ring", "pagemap"])
+def test_a_stream_that_begins_with_zeros_is_asked_for_its_format(kind):
+    assert "begins with 65536 zeros" in refusal(behind_zeros(kind))
+    assert epochs(read(bytes(1 << 16)).trace) == [[]]  # a bitmap in which nothing is dirty
 
 
 slot_shapes = st.lists(st.tuples(st.integers(0, 700), st.integers(1, 700)), min_size=1, max_size=4)

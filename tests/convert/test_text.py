@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spte.convert import source
+from spte.convert import Slot, source
 from tests.convert.reading import Stream, epochs, naive, read, refusal
 
 SEPARATORS = (" ", "\t", ",", ", ", ";", "  ", " ,\t")
@@ -83,6 +83,33 @@ def test_far_pages_are_squeezed_and_told():
     assert epochs(got) == [[5, 513, 1024]]
     assert got.meta["runs"] == [[0, 512], [0x7F0000000, 1024]]
     assert "squeeze" in refusal(b"0 0x7f0000001\n")
+
+
+def test_a_page_that_the_guest_does_not_have_is_named_by_its_line():
+    assert "line 3: '0.2 9' is page 0x9; the guest has 8" in refusal(b"0 1\n\n0.2 9\n", npages=8)
+    assert "line 2: '0 0x7f0000001' is page 0x7f0000001; a trace has at most" in refusal(b"0 1\n0 0x7f0000001\n")
+
+
+@pytest.mark.parametrize("line", [b"nan 5", b"inf,5", b"a1,5", b"time,5", b"time page 5"])
+def test_a_first_line_with_a_number_is_no_header(line):
+    assert f"line 1: {line.decode()!r} is not a time and a page" in refusal(line + b"\n0.1 6\n")
+
+
+@pytest.mark.parametrize("line", [b"time,page", b"time page", b'"t (s)";"page number"', b"\xef\xbb\xbftime,gfn", b"\xef\xbb\xbf0.1,6"])
+def test_a_header_and_a_byte_order_mark_are_skipped(line):
+    assert epochs(read(line + b"\n0.1 6\n").trace) == [[6]]
+
+
+def test_times_before_the_first_are_told():
+    note = "times go back behind the first line's"
+    assert [n.startswith(note) for n in read(b"0.15 1\n0.00 2\n").notes] == [True]
+    assert read(b"0.00 2\n0.15 1\n0.10 1\n").notes == []
+
+
+def test_why_no_write_is_left_is_told():
+    said = refusal(b"0.1 5\n", slots=[Slot(0, 4096)])
+    assert "there is no write in it" in said
+    assert "1 writes lie in no slot" in said
 
 
 def test_several_files_share_one_clock():

@@ -62,6 +62,12 @@ def test_strided_writes_a_column_after_the_other():
     assert made(Strided(stride=1 << 20), 1, 3) == [[0], [1], [2]]
 
 
+@pytest.mark.parametrize("stride", [3, 300, 511])
+def test_a_stride_that_does_not_divide_memory_reaches_every_page(stride):
+    one_by_one = [page for epoch in made(Strided(stride=stride), 1, 1024) for page in epoch]
+    assert one_by_one[:512] == one_by_one[512:] == [page for column in range(stride) for page in range(column, 512, stride)]
+
+
 def test_the_log_grows_and_its_head_is_always_written():
     got = made(AppendLog(), 100, 6)
     assert got[0] == list(range(101))

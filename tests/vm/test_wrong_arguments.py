@@ -1,6 +1,7 @@
 """Wrong arguments of every public call: a TypeError or an error of the package, one line with the way out, and nothing has changed."""
 
 import inspect
+import io
 import tempfile
 import traceback
 from pathlib import Path
@@ -11,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import spte
-from spte import kernels, mm, policy, trace
+from spte import convert, generate, kernels, mm, policy, trace
 from spte.errors import ArgumentError, BufferFaultError, KvmError, PrefaultHoleError, SlotRangeError
 from spte.host.pages import the_host
+from spte.profile.perf_test import PerfTest
 from spte.vm.modes.vcpu import GuestModes
 from spte.vm.observed import Observed
 from spte.vm.vcpu import VirtualCpu
@@ -139,6 +141,20 @@ CALLS = {
     "trace.named": call(lambda w: trace.named, name="sqlite"),
     "trace.shipped": call(lambda w: trace.shipped, name="sqlite"),
     "trace.save": call(lambda w: trace.save, trace=lambda w: w.trace, path=GONE),
+    "convert.convert": call(
+        lambda w: convert.convert, inputs=lambda w: [io.BytesIO(b"0.1 5\n")], format="text", interval_ns=50, npages=64, slots=(),
+        addresses=False, time_unit="ms", squeeze=False,
+    ),
+    "convert.Slot": call(lambda w: lambda **some: convert.convert([io.BytesIO(b"0.1 5\n")], slots=[convert.Slot(**some)]),
+                         gpa=0, size=1 << 20, id=3),
+    "generate.generate": call(
+        lambda w: generate.generate, pattern=lambda w: generate.PATTERNS["uniform"](), memory=2 << 20, rate=10**12, duration_ns=1000,
+        interval_ns=10, seed=1,
+    ),
+    "generate.perf_test": call(lambda w: generate.perf_test, test=lambda w: PerfTest(bytes_per_vcpu=2 << 20), interval_ns=10),
+    **{f"generate.PATTERNS[{name!r}]": call(lambda w, name=name: generate.PATTERNS[name], **sound) for name, sound in {
+        "zipf": {"theta": 0.5}, "hot-cold": {"hot": 0.1, "hot_writes": 0.9}, "strided": {"stride": 3}, "gc-sweep": {"nursery": 0.5},
+    }.items()},
     "kernels.layout": call(lambda w: kernels.layout, platform="npt", policy="6.12"),
     "kernels.write_protect": call(lambda w: kernels.write_protect, sptes=WORDS["sptes"], level=1),
     "kernels.clear_dirty": call(lambda w: kernels.clear_dirty, sptes=WORDS["sptes"], level=1, platform="npt"),

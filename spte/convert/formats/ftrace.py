@@ -31,7 +31,6 @@ from spte.convert import scan
 from spte.convert.scan import Mask, Numbers, Uint64Array
 from spte.convert.source import Block, Positions, Source
 from spte.convert.writes import WAY_OUT, Writes
-from spte.trace import TraceError
 from spte.trace.collect import GFN_BITS
 
 ABOUT = "KVM tracepoints: text of ftrace, trace-cmd report or perf script"
@@ -110,7 +109,7 @@ def _writes(block: Block, name: str, event: Event, writes: Writes) -> _Part:
     huge = int(np.count_nonzero(is_write & ~small))
     is_write &= small
     if "slot" in fields:
-        gfn = writes.of_slot(fields["slot"].value, gfn, functools.partial(_error, block, line))
+        gfn = writes.of_slot(fields["slot"].value, gfn, functools.partial(block.error_at, line))
     far = is_write & (gfn >> np.uint64(GFN_BITS) != 0)
     _refuse(block, line, far, "is of a page beyond 52 bits of address")
     return _Part(len(line), huge, t_ns[is_write], gfn[is_write])
@@ -138,10 +137,6 @@ def _events(block: Block, name: str, event: Event) -> tuple[Positions, Positions
         fields[field] = parse(block, np.where(there, place + len(literal), 0), end)
         _refuse(block, line, ~(there & fields[field].ok), f"has no {field!r} as {name} prints it")
     return line, times.value.astype(np.int64), fields
-
-
-def _error(block: Block, line: Positions, index: int, why: str) -> TraceError:
-    return block.error(int(line[index]), why)
 
 
 def _refuse(block: Block, line: Positions, bad: Mask, why: str) -> None:

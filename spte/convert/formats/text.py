@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from decimal import Decimal
@@ -18,7 +19,8 @@ ABOUT = "text or CSV: time and page, or address, of a write a line"
 PAGE_SHIFT = 12
 _NUMBER = rb"[+-]?(?:0[xX][0-9a-fA-F]+|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"
 _LINE = re.compile(rb"\s*" + _NUMBER + rb"(?:\s*[,;]\s*|\s+)" + _NUMBER + rb"\s*$")
-_HEADER = re.compile(rb"""\s*["']?[A-Za-z_][\w .()/"'-]*[,;\t ]""")
+_NAME = re.compile(rb"""\s*["']?[A-Za-z_][\w .()/"'-]*\s*""")
+_NO_NUMBERS = (b"nan", b"inf", b"infinity")
 _COMMENT = 35
 _SPACE = np.zeros(256, np.bool_)
 _SPACE[list(b" \t,;\r\n")] = True
@@ -35,11 +37,12 @@ def read(sources: Iterable[Source], writes: Writes) -> None:
     digits = UNITS[writes.options.time_unit or "s"]
     for source in sources:
         for block in source.blocks():
-            writes.at(*_parse(block, digits, writes.options.addresses))
+            t_ns, gfn, rows = _parse(block, digits, writes.options.addresses)
+            writes.at(t_ns, gfn, functools.partial(block.error_at, rows))
 
 
-def _parse(block: Block, digits: int, addresses: bool) -> tuple[Positions, Uint64Array]:
-    """Return time in ns and page of each line; comments, empty lines and a header are left out."""
+def _parse(block: Block, digits: int, addresses: bool) -> tuple[Positions, Uint64Array, Positions]:
+    """Return time in ns, page and place of each line; comments, empty lines and a header are left out."""
     data = block.data
     inside = ~_SPACE[data]
     inside[-PAD:] = False
@@ -59,7 +62,7 @@ def _parse(block: Block, digits: int, addresses: bool) -> tuple[Positions, Uint6
     t_ns, gfn = times.value.astype(np.int64), pages.value
     skipped = np.zeros(len(rows), np.bool_)
     for i in np.flatnonzero(~good).tolist():
-        if block.first_line + rows[i] == _header_line(block, rows) and _HEADER.match(_line(block, rows[i])):
+        if block.first_line + rows[i] == _header_line(block, rows) and _is_header(_line(block, rows[i])):
             skipped[i] = True
         else:
             t_ns[i], gfn[i] = _parse_line(block, int(rows[i]), digits)
@@ -67,7 +70,7 @@ def _parse(block: Block, digits: int, addresses: bool) -> tuple[Positions, Uint6
     far = np.flatnonzero((gfn >> np.uint64(GFN_BITS) != 0) & ~skipped)
     if len(far):
         raise block.error(int(rows[far[0]]), f"is page {int(gfn[far[0]]):#x}, beyond 52 bits of address; addresses need --bytes")
-    return t_ns[~skipped], gfn[~skipped]
+    return t_ns[~skipped], gfn[~skipped], rows[~skipped]
 
 
 def _separated(block: Block, rows: Positions, end: Positions, start: Positions) -> Mask:
@@ -86,6 +89,12 @@ def _separated(block: Block, rows: Positions, end: Positions, start: Positions) 
 def _header_line(block: Block, rows: Positions) -> int:
     """Return the number of the only line that may be a header: the file's first that is no comment; 0: it has passed."""
     return int(rows[0]) + 1 if block.first_line == 1 and len(rows) else 0
+
+
+def _is_header(line: bytes) -> bool:
+    """Return whether a line names columns: at least two, none of which is a number, though `nan` and `inf` are spelled as names."""
+    names = re.split(rb"[,;\t]", line) if re.search(rb"[,;\t]", line) else line.split()
+    return len(names) > 1 and all(_NAME.fullmatch(name) and name.strip().lower() not in _NO_NUMBERS for name in names)
 
 
 def _line(block: Block, row: int) -> bytes:
