@@ -32,8 +32,8 @@ def test_who_waits_gets_in_before_the_one_that_holds_it_comes_again(pool):
     for round_ in range(100):
         with lock:
             waiter = pool.submit(held, lock, "waiter", order)
-            wait_until(lambda: lock.contended)
-            assert lock.needbreak[0] == 1
+            wait_until(lambda: lock.needbreak[0] == 1)
+            assert lock.contended
         with lock:
             order.append("holder")
             assert not lock.contended
@@ -186,8 +186,8 @@ def test_runs_that_wait_come_before_the_next_that_takes_it(pool):
     for round_ in range(100):
         with lock:
             run = pool.submit(run_until, lock, word, order, "run")
-            wait_until(lambda: lock.contended)
-            assert lock.needbreak[0] == 1
+            wait_until(lambda: lock.needbreak[0] == 1)
+            assert lock.contended
         with lock:
             order.append("holder")
             assert not lock.contended
