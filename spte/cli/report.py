@@ -43,18 +43,25 @@ def title(work: Workload, rows: Sequence[Row]) -> str:
 
 def render(report: Report, wanted: Wanted, *, color: bool) -> str:
     """Return the text that is to be printed."""
-    return _epochs(report, wanted.style) if wanted.epochs else _table(report, wanted, color=color)
+    return _epochs(report, wanted) if wanted.epochs else _table(report, wanted, color=color)
 
 
-def _epochs(report: Report, style: str | None) -> str:
-    lines = list(epochs(report.rows, report.profile))
-    return {"json": _epochs_json, "csv": _epochs_csv, "markdown": _epochs_markdown, None: _epochs_text}[style](lines)
+def verdict_of(report: Report) -> list[str]:
+    """Return the recommendation in words; the report has costs."""
+    assert report.profile
+    verdict = recommend(report.rows, report.profile)
+    return verdict.lines() if verdict else ["every column loses pages: none is recommended"]
+
+
+def _epochs(report: Report, wanted: Wanted) -> str:
+    lines = list(epochs(report.rows, report.profile, band=wanted.band))
+    return {"json": _epochs_json, "csv": _epochs_csv, "markdown": _epochs_markdown, None: _epochs_text}[wanted.style](lines)
 
 
 def _table(report: Report, wanted: Wanted, *, color: bool) -> str:
     rows, costs = report.rows, report.profile
-    verdict = recommend(rows, costs) if costs and wanted.recommend else None
     if wanted.style == "json":
+        verdict = recommend(rows, costs) if costs and wanted.recommend else None
         return _json({**as_json(report), "verdict": verdict and verdict.as_dict()})
     from spte.cli.table import markdown, plain
 
@@ -66,7 +73,7 @@ def _table(report: Report, wanted: Wanted, *, color: bool) -> str:
         guesses = f"; guesses: {', '.join(costs.guesses)}" if costs.guesses else ""
         lines.append(f"estimated at the costs of {costs.name}: {costs.title}{guesses}")
     if costs and wanted.recommend:
-        lines += [""] * bool(lines) + (verdict.lines() if verdict else ["every column loses pages: none is recommended"])
+        lines += [""] * bool(lines) + verdict_of(report)
     below = "".join(f"{line}\n" for line in lines)
     if wanted.style == "markdown":
         return markdown(rows, figures, pivot=wanted.pivot) + (f"\n{below}" if below else "")

@@ -98,7 +98,8 @@ class _Run:
             guest.set_logging(0)
         lost = np.flatnonzero(self.source != self.destination).astype(np.uint64) if downtime is not None else NONE
         return Outcome(
-            downtime is not None, self.now, downtime, self.sent, tuple(self.rounds), lost, round(enabled.ns), self._left(huge, logging)
+            downtime is not None, self.now, downtime, self.sent, tuple(self.rounds), lost, self._estimated(enabled.ns),
+            self._left(huge, logging),
         )  # fmt: skip
 
     def _precopy(self, log: Log) -> Pages:
@@ -128,13 +129,16 @@ class _Run:
             unsent = len(pages) - (self.sent - sent)
             self.rounds.append(Round(
                 len(self.rounds) + 1, start, self.now - start, self.sent - sent, None if dirty is None else len(dirty),
-                unsent if dirty is None else len(dirty), round(guest.stall_ns - stall), round(guest.vmm_ns - vmm), percent, limit,
-                changes(before, guest.counters()),
+                unsent if dirty is None else len(dirty), self._estimated(guest.stall_ns - stall),
+                self._estimated(guest.vmm_ns - vmm), percent, limit, changes(before, guest.counters()),
             ))  # fmt: skip
             if self.progress is not None:
                 self.progress(self.rounds[-1])
         self.throttle.harvested(self.now, len(dirty), self.sent - sent)
         return dirty, round(ns)
+
+    def _estimated(self, ns: float) -> int | None:
+        return None if self.plan.costs is None else round(ns)
 
     def _stop(self, log: Log, pages: Pages) -> Downtime:
         """Stop the guest and send the rest."""

@@ -27,10 +27,10 @@ class Round:
         Pages that the harvest reported; None: the migration was cancelled before it.
     remaining : int
         Pages to be sent after it.
-    stall_ns : int
-        Estimated: time that dirty logging took from the guest, all vCPUs together, ns.
-    vmm_ns : int
-        Estimated: time of the VMM in ioctls, ns.
+    stall_ns : int, optional
+        Estimated: time that dirty logging took from the guest, all vCPUs together, ns; None without costs.
+    vmm_ns : int, optional
+        Estimated: time of the VMM in ioctls, ns; None without costs.
     throttle_percent : int
         Share of the time that every vCPU slept.
     dirty_limit : int, optional
@@ -45,8 +45,8 @@ class Round:
     sent: int
     dirtied: int | None
     remaining: int
-    stall_ns: int
-    vmm_ns: int
+    stall_ns: int | None
+    vmm_ns: int | None
     throttle_percent: int
     dirty_limit: int | None
     counts: dict[str, int]
@@ -108,8 +108,8 @@ class Outcome:
         In order of time.
     lost : uint64 array
         Pages that the destination has in an older version than the source, ascending.
-    enable_ns : int
-        Estimated: how long turning logging on took the VMM, ns.
+    enable_ns : int, optional
+        Estimated: how long turning logging on took the VMM, ns; None without costs.
     source : Source
         What is left on the source.
     """
@@ -120,7 +120,7 @@ class Outcome:
     sent: int
     rounds: tuple[Round, ...]
     lost: npt.NDArray[np.uint64]
-    enable_ns: int
+    enable_ns: int | None
     source: Source
 
     @property
@@ -129,9 +129,9 @@ class Outcome:
         return self.sent * PAGE_SIZE
 
     @property
-    def stall_ns(self) -> int:
-        """Estimated: time that dirty logging took from the guest while it ran, ns."""
-        return sum(one.stall_ns for one in self.rounds)
+    def stall_ns(self) -> int | None:
+        """Estimated: time that dirty logging took from the guest while it ran, ns; None without costs."""
+        return None if self.enable_ns is None else sum(one.stall_ns or 0 for one in self.rounds)
 
     @property
     def throttle_percent(self) -> int:

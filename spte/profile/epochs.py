@@ -12,15 +12,18 @@ from spte.profile.report import HARVEST, Row
 _COUNTS = ("exits", "faults_fast", "faults_slow", "pml_entries", "pml_full", "ring_full", "splits_2m", "splits_1g", "flushes")
 
 
-def epochs(rows: Sequence[Row], profile: CostProfile | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the figures of each epoch by name, column by column; estimates, in ns, only with a cost profile."""
+def epochs(rows: Sequence[Row], profile: CostProfile | None = None, *, band: bool = False) -> Iterator[dict[str, Any]]:
+    """Yield the figures of each epoch by name, column by column; estimates, in ns, only with a cost profile, `band`: at its ends too."""
+    costs = {"": profile.costs} if profile else {}
+    if profile and band:
+        costs |= {"low_": profile.low, "high_": profile.high}
     for row in rows:
-        estimated = estimate(row, profile.costs).epochs if profile else ()
+        estimated = {which: estimate(row, each).epochs for which, each in costs.items()}
         for i in range(len(row.epochs)):
             values = _exact(row, i)
-            if estimated:
-                stall, vmm, hold = estimated[i]
-                values |= {"estimated_guest_stall_ns": stall, "estimated_vmm_ns": vmm, "estimated_mmu_lock_longest_hold_ns": hold}
+            for which, found in estimated.items():
+                stall, vmm, hold = (f"estimated_{name}_{which}ns" for name in ("guest_stall", "vmm", "mmu_lock_longest_hold"))
+                values |= {stall: found[i].stall, vmm: found[i].vmm, hold: found[i].hold}
             yield values
 
 

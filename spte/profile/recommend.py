@@ -71,6 +71,10 @@ class Part(NamedTuple):
     stall: float
     shares: tuple[tuple[str, float], ...]
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {"name": self.name, "stall": self.stall, "shares": dict(self.shares)}
+
     def __str__(self) -> str:
         return f"{self.name}: {self.stall / 1e6:.3g} ms: " + ", ".join(f"{item} {share:.0%}" for item, share in self.shares)
 
@@ -125,7 +129,7 @@ class Verdict(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         """Return the verdict as JSON values."""
-        return {**self._asdict(), "turns": [turn._asdict() for turn in self.turns]}
+        return {**self._asdict(), "turns": [turn._asdict() for turn in self.turns], "parts": [part.as_dict() for part in self.parts]}
 
 
 class _Column:

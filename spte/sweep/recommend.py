@@ -28,4 +28,4 @@ def _good(one: Figures) -> bool:
 
 def _rank(one: Figures) -> tuple[int, ...]:
     slowed = one["throttle_percent"] if one["dirty_limit"] is None else 100
-    return slowed, one["stall_ns"], one["down_ns"], one["total_ns"]
+    return slowed, one["stall_ns"] or 0, one["down_ns"], one["total_ns"]

@@ -74,6 +74,7 @@ def test_json_holds_the_plan_and_every_round(capsys, toy):
     assert one["total_ns"] == sum(r["duration_ns"] for r in one["rounds"]) == 5 * 10**9
     assert one["pages_sent"] == sum(r["sent"] for r in one["rounds"])
     assert one["rounds"][-1]["dirtied"] is None
+    assert one["stall_ns"] is one["enable_ns"] is one["rounds"][0]["vmm_ns"] is None  # no costs, no estimates
     assert "did not converge: cancelled after 5 s" in spte(capsys, "migrate", toy, "--bandwidth", "1MB/s", "--max-time", "5s")[1]
 
 

@@ -1,5 +1,6 @@
 """Reports: whole in one file, drawn and clicked in Chromium, told apart without colour, refused where plotly is missing."""
 
+import html
 import io
 import re
 
@@ -88,6 +89,23 @@ def test_a_page_is_whole_and_fetches_nothing(capsys, toy, tmp_path, verb):
 
 
 @compiled
+@compiled
+def test_what_the_terminal_tells_the_page_tells(capsys, toy, tmp_path):
+    """The verdict; a dirty limit in place of a share of time; no stall where no costs were given."""
+    path = tmp_path / "report.html"
+    argv = ["profile", toy, "--platform", "npt", "--platform", "ept-pml", "--cost", "guess", "--recommend", "--report", str(path)]
+    assert run(argv) == 0
+    verdict = capsys.readouterr().out.partition("recommended (estimated)")[2].splitlines()[0]
+    assert f"recommended (estimated){verdict}" in html.unescape(path.read_text())
+    argv = ["migrate", toy, "--log", "ring", "--grid", "throttle=none,dirty-limit", "--bandwidth", "1MB/s", "--downtime", "21ms"]
+    for cost in ([], ["--cost", "guess"]):
+        assert run([*argv, "--max-time", "9s", *cost, "--report", str(path)]) == 0
+        throttled = re.search(r"dirty-limit .*?([\d.]+ MB/s)$", capsys.readouterr().out, re.MULTILINE)
+        table = path.read_text().rpartition("<table")[2]
+        assert f">{throttled[1]}<" in table
+        assert ("guest stall" in table) == bool(cost)
+
+
 def test_the_patches_and_papers_have_pages_too(capsys, tmp_path):
     path = tmp_path / "patches.html"
     assert run(["patches", "--patch", "5", "--report", str(path)]) == 0

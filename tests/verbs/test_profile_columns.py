@@ -196,6 +196,10 @@ def test_epochs_are_a_line_an_epoch_and_column_and_add_up_to_the_table(capsys, p
         assert sum(int(line["sptes_written_harvest"]) for line in mine) == row["counts"]["sptes_written_harvest"]
         mean = sum(float(line["estimated_guest_stall_ns"]) for line in mine) / 3
         assert row["estimated"]["guest_stall_ms_per_epoch"] == pytest.approx(mean / 1e6)
+    banded = csv.DictReader(io.StringIO(spte(capsys, *argv, "--epochs", "--csv", "--cost-range")[1]))
+    for line in banded:
+        low, ns, high = (float(line[f"estimated_guest_stall_{which}ns"]) for which in ("low_", "", "high_"))
+        assert low < ns < high
     same = json.loads(spte(capsys, *argv, "--epochs", "--json")[1])
     assert same["schema"] == "spte-profile-epochs/1"
     assert [{k: str(v) for k, v in line.items()} for line in same["epochs"]] == lines

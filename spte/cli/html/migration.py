@@ -9,7 +9,7 @@ from typing import Any
 from spte.cli.html.page import Cell, Section, bars, figure, points, steps
 from spte.cli.html.traces import pages_over_time
 from spte.cli.migration.options import name_of, spelled
-from spte.cli.migration.text import Axis, Figures, ns, short
+from spte.cli.migration.text import STALL, Axis, Figures, ns, short, throttled
 from spte.migrate.plan import Plan
 from spte.migrate.report import Outcome
 
@@ -30,9 +30,13 @@ def one(plan: Plan, outcome: Outcome) -> list[Section]:
     if plan.costs is not None:
         vcpus = plan.workload.vcpus
         steps(slowed, 1, "stall by dirty logging, estimated", bounds, [
-            each.stall_ns / 1e7 / length / vcpus for each, length in zip(rounds, lengths, strict=True)
+            (each.stall_ns or 0) / 1e7 / length / vcpus for each, length in zip(rounds, lengths, strict=True)
         ])  # fmt: skip
     sections.append(Section("Stall over time", "What takes the guest's time while it is migrated.", slowed))
+    if any(each.dirty_limit is not None for each in rounds):
+        limit = figure("time, s", "MB/s")
+        steps(limit, 0, "dirty limit of a vCPU", bounds, [None if each.dirty_limit is None else each.dirty_limit / 1e6 for each in rounds])
+        sections.append(Section("Dirty limit over time", "A vCPU that dirties more sleeps until its next page is due.", limit))
     if plan.costs is not None:
         sections.append(_costs(outcome))
     return [*sections, pages_over_time(plan.workload.trace), Section("Rounds", rows=_rounds(plan, outcome))]
@@ -41,19 +45,18 @@ def one(plan: Plan, outcome: Outcome) -> list[Section]:
 def _costs(outcome: Outcome) -> Section:
     costs = figure("round", "ms, estimated", barmode="stack")
     names = [str(each.index) for each in outcome.rounds]
-    bars(costs, 0, "guest stall", names, [each.stall_ns / 1e6 for each in outcome.rounds])
-    bars(costs, 1, "VMM, in ioctls", names, [each.vmm_ns / 1e6 for each in outcome.rounds])
-    return Section("Cost by phase", f"Enabling took the VMM {ns(outcome.enable_ns)} before round 1.", costs)
+    bars(costs, 0, "guest stall", names, [(each.stall_ns or 0) / 1e6 for each in outcome.rounds])
+    bars(costs, 1, "VMM, in ioctls", names, [(each.vmm_ns or 0) / 1e6 for each in outcome.rounds])
+    return Section("Cost by phase", f"Enabling took the VMM {ns(outcome.enable_ns or 0)} before round 1.", costs)
 
 
 def _rounds(plan: Plan, outcome: Outcome) -> list[list[Cell | str]]:
     head: list[Cell | str] = ["round", "began", "took", "sent", "dirtied", "remaining", "throttle"]
     rows = [head + (["guest stall", "VMM"] if plan.costs is not None else [])]
     for each in outcome.rounds:
-        throttle = f"{each.throttle_percent} %" if each.dirty_limit is None else f"{each.dirty_limit / 1e6:.3g} MB/s"
         row: list[Cell | str] = [
             Cell(str(each.index), each.index), _time(each.start_ns), _time(each.duration_ns), _number(each.sent), _number(each.dirtied),
-            _number(each.remaining), Cell(throttle, each.throttle_percent or each.dirty_limit or 0),
+            _number(each.remaining), _throttle(each.throttle_percent, each.dirty_limit),
         ]  # fmt: skip
         rows.append(row + ([_time(each.stall_ns), _time(each.vmm_ns)] if plan.costs is not None else []))
     return rows
@@ -70,19 +73,23 @@ def many(keys: Sequence[str], settings: Sequence[Mapping[str, Any]], figures: Se
     never = len(figures) - len(good)
     text = f"{len(good)} of {len(figures)} converge" + (f"; the other {never} were cancelled and have no place here." * bool(never) or ".")
     sections.append(Section("Total time and downtime", text, times))
-    if any(each["stall_ns"] for each in figures):
+    estimated = any(each["stall_ns"] is not None for each in figures)
+    if estimated:
         stalls = figure("point", "guest stall, ms, estimated")
-        bars(stalls, 1, "guest stall", told, [each["stall_ns"] / 1e6 for each in figures])
+        bars(stalls, 1, "guest stall", told, [(each["stall_ns"] or 0) / 1e6 for each in figures])
         stalls.update_xaxes(showticklabels=len(told) <= 24)
         sections.append(Section("Guest stall", "Time that dirty logging takes from all vCPUs, until the guest moves or gives up.", stalls))
-    head = [*map(name_of, keys), "converged", "total", "downtime", "MB sent", "rounds", "guest stall", "throttle", "pages lost"]
+    head = [*map(name_of, keys), "converged", "total", "downtime", "MB sent", "rounds", STALL, "throttle", "pages lost"]
     rows: list[list[Cell | str]] = [[*head]]
     for point, each in zip(settings, figures, strict=True):
         rows.append([
             *(Cell(spelled(key, point[key]), point[key]) for key in keys), "yes" if each["converged"] else "no", _time(each["total_ns"]),
             _time(each["down_ns"]), _number(round(each["bytes_sent"] / 1e6)), _number(each["rounds"]), _time(each["stall_ns"]),
-            Cell(f"{each['throttle_percent']} %", each["throttle_percent"]), _number(each["lost_pages"]),
+            _throttle(each["throttle_percent"], each["dirty_limit"]), _number(each["lost_pages"]),
         ])  # fmt: skip
+    if not estimated:
+        at = head.index(STALL)
+        rows = [row[:at] + row[at + 1 :] for row in rows]
     return [*sections, Section("All of them", rows=rows)]
 
 
@@ -110,6 +117,10 @@ def _map(axes: Sequence[Axis], figures: Sequence[Figures]) -> Section:
 
 def _time(value: int | None) -> Cell:
     return Cell("-" if value is None else ns(value), value)
+
+
+def _throttle(percent: int, limit: int | None) -> Cell:
+    return Cell(throttled(percent, limit), percent if limit is None else limit)
 
 
 def _number(value: int | None) -> Cell:

@@ -31,10 +31,16 @@ def draw_rounds(outcome: Outcome, title: str, path: Path) -> None:
     pages.legend(fontsize=8, loc="upper right")
     guest = panels["guest"]
     lengths = np.maximum(np.diff(bounds), 1e-12)
-    stall = np.array([one.stall_ns / 1e9 for one in outcome.rounds]) / lengths * 100
-    guest.stairs(stall, bounds, color=ORANGE, label="stall, % of a vCPU, estimated")
-    guest.stairs([one.throttle_percent for one in outcome.rounds], bounds, color=BLUE, linestyle="--", label="throttle, %")
-    guest.set(xlabel="time, s", ylabel="%", ylim=0, xlim=(0, bounds[-1]))
+    if outcome.stall_ns is not None:
+        stall = np.array([(one.stall_ns or 0) / 1e9 for one in outcome.rounds]) / lengths * 100
+        guest.stairs(stall, bounds, color=ORANGE, label="stall, % of a vCPU, estimated")
+    limits = [np.nan if one.dirty_limit is None else one.dirty_limit / 1e6 for one in outcome.rounds]
+    if np.isfinite(limits).any():
+        guest.stairs(limits, bounds, color=BLUE, linestyle="--", label="dirty limit of a vCPU, MB/s")
+        guest.set(xlabel="time, s", ylabel="MB/s" if outcome.stall_ns is None else "%, MB/s", ylim=0, xlim=(0, bounds[-1]))
+    else:
+        guest.stairs([one.throttle_percent for one in outcome.rounds], bounds, color=BLUE, linestyle="--", label="throttle, %")
+        guest.set(xlabel="time, s", ylabel="%", ylim=0, xlim=(0, bounds[-1]))
     guest.legend(fontsize=8, loc="upper left")
     fig.savefig(path, dpi=120)
 

@@ -49,23 +49,22 @@ def rounds(plan: Plan, outcome: Outcome, *, markdown: bool = False) -> str:
     hidden = len(shown) - FIRST - LAST
     lines = [_cells(one) for one in (shown if hidden <= 0 else (*shown[:FIRST], *shown[-LAST:]))]
     if hidden > 0:
-        lines.insert(FIRST, ("...", f"{hidden} rounds", *[""] * (len(HEADER) - 2)))
+        lines.insert(FIRST, ("...", f"{hidden} round{'s' * (hidden != 1)}", *[""] * (len(HEADER) - 2)))
     kept = [i for i, name in enumerate(HEADER) if name != STALL or plan.costs is not None]
     return table([HEADER[i] for i in kept], [[line[i] for i in kept] for line in lines], markdown=markdown)
 
 
 def _cells(one: Round) -> tuple[str, ...]:
-    throttle = f"{one.throttle_percent} %" if one.dirty_limit is None else f"{one.dirty_limit / 1e6:.3g} MB/s"
     return (
         str(one.index), ns(one.start_ns), ns(one.duration_ns), f"{one.sent:,}", "-" if one.dirtied is None else f"{one.dirtied:,}",
-        f"{one.remaining:,}", ns(one.stall_ns), throttle if throttle != "0 %" else "-",
+        f"{one.remaining:,}", ns(one.stall_ns or 0), throttled(one.throttle_percent, one.dirty_limit),
     )  # fmt: skip
 
 
 def verdict(plan: Plan, outcome: Outcome, *, markdown: bool = False) -> list[str]:
     """Return how it ended: the verdict, what it took, and what is left on the source; in Markdown a list."""
     source = outcome.source
-    stall = f", estimated guest stall {ns(outcome.stall_ns)}" if plan.costs is not None else ""
+    stall = "" if outcome.stall_ns is None else f", estimated guest stall {ns(outcome.stall_ns)}"
     if outcome.downtime is None:
         first = f"did not converge: cancelled after {ns(outcome.total_ns)}"
     else:
@@ -104,20 +103,24 @@ def grid(axes: Sequence[Axis], figures: Sequence[Figures], *, markdown: bool = F
 
 
 def listing(keys: Sequence[str], points: Sequence[Mapping[str, Any]], figures: Sequence[Figures], *, markdown: bool = False) -> str:
-    """Return a line for each point: its settings of `keys`, and how it ended; the guest's stall only if there is any."""
+    """Return a line for each point: its settings of `keys`, and how it ended; the guest's stall only where there are costs."""
     header = (*map(name_of, keys), "converged", "total", "downtime", "sent", "rounds", STALL, "throttled")
     lines = [(*(spelled(key, point[key]) for key in keys), *_summary(one)) for point, one in zip(points, figures, strict=True)]
-    kept = [i for i, name in enumerate(header) if name != STALL or any(one["stall_ns"] for one in figures)]
+    kept = [i for i, name in enumerate(header) if name != STALL or any(one["stall_ns"] is not None for one in figures)]
     return table([header[i] for i in kept], [[line[i] for i in kept] for line in lines], markdown=markdown)
 
 
 def _summary(one: Figures) -> tuple[str, ...]:
-    downtime = "-" if one["down_ns"] is None else ns(one["down_ns"])
-    limit, percent = one["dirty_limit"], one["throttle_percent"]
+    downtime, stall = ("-" if one[name] is None else ns(one[name]) for name in ("down_ns", "stall_ns"))
     return (
         "yes" if one["converged"] else "no", ns(one["total_ns"]), downtime, f"{one['bytes_sent'] / 1e6:,.0f} MB", str(one["rounds"]),
-        ns(one["stall_ns"]), f"{percent} %" if percent else "-" if limit is None else f"{limit / 1e6:.3g} MB/s",
+        stall, throttled(one["throttle_percent"], one["dirty_limit"]),
     )  # fmt: skip
+
+
+def throttled(percent: int, limit: int | None) -> str:
+    """Return how much a throttle slows vCPUs down: the share of time that they sleep, or the bytes that each may dirty."""
+    return f"{limit / 1e6:.3g} MB/s" if limit is not None else f"{percent} %" if percent else "-"
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]], *, markdown: bool) -> str:

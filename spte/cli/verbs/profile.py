@@ -14,7 +14,7 @@ from spte.cli.exit_codes import EXIT_DIFFERENCE, EXIT_OK
 from spte.cli.metrics import Report
 from spte.cli.params import BYTES_PER_PAGE, announce_compilation, log_mode, refuse_too_large, size, target
 from spte.cli.progress import steps_bar
-from spte.cli.report import Wanted, render, title
+from spte.cli.report import Wanted, render, title, verdict_of
 from spte.cost import CostError, CostProfile, names
 from spte.cost import load as load_costs
 from spte.platform import PAGE_SIZE, named
@@ -210,7 +210,8 @@ def profile(
         draw(rows, title(work, rows), plot)
     if page:
         heading = title(work, rows).splitlines()
-        write(page, f"spte profile: {heading[0][:80]}", [*heading, *report.notes], page_sections(report))
+        lines = [*heading, *report.notes, *(verdict_of(report) if wanted.recommend else [])]
+        write(page, f"spte profile: {heading[0][:80]}", lines, page_sections(report))
     return _report_losses(rows)
 
 

@@ -128,5 +128,7 @@ def _recommended(
             lines.append(f"recommended for {trace}: none, no point converges; vary the bandwidth or a throttle")
             continue
         chosen = ", ".join(f"{key} {spelled(key, points[index][key])}" for key in keys if key != "trace")
-        lines.append(f"recommended for {trace}: {chosen}: {short(figures[index])}, guest stall {figures[index]['stall_ns'] / 1e6:.3g} ms")
+        stall = figures[index]["stall_ns"]
+        estimated = "" if stall is None else f", estimated guest stall {stall / 1e6:.3g} ms"
+        lines.append(f"recommended for {trace}: {chosen}: {short(figures[index])}{estimated}")
     return lines
