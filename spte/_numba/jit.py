@@ -14,12 +14,14 @@ from typing import Any, NamedTuple, cast
 import numba
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_name
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 CONFIG: Any = numba.config
 PLAIN = bool(CONFIG.DISABLE_JIT)  # NUMBA_DISABLE_JIT=1: every kernel is its plain-Python twin
+PREFETCHES = 64 if get_host_cpu_name().startswith("znver") else 16  # lines that a core fetches at once: machine code is kept by CPU
 HERE = Path(__file__).parent.parent
 WITHOUT_KERNELS = ("access.py", "bits.py", "_numba/", "arrays/")  # what kernels are made of beside the files with kernels
 

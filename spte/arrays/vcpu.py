@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from spte._numba.jit import PREFETCHES
 from spte.access import Access
 from spte.arrays.records import I64s, Records, U64s, columns, record
 
 READ, WRITE, EXEC = (int(kind) for kind in Access)  # kinds of guest access
-WALKS_AHEAD = 16
+WALKS_AHEAD = PREFETCHES  # accesses of a block
 # Why a run in the guest ends.
 DONE, EXIT_RING_FULL, EXIT_MMIO, EXIT_HOST, EXIT_EFAULT, EXIT_NOMEM, EXIT_LOG = 0, 1, 2, 3, 4, 5, 6
 EXIT_GUEST_FAULT, EXIT_GUEST_PML_FULL = 7, 8  # the guest's own tables do not allow the access; L1's PML buffer is full

@@ -334,7 +334,8 @@ def test_the_command_says_the_verdict_in_words_and_in_json(capsys, path):
     argv = [path, "--platform", "ept-pml", "--platform", "ept-nopml", "--cost", "guess", "--recommend"]
     _, out, _ = spte(capsys, *argv)
     verdict = json.loads(spte(capsys, *argv, "--json")[1])["verdict"]
-    assert verdict["best"] == "ept-pml"
+    assert verdict["best"] == "ept-pml" == verdict["parts"][0]["name"]
+    assert max(verdict["parts"][0]["shares"], key=verdict["parts"][0]["shares"].get) == "pml_log"
     said = f"recommended (estimated): ept-pml, {verdict['stall'] / 1e6:.3g} ms of guest stall an epoch; next is ept-nopml with"
     assert said in out
     assert "it would be ept-nopml if pml_log is above" in out
