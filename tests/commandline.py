@@ -1,5 +1,9 @@
 """The command line as tests call it: in this process, by its words."""
 
+import contextlib
+import resource
+import signal
+
 import numpy as np
 
 from spte.cli.app import run
@@ -25,3 +29,16 @@ def save_toy(path, about="a toy"):
     gfn = np.concatenate([np.arange(e * 100, e * 100 + 100) for e in range(5)]).astype(np.uint32)
     save(Trace(np.arange(6) * 100_000_000, np.arange(6) * 100, gfn, 1024, {"command": about}), path)
     return str(path)
+
+
+@contextlib.contextmanager
+def files_of_at_most(nbytes):
+    """What a full disk does, without one: a write beyond so many bytes fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)

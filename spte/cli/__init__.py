@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from spte.cli.exit_codes import EXIT_INTERRUPTED, EXIT_MISSING
+from spte.cli.exit_codes import EXIT_MISSING
 
 
 def main() -> None:
@@ -16,6 +16,4 @@ def main() -> None:
             raise
         print(f"spte: the command line needs {error.name}; pip install 'kvm-spte[cli]'", file=sys.stderr)  # noqa: T201
         sys.exit(EXIT_MISSING)
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
     sys.exit(run(sys.argv[1:]))

@@ -73,6 +73,10 @@ def cli(ctx: click.Context) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Run the command line `argv`, without the program's name; return the exit code. Errors go to stderr, one line."""
+    if sys.stderr is None:  # closed: nobody reads it
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+    if sys.stdout is None:
+        return _fail("spte: standard output is closed; give it a place, such as >/dev/null", EXIT_BAD_INPUT)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows question marks, not a traceback

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from spte._files import destination
 from spte._numba import jit as _jit
 from spte.platform import PAGE_SIZE
 from spte.profile.columns import INITIALLY_SET, Log
@@ -44,8 +45,11 @@ def address(text: str) -> int:
     return size(text)
 
 
-def target(*suffixes: str) -> Callable[[str], Path]:
-    """Return the type of a file to be written later, named with one of `suffixes`: refused now if that can not work."""
+def target(*suffixes: str, stream: bool = False) -> Callable[[str], Path]:
+    """Return the type of a file to be written later, named with one of `suffixes`: refused now if that can not work.
+
+    With `stream` it is written from start to end, so that a device or a FIFO will do; else a whole new one may take its place.
+    """
 
     def file(text: str) -> Path:
         path = Path(text)
@@ -55,7 +59,15 @@ def target(*suffixes: str) -> Callable[[str], Path]:
             raise click.BadParameter(f"{text!r} is a directory; name a file")
         if not path.parent.is_dir():
             raise click.BadParameter(f"{text!r}: there is no directory {str(path.parent)!r}; make it first")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
+        if stream and path.exists() and os.access(path, os.W_OK):
+            return path
+        try:
+            folder = Path(destination(path)).parent
+        except OSError as error:
+            raise click.BadParameter(f"{text!r} can not be written ({error.strerror}); take another place") from None
+        if not folder.is_dir():
+            raise click.BadParameter(f"{text!r}: there is no directory {str(folder)!r}; make it first")
+        if not os.access(folder, os.W_OK):
             raise click.BadParameter(f"{text!r} can not be written; take another place")
         return path
 

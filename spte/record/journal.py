@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
+import shlex
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from spte.platform import PAGE_SIZE
-from spte.record.errors import TargetError
+from spte.record.errors import RecordError, TargetError
 from spte.record.ranges import PageSpace, RangeArray, count, merge, pack, unpack
 from spte.trace import MAX_BYTES, PAGES_PER_2M, Trace, save
 
@@ -45,7 +45,7 @@ class Journal:
     ------
     TargetError
         If there is a journal already: of a recording that runs, or of one that was interrupted.
-    OSError
+    RecordError
         If it can not be written.
     """
 
@@ -56,8 +56,15 @@ class Journal:
             self._file = open(self.path, "xb", buffering=0)  # noqa: SIM115 - open as long as the recording
         except FileExistsError:
             raise TargetError(_left_over(self.path)) from None
-        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self._put_raw(MAGIC)
+        except OSError as error:
+            raise unwritten(self.path, error) from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._put_raw(MAGIC)
+        except OSError as error:
+            self.close()
+            self.path.unlink()
+            raise unwritten(self.path, error) from None
         self.bytes = 0
         """What the epochs so far will take in the trace."""
 
@@ -88,6 +95,11 @@ class Journal:
             view = view[self._file.write(view) :]
 
 
+def unwritten(journal: Path, error: OSError) -> RecordError:
+    """Return the refusal of a recording whose journal takes not even the first epoch."""
+    return RecordError(f"{str(journal)!r}: {error.strerror}; nothing is recorded; name a place that can be written with -o")
+
+
 def finish(journal: Path, output: Path) -> Trace:
     """Turn the file `journal` into the trace `output`, which appears whole or not at all, and remove it.
 
@@ -100,8 +112,8 @@ def finish(journal: Path, output: Path) -> Trace:
     ------
     TargetError
         If it is no journal, a recording still writes it, or it holds nothing.
-    OSError
-        If the trace can not be written; the journal stays.
+    RecordError
+        If the trace can not be written; the journal stays, and the message names it.
     """
     try:
         file = open(journal, "rb")  # noqa: SIM115 - closed below
@@ -115,13 +127,13 @@ def finish(journal: Path, output: Path) -> Trace:
         if file.read(len(MAGIC)) != MAGIC:
             raise TargetError(f"{str(journal)!r} is no journal of spte record; name the {SUFFIX} file of a recording")
         trace = _to_trace(file, str(journal))
-        part = output.with_name(output.name + ".part")
         try:
-            save(trace, part)
-            os.replace(part, output)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
+            save(trace, output)
+        except OSError as error:
+            raise RecordError(
+                f"{str(output)!r}: {error.strerror}; the recording is in {journal}; `spte record --recover {shlex.quote(str(journal))} "
+                "-o ELSEWHERE` makes its trace"
+            ) from None
         journal.unlink()
     return trace
 
@@ -179,5 +191,6 @@ def _left_over(path: Path) -> str:
         except BlockingIOError:
             return f"{str(path)!r} is being recorded now by another spte record; give this one another name with -o"
     return (
-        f"{str(path)!r} is of a recording that was interrupted; `spte record --recover {path}` makes its trace, else delete the file"
+        f"{str(path)!r} is of a recording that was interrupted; `spte record --recover {shlex.quote(str(path))}` makes its trace "
+        "(-o: elsewhere), else delete the file"
     )

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from spte._files import destination
 from spte.record import abi, maps
 from spte.record.errors import TargetError
 from spte.record.journal import Journal, finish
@@ -52,7 +53,7 @@ def record(
     Parameters
     ----------
     output : Path
-        The trace to create or replace, at the end; until then a journal lies beside it.
+        The trace to create or replace, at the end; a symbolic link is followed. Until then a journal lies beside it.
     interval_s : float
         Length of an epoch, s.
     pid : int
@@ -65,12 +66,16 @@ def record(
     Raises
     ------
     TargetError
-        If the process can not be recorded, or the journal of an earlier recording is in the way.
+        If the process can not be recorded, the output is there and no regular file, or the journal of an earlier recording is in the way.
     MissingPieceError
         If the host lacks a piece.
-    OSError
-        If a file can not be written.
+    RecordError
+        If a file can not be written; where the journal has epochs, the message says how to make the trace of it.
     """
+    try:
+        destination(output)
+    except OSError as error:
+        raise TargetError(f"{str(output)!r} can not be replaced ({error.strerror}); name another output") from None
     if not MIN_INTERVAL_S <= interval_s <= MAX_INTERVAL_S:
         raise TargetError(f"interval {interval_s:g} s; take one from {MIN_INTERVAL_S * 1000:g}ms to {MAX_INTERVAL_S:g}s")
     abi.require()

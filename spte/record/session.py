@@ -22,7 +22,7 @@ from spte._version import __version__
 from spte.platform import PAGE_SIZE
 from spte.record import maps
 from spte.record.errors import MissingPieceError, RecordError, TargetError
-from spte.record.journal import Journal
+from spte.record.journal import Journal, unwritten
 from spte.record.ranges import RangeArray, count, merge
 from spte.record.tracing.tracer import GO
 from spte.record.tracker import MemoryGone, Tracker
@@ -31,6 +31,7 @@ from spte.trace import FORMAT, MAX_BYTES
 MAX_NAMED = 100
 """Children, and refused mappings, that `meta` names."""
 _CHILDREN_EVERY_S = 0.5
+_GRACE_NS = 500_000_000
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # The tracer needs none of what `import spte` loads: the package is there by name and place only.
 _START_TRACER = (
@@ -92,17 +93,21 @@ class Session:
             If not even the start succeeds.
         """
         with self._signals() as wake, self._tracer() as channel:
+            leave_ns = 0
             while not self.ended:
                 # Between two address spaces an epoch has no end: what is written then comes with the next one.
-                timeout = self._next_ns() / 1e9 if self._tracker else None
-                ready, _, _ = select.select((channel.fileno(), wake), (), (), timeout)
+                waits = [self._next_ns()] if self._tracker else []
+                if self._signal:
+                    leave_ns = leave_ns or time.monotonic_ns() + self._grace_ns()
+                    waits.append(max(0, leave_ns - time.monotonic_ns()))
+                ready, _, _ = select.select((channel.fileno(), wake), (), (), min(waits) / 1e9 if waits else None)
                 if wake in ready:
                     os.read(wake, 4096)
-                if self._signal:
-                    self.ended = f"{signal.Signals(self._signal).name}; pid {self.pid} ran on"
-                    self._close_epoch(last=True)
-                elif channel.fileno() in ready:
+                if channel.fileno() in ready:
                     self._listen(channel)
+                elif leave_ns and time.monotonic_ns() >= leave_ns:
+                    self._close_epoch(last=True)
+                    self.ended = self.ended or f"{_spell_signal(self._signal)}; pid {self.pid} ran on"
                 elif self._tracker and not self._next_ns():
                     self._close_epoch()
         if not self._start:
@@ -111,6 +116,14 @@ class Session:
         children = dict(list(self.progress.children.items())[:MAX_NAMED])
         refused = dict(list(self.refused.items())[:MAX_NAMED])
         self._write(lambda: self.journal.about({"ended": self.ended, "children": children, "not_tracked": refused}))
+
+    def _grace_ns(self) -> int:
+        """Return how long the target's end is waited for after a signal: a terminal's Ctrl-C, say, goes to its whole process group."""
+        try:
+            reached = not self._tracker or os.getpgid(self.pid) == os.getpgrp()
+        except ProcessLookupError:
+            reached = True
+        return _GRACE_NS if self._start and reached else 0
 
     # -- epochs --------------------------------------------------------------------------------------------------------
 
@@ -161,7 +174,9 @@ class Session:
         try:
             step()
         except OSError as error:
-            self._stop(OSError(error.errno, f"{error.strerror}; the recording ends with the last whole epoch", str(self.journal.path)))
+            if not self.progress.epochs:
+                raise unwritten(self.journal.path, error) from None
+            self._stop(RecordError(f"{str(self.journal.path)!r}: {error.strerror}; the recording ends with the last whole epoch"))
 
     def _stop(self, trouble: Exception) -> None:
         self.trouble = self.trouble or trouble
@@ -207,11 +222,11 @@ class Session:
         if self._start or self.command:
             self._pending.append(populated)  # written by exec itself
         else:
-            self.journal.populated(populated)
+            self._write(lambda: self.journal.populated(populated))
         if not self._start:
             self._start = self._last = time.monotonic_ns()
-            self.journal.about(self._about())
-        self.journal.about({"command": maps.read_command(pid)})  # after an exec: what the wrapper became
+            self._write(lambda: self.journal.about(self._about()))
+        self._write(lambda: self.journal.about({"command": maps.read_command(pid)}))  # after an exec: what the wrapper became
 
     def _over(self, message: dict[str, Any]) -> None:
         if any(map(len, self._pending)) or not self.progress.epochs:
@@ -219,7 +234,7 @@ class Session:
         if "code" in message:
             self.ended = f"pid {self.pid} exited with {message['code']}"
         elif "signal" in message:
-            self.ended = f"pid {self.pid} was killed by {signal.Signals(message['signal']).name}"
+            self.ended = f"pid {self.pid} was killed by {_spell_signal(message['signal'])}"
         else:
             self.ended = f"pid {self.pid} ended"
 
@@ -270,3 +285,8 @@ class Session:
                 signal.signal(number, handler)
             os.close(wake)
             os.close(woken)
+
+
+def _spell_signal(number: int) -> str:
+    """Return the name of a signal; most real-time ones have none."""
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"

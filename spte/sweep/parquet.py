@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spte._files import replacing
 from spte.migrate.settings import DEFAULTS
 from spte.sweep.points import Figures, Settings, Sweep, SweepError
 
@@ -20,9 +20,8 @@ def write(plan: Sweep, figures: Sequence[Figures], path: Path) -> None:
     """Write `figures`, one for each point of `plan`, to `path`: the file is there whole or not at all."""
     rows = [{**DEFAULTS, **point, **found} for point, found in zip(plan.points, figures, strict=True)]
     schema = pa.schema([(name, _kind(name, rows)) for name in rows[0]], metadata={DIGEST: plan.digest.encode()})
-    unfinished = path.with_name(path.name + ".part")
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), unfinished)
-    os.replace(unfinished, path)
+    with replacing(path) as stream:
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), stream)
 
 
 def _kind(name: str, rows: Sequence[dict[str, Any]]) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spte._arguments import instance, spell
+from spte._files import replacing
 from spte.trace.model import ARRAYS, FORMAT, MAX_BYTES, Trace, TraceError
 
 _MAX_META_BYTES = 1 << 20
@@ -73,12 +74,12 @@ def save(trace: Trace, path: str | os.PathLike[str]) -> None:
     trace : Trace
         What to write.
     path : path
-        The file to create or replace; the name is taken as it is, no suffix is added.
+        The file to create or replace; the name is taken as it is, no suffix is added, and a symbolic link is followed.
 
     Raises
     ------
     OSError
-        If the file can not be written.
+        If the file can not be written, or there is something of that name that is no regular file; an older file is as before.
     TraceError
         If `meta` has values that JSON does not know; no file is made.
     """
@@ -88,7 +89,7 @@ def save(trace: Trace, path: str | os.PathLike[str]) -> None:
         meta = json.dumps(dict(trace.meta))
     except (TypeError, ValueError, RecursionError) as error:
         raise TraceError(f"meta is not JSON ({_one_line(error)}); take what is") from None
-    with open(name, "wb") as stream:
+    with replacing(name) as stream:
         np.savez_compressed(
             stream,
             t_ns=trace.t_ns,

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from commandline import files_of_at_most
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spte.record.errors import TargetError
+from spte.record.errors import RecordError, TargetError
 from spte.record.journal import MAX_DESCRIBED, Journal, finish
 from spte.record.ranges import PageSpace, count, merge, pack, unpack
 from spte.trace import load
@@ -119,3 +120,21 @@ def test_an_epoch_without_a_place_and_a_foreign_file_are_refused(tmp_path):
     with pytest.raises(TargetError, match=r"spte record --recover .*t\.npz\.journal"):
         Journal(tmp_path / "t.npz")
     assert not (tmp_path / "t.npz").exists()
+
+
+def test_on_a_full_disk_the_journal_stays_and_the_line_says_how_to_make_its_trace(tmp_path):
+    path = write(tmp_path / "t.npz", epochs=300)
+    with files_of_at_most(500), pytest.raises(RecordError) as error:
+        finish(path, tmp_path / "t.npz")
+    assert str(error.value).startswith(f"{str(tmp_path / 't.npz')!r}: File too large; the recording is in {path}; ")
+    assert f"`spte record --recover {path} -o ELSEWHERE`" in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["t.npz.journal"]
+    with files_of_at_most(500), pytest.raises(TargetError, match=r"--recover .*t\.npz\.journal"):
+        Journal(tmp_path / "t.npz")
+    assert finish(path, tmp_path / "t.npz").nepochs == 300
+
+
+def test_a_journal_that_takes_nothing_does_not_stay(tmp_path):
+    with files_of_at_most(4), pytest.raises(RecordError, match=r"t\.npz\.journal': File too large; nothing is recorded"):
+        Journal(tmp_path / "t.npz")
+    assert not list(tmp_path.iterdir())

@@ -7,12 +7,15 @@ import sys
 
 import numpy as np
 import pytest
+from commandline import files_of_at_most
 from record_targets import MEMORIES, needs_tracking, program
 
 from spte.cli.app import run
 from spte.cli.verbs.record import live_line
 from spte.record import abi
+from spte.record.errors import TargetError
 from spte.record.journal import Journal
+from spte.record.recorder import record
 from spte.record.session import Progress
 from spte.record.tracing import ptrace
 from spte.trace import load
@@ -77,6 +80,31 @@ def test_outputs_that_can_not_be_written_are_refused_before_anything_runs(refuse
     assert "no directory" in refused("-o", "none/t.npz", "--", "touch", ran)
     assert "is a directory" in refused("-o", tmp_path, "--", "touch", ran)
     assert not ran.exists()
+
+
+def test_a_disk_that_is_full_from_the_start_is_one_line_and_leaves_nothing(refused):
+    needs_tracking()
+    with files_of_at_most(300):  # below the journal's first records, above the line in the file that captures it
+        assert "'trace.npz.journal': File too large; nothing is recorded" in refused("--", "true")
+
+
+def test_the_library_too_refuses_an_output_that_is_no_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(TargetError, match="Not a regular file"):
+        record(tmp_path / "fifo", command=["touch", str(tmp_path / "ran")])
+    assert [p.name for p in tmp_path.iterdir()] == ["fifo"]
+
+
+def test_a_symbolic_link_as_output_is_followed(spte, tmp_path):
+    needs_tracking()
+    (tmp_path / "t.npz").symlink_to("real")
+    assert spte("record", "-o", "t.npz", "--", "true")[0] == 0
+    assert (tmp_path / "t.npz").is_symlink()
+    assert load(tmp_path / "real").nepochs
+
+
+def test_the_help_tells_what_ctrl_c_in_a_terminal_does(spte):
+    assert "reaches a program started with -- CMD too" in " ".join(spte("record", "--help")[1].split())
 
 
 def test_a_left_over_journal_is_not_overwritten_and_recover_makes_its_trace(spte, tmp_path):

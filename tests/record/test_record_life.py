@@ -215,8 +215,26 @@ signal.pause()
     assert recorder.stdout.readline().startswith("map")
     assert recorder.stdout.readline() == "ready\n"
     os.killpg(recorder.pid, signal.SIGINT)
-    ended(recorder)
-    assert load(tmp_path / "t.npz").nepochs >= 1
+    out, _ = ended(recorder)
+    trace = load(tmp_path / "t.npz")
+    assert out.splitlines()[-1] == trace.meta["ended"] == f"pid {trace.meta['pid']} exited with 5"
+
+
+@pytest.mark.parametrize(
+    ("handler", "says"),
+    [("", "pid {} was killed by SIGINT"), ("trap '' INT; ", "SIGINT; pid {} ran on")],
+    ids=["ends", "ignores it"],
+)
+def test_after_ctrl_c_it_says_whether_the_program_ended(tmp_path, handler, says):
+    command = ["sh", "-c", f"{handler}echo ready; exec sleep 60 > /dev/null 2>&1"]
+    recorder = run_recorder(tmp_path / "t.npz", 60, command=command, start_new_session=True)
+    assert recorder.stdout.readline() == "ready\n"
+    os.killpg(recorder.pid, signal.SIGINT)
+    out, _ = ended(recorder)
+    pid = load(tmp_path / "t.npz").meta["pid"]
+    if handler:
+        os.kill(pid, signal.SIGKILL)
+    assert out == says.format(pid) + "\n"
 
 
 def test_the_targets_death_by_a_signal_closes_the_file(tmp_path, target):
@@ -225,6 +243,14 @@ def test_the_targets_death_by_a_signal_closes_the_file(tmp_path, target):
     target.process.kill()
     assert ended(recorder) == (f"pid {target.pid} was killed by SIGKILL\n", "")
     compare_since_start(load(tmp_path / "t.npz"), target.text())
+
+
+@pytest.mark.parametrize(("sig", "name"), [(33, "signal 33"), (34, "SIGRTMIN"), (40, "signal 40")])
+def test_a_signal_without_a_name_is_told_by_its_number(tmp_path, sig, name):
+    recorder = run_recorder(tmp_path / "t.npz", 60, command=["sh", "-c", f"kill -{sig} $$"])
+    out, _ = ended(recorder)
+    assert out == f"pid {load(tmp_path / 't.npz').meta['pid']} was killed by {name}\n"
+    assert not list(tmp_path.glob("t.npz?*"))
 
 
 def test_a_file_of_that_name_is_replaced_at_the_end_only(tmp_path, target):

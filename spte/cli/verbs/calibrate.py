@@ -14,7 +14,7 @@ MAX_REPEATS = 1000
 
 
 @click.command(short_help="Measure what this host's KVM costs.")
-@click.option("--output", "-o", "output", type=target(), help="File to write, TOML. Default: standard output.")
+@click.option("--output", "-o", "output", type=target(stream=True), help="File to write, TOML. Default: standard output.")
 @click.option("--repeats", type=click.IntRange(1, MAX_REPEATS), default=7, show_default=True, help="How often each step is timed.")
 def calibrate(output: Path | None, repeats: int) -> int:
     """Measure what this host's KVM costs: exits, write faults, GET, CLEAR, enabling and disabling per page, by a tiny guest on /dev/kvm.

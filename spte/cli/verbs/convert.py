@@ -65,6 +65,8 @@ def convert(inputs: tuple[str, ...], output: Path, kind: str | None, interval: i
             raise click.UsageError(f"{given} is both input and output; name another output")
     if inputs.count("-") > 1:
         raise click.UsageError("- is given twice; stdin can be read once")
+    if "-" in inputs and sys.stdin is None:
+        raise click.UsageError("- is stdin, which is closed; name a file, or pipe the input in")
     try:
         with bytes_bar("reading") as progress:
             trace, found, notes = run_convert(

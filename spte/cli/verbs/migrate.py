@@ -48,7 +48,7 @@ combination. --workload stress writes page after page over all memory, again and
 @click.option("--grid", "axes", type=axis, multiple=True, metavar="OPTION=V,V", help="Vary an option; repeatable.")
 @click.option("--json", "style", flag_value="json", help="Print JSON; `schema` names its version.")
 @click.option("--markdown", "style", flag_value="markdown", help="Print Markdown tables.")
-@click.option("--output", type=target(), metavar="FILE", help="Print there instead of stdout.")
+@click.option("--output", type=target(stream=True), metavar="FILE", help="Print there instead of stdout.")
 @click.option("--plot", type=target(".png", ".svg"), metavar="FILE.png", help="Draw the rounds, or the map of two --grid.")
 @click.option("--report", type=target(".html"), metavar="FILE.html", help="Write a page of pictures and tables; needs plotly.")
 def migrate(

@@ -134,7 +134,7 @@ PERF_OPTIONS = {"vcpus": "-v", "bytes_per_vcpu": "-b", "source": "-s", "overlap"
 @click.option("--csv", "style", flag_value="csv", help="With --epochs: print CSV.")
 @click.option("--json", "style", flag_value="json", help="Print JSON; `schema` names its version.")
 @click.option("--markdown", "style", flag_value="markdown", help="Print Markdown tables.")
-@click.option("--output", type=target(), metavar="FILE", help="Print there instead of stdout.")
+@click.option("--output", type=target(stream=True), metavar="FILE", help="Print there instead of stdout.")
 @click.option("--plot", type=target(".png", ".svg"), metavar="FILE.png", help="Draw the epochs and the costs.")
 @click.option("--report", "page", type=target(".html"), metavar="FILE.html", help="Write a page of pictures and tables; needs plotly.")
 def profile(

@@ -24,7 +24,8 @@ HELP = """Record which 4 KiB pages a program writes in each epoch, into a trace 
 
 The kernel tracks the pages (userfaultfd WP_ASYNC, PAGEMAP_SCAN; Linux 6.7, x86-64): every page that is in memory at the
 end of its epoch is reported, nothing is sampled. The program is started, or found by its pid; an exec is followed;
-children are named and left alone. It ends when the program exits or with Ctrl-C or SIGTERM, and the program runs on.
+children are named and left alone. It ends when the program exits or with Ctrl-C or SIGTERM, and the program runs on; but
+a Ctrl-C in a terminal reaches a program started with -- CMD too, and ends it unless it handles SIGINT.
 
 \b
   spte record -o redis.npz -- redis-server --port 7777

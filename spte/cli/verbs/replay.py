@@ -14,7 +14,7 @@ from spte.policy import Policy, parse
 
 @click.command(short_help="Perform a recording of real KVM on the model.")
 @click.argument("file", type=click.Path(dir_okay=False, exists=True))
-@click.option("-o", "--output", type=target(), help="Write to this file; .gz and .xz compress.")
+@click.option("-o", "--output", type=target(stream=True), help="Write to this file; .gz and .xz compress.")
 @click.option("--policy", metavar="NAME[,FIELD=VALUE]...", help="Another kernel in place of the recorded one: what would it do?")
 @click.option("--events", is_flag=True, help="Add the tracepoints of each op, in their kernel names.")
 def replay(file: str, output: Path | None, policy: str | None, events: bool) -> int:
