@@ -58,3 +58,24 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         if isinstance(error, OSError) and error.errno:
             raise OSError(error.errno, os.strerror(error.errno), os.fspath(path)) from None
         raise
+
+
+def write_whole(path: str | os.PathLike[str], content: str) -> None:
+    """Write text, UTF-8, to `path` as `replacing` does; into what is no regular file, or lies where no file can be made, as it stands.
+
+    Raises
+    ------
+    OSError
+        If it can not be written; it names `path`.
+    """
+    name = os.fspath(path)
+    replaceable = os.path.isfile(name) and os.access(os.path.dirname(os.path.realpath(name)), os.W_OK)
+    if replaceable or not os.path.exists(name):
+        with replacing(name) as stream:
+            stream.write(content.encode())
+        return
+    try:
+        with open(name, "w", encoding="utf-8") as there:
+            there.write(content)
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), name) from None

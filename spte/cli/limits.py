@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from spte._files import write_whole
 from spte._version import __version__
 from spte.cli.exit_codes import EXIT_OK
 from spte.cli.params import announce_compilation, refuse_too_large, spell_size
@@ -51,7 +52,7 @@ def show(memory: int | None, style: str | None, output: Path | None) -> int:
     else:
         text = f"measured here, one thread unless said, a guest of {spell_size(memory)}\n\n{_plain(ratios)}"
     if output:
-        output.write_text(text)
+        write_whole(output, text)
     else:
         click.echo(text, nl=False)
     return EXIT_OK

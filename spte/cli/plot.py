@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from spte._files import replacing
 from spte.profile.columns import labels
 from spte.profile.report import HARVEST, Row
 
@@ -32,7 +33,8 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
         _stacks(panels["left"], _names(rows), "VM exits while logging", "exits", _exits(rows))
         _stacks(panels["right"], _names(rows), "SPTEs written", "SPTEs", _sptes(rows))
         panels["right"].tick_params(axis="y", labelleft=False)
-        fig.savefig(path, dpi=120)
+        with replacing(path) as stream:
+            fig.savefig(stream, format=path.suffix[1:].lower(), dpi=120)
     finally:
         plt.close(fig)
 

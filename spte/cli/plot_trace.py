@@ -11,6 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
 
+from spte._files import replacing
 from spte.cli.params import spell_size, spell_time
 from spte.cli.plot import BLUE, GREEN, GREY, ORANGE
 from spte.platform import PAGE_SIZE
@@ -35,7 +36,8 @@ def draw(trace: Trace, summary: Summary, path: Path) -> None:
     _length(panels["length"], summary)
     panels["rate"].sharex(panels["set"])
     panels["rate"].tick_params(axis="x", labelbottom=False)
-    fig.savefig(path, dpi=120)
+    with replacing(path) as stream:
+        fig.savefig(stream, format=path.suffix[1:].lower(), dpi=120)
 
 
 def _time(trace: Trace) -> tuple[npt.NDArray[np.float64], str]:

@@ -9,8 +9,9 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
-from commandline import files_of_at_most, refused, spte
+from commandline import files_of_at_most, refused, save_toy, spte
 
+from spte._files import write_whole
 from spte.cli.params import target
 from spte.trace import Trace, load, save
 
@@ -57,6 +58,33 @@ def test_a_full_disk_is_one_line_with_the_file(capsys, tmp_path):
         said = refused(capsys, "generate", "uniform", "--memory", "2M", "--duration", "1s", "--rate", "1MB/s", "-o", tmp_path / "t.npz")
     assert "t.npz" in said
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("option", [("--output", "o.txt"), ("--plot", "o.png"), ("--report", "o.html")])
+@pytest.mark.parametrize("verb", ["profile", "migrate"])
+def test_on_a_full_disk_what_a_verb_wrote_before_stays(capsys, tmp_path, verb, option):
+    if option[0] == "--report":
+        pytest.importorskip("plotly", reason="needs plotly: pip install 'kvm-spte[report]'")
+    name, (flag, out) = save_toy(tmp_path / "toy.npz"), option
+    (tmp_path / out).write_bytes(b"old")
+    spte(capsys, verb, name, "--platform", "npt")  # compiles what is not in the cache
+    with files_of_at_most(64):
+        code, _, err = spte(capsys, verb, name, "--platform", "npt", flag, tmp_path / out)
+    assert (code, err.count("\n")) == (2, 1)
+    assert out in err
+    assert names(tmp_path) == sorted([out, "toy.npz"])
+    assert (tmp_path / out).read_bytes() == b"old"
+
+
+def test_text_goes_into_a_device_or_a_fifo_as_it_stands(tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(fifo, "text\n")
+    assert os.read(reader, 99) == b"text\n"
+    os.close(reader)
+    write_whole(os.devnull, "text")
+    assert not Path(os.devnull).is_file()
 
 
 def test_a_symbolic_link_is_followed_and_the_mode_stays(tmp_path, trace):

@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 import plotly.io
 from plotly.offline import get_plotlyjs
 
+from spte._files import write_whole
 from spte._version import __version__
 
 BLUE, ORANGE, GREEN, GREY, PURPLE, RED = "#0072B2", "#E69F00", "#009E73", "#777777", "#CC79A7", "#B00000"
@@ -80,7 +81,7 @@ def write(path: Path, title: str, lines: Sequence[str], sections: Sequence[Secti
         f"<footer>spte {__version__}. A click on a head sorts its table. Lines in a legend can be switched off.</footer>",
         f"<script>{SCRIPT}</script></body></html>",
     ]
-    path.write_text("".join(parts), encoding="utf-8")
+    write_whole(path, "".join(parts))
 
 
 def _section(index: int, section: Section) -> str:

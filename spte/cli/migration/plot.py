@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from spte._files import replacing
 from spte.cli.migration.options import name_of, spelled
 from spte.cli.migration.text import Axis, Figures, ns, short
 from spte.cli.plot import BLUE, GREY, ORANGE
@@ -42,7 +43,8 @@ def draw_rounds(outcome: Outcome, title: str, path: Path) -> None:
         guest.stairs([one.throttle_percent for one in outcome.rounds], bounds, color=BLUE, linestyle="--", label="throttle, %")
         guest.set(xlabel="time, s", ylabel="%", ylim=0, xlim=(0, bounds[-1]))
     guest.legend(fontsize=8, loc="upper left")
-    fig.savefig(path, dpi=120)
+    with replacing(path) as stream:
+        fig.savefig(stream, format=path.suffix[1:].lower(), dpi=120)
 
 
 def draw_grid(axes: Sequence[Axis], figures: Sequence[Figures], title: str, path: Path) -> None:
@@ -64,4 +66,5 @@ def draw_grid(axes: Sequence[Axis], figures: Sequence[Figures], title: str, path
         yticks=range(len(row_values)), yticklabels=[spelled(row_key, value) for value in row_values], ylabel=name_of(row_key),
         xlim=(-0.5, len(values) - 0.5), ylim=(len(row_values) - 0.5, -0.5),
     )  # fmt: skip
-    fig.savefig(path, dpi=120)
+    with replacing(path) as stream:
+        fig.savefig(stream, format=path.suffix[1:].lower(), dpi=120)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from spte._files import write_whole
 from spte.cli.exit_codes import EXIT_MISSING, EXIT_OK
 from spte.cli.params import target
 
@@ -41,7 +42,7 @@ def calibrate(output: Path | None, repeats: int) -> int:
     if output is None:
         click.echo(dump(profile), nl=False)
     else:
-        output.write_text(dump(profile), "utf-8")
+        write_whole(output, dump(profile))
         known = len(profile.origins) - len(profile.guesses)
         click.echo(f"{output}: {len(profile.origins)} costs, {known} measured, {len(profile.guesses)} guesses", err=True)
     return EXIT_OK

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from spte._files import write_whole
 from spte._version import __version__
 from spte.cli.exit_codes import EXIT_DIFFERENCE, EXIT_OK
 from spte.cli.migration.options import axis, check, combinations, name_of, with_settings
@@ -90,7 +91,7 @@ def migrate(
         shown = [rounds(plan, outcome, markdown=markdown), "", *verdict(plan, outcome, markdown=markdown)]
         text = "\n".join([*([heading, ""] if style is None else []), *shown])
     if output:
-        output.write_text(text + "\n")
+        write_whole(output, text + "\n")
     else:
         click.echo(text)
     if plot and axes:

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from spte._files import write_whole
 from spte.cli.exit_codes import EXIT_OK
 from spte.cli.params import announce_compilation, target
 from spte.cli.text import columns, pipes
@@ -77,7 +78,7 @@ def papers(
     if costs is None:
         costs = fit(machine, measured(machine, rows), load("guess"))
     if save:
-        save.write_text(dump(costs))
+        write_whole(save, dump(costs))
     found = [compare(_in_role(each, fitted), rows[each.name], costs.costs) for each in wanted]
     text = _json(found, costs) if style == "json" else _text(found, costs, summary=summary, markdown=style == "markdown")
     click.echo(text, nl=False)

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from spte._files import write_whole
 from spte.cli.exit_codes import EXIT_DIFFERENCE, EXIT_OK
 from spte.cli.metrics import Report
 from spte.cli.params import BYTES_PER_PAGE, announce_compilation, log_mode, refuse_too_large, size, target
@@ -203,7 +204,7 @@ def profile(
     report = Report(work, rows, notes(rows, clear_chunk), costs, wanted.band)
     text = render(report, wanted, color=output is None and sys.stdout.isatty())
     if output:
-        output.write_text(text)
+        write_whole(output, text)
     else:
         click.echo(text, nl=False)
     if plot:
