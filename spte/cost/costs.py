@@ -6,9 +6,20 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from spte._arguments import spell
+
+LONGEST_NS = 10**9
+"""No item takes longer than a second."""
+
 
 class CostError(ValueError):
     """A cost profile that can not be used; the message is one line with the value and the way out."""
+
+
+def check_time(name: str, value: object) -> None:
+    """Raise CostError unless `value` can be the time of one item, ns."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LONGEST_NS:
+        raise CostError(f"{name}={spell(value)} is no time of one item; take nanoseconds, 0 to {LONGEST_NS} (1 s)")
 
 
 def _item(doc: str) -> Any:
@@ -47,9 +58,7 @@ class Costs:
 
     def __post_init__(self) -> None:
         for name in ITEMS:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                raise CostError(f"{name}={value!r} is no time; take nanoseconds, 0 or more")
+            check_time(name, getattr(self, name))
 
     @classmethod
     def only(cls, **costs: float) -> Costs:

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spte.cost.costs import ITEMS, CostError, CostProfile, Costs, Origin
+from spte.cost.costs import ITEMS, CostError, CostProfile, Costs, Origin, check_time
 
 FOLDER = Path(__file__).parent.parent / "data" / "costs"
 SUFFIX = ".toml"
@@ -49,7 +49,7 @@ def load(name: str | Path) -> CostProfile:
     Raises
     ------
     CostError
-        No such profile; not TOML; an item unknown, missing, negative, no number, outside its band, or without a source.
+        No such profile; not TOML; an item unknown, missing, negative, above 1 s, no number, outside its band, or without a source.
     """
     shipped, path = names(), Path(name)
     if str(name) in shipped:
@@ -85,8 +85,8 @@ def _check(where: str, table: Any) -> None:
     for key, value in table.items():
         if key not in (*_NUMBERS, *_TEXTS, "guess"):
             raise CostError(f"{where}: {key!r} is not known; take {', '.join((*_NUMBERS, *_TEXTS))}, guess")
-        if key in _NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf")):
-            raise CostError(f"{where}: {key}={value!r} is no time; take nanoseconds, 0 or more")
+        if key in _NUMBERS:
+            check_time(f"{where}: {key}", value)
         if key in _TEXTS and not isinstance(value, str):
             raise CostError(f"{where}: {key}={value!r} is no text; put it in quotes")
         if key == "guess" and not isinstance(value, bool):

@@ -66,6 +66,7 @@ def test_what_is_no_toml_is_refused(refused):
         ("[exit]", "[exits]", "'exits' is no cost"),
         ("ns = 683", "ns = -1", "exit: ns=-1 is no time"),
         ("ns = 683", "ns = 'a lot'", "exit: ns='a lot' is no time"),
+        ("high = 1500", "high = 1e301", "exit: high=1e+301 is no time of one item; take nanoseconds, 0 to 1000000000"),
         ("ns = 683", "ns = nan", "exit: ns=nan is no time"),
         ("ns = 683", "ns = true", "exit: ns=True is no time"),
         ("ns = 683", "ns = 6830", "ns=6830 is not within low=500 and high=1500"),
