@@ -88,6 +88,17 @@ def _end_mapping(hpage: int, end: int) -> None:
             h.mixed_blocks["own_pages"][row] = int((h.page[row] == hostmm.PAGE_OWN).sum())
 
 
+def checked_size(kind: str, size: int) -> tuple[int, int]:
+    """Return `size` and the page size of host memory of `kind`, bytes; TypeError or KvmError if there is no such memory."""
+    if arguments.instance(kind, "kind", str, "a name") not in _KINDS:
+        raise SlotAlignmentError(f"backing kind {arguments.spell(kind)} is not known; take one of {', '.join(KINDS)}")
+    size = arguments.integer(size, "size", SlotRangeError)
+    unit = _GIB if kind.endswith("1g") else _BLOCK if kind.endswith("2m") else PAGE_SIZE
+    if size <= 0 or size % unit:
+        raise SlotAlignmentError(f"size={size} of a {kind} backing is not a positive multiple of {unit}; round up")
+    return size, unit
+
+
 class Backing:
     """Host memory that memslots map, as one mapping of the host: what a memslot has beyond it is not there.
 
@@ -112,15 +123,10 @@ class Backing:
     """
 
     def __init__(self, kind: str, size: int, *, align: int | None = None, populate: bool = False, hva_offset: int | None = None) -> None:
-        if arguments.instance(kind, "kind", str, "a name") not in _KINDS:
-            raise SlotAlignmentError(f"backing kind {arguments.spell(kind)} is not known; take one of {', '.join(KINDS)}")
-        size = arguments.integer(size, "size", SlotRangeError)
+        size, unit = checked_size(kind, size)
         align = None if align is None else arguments.integer(align, "align", SlotAlignmentError)
         hva_offset = None if hva_offset is None else arguments.integer(hva_offset, "hva_offset", SlotAlignmentError)
         populate = arguments.flag(populate, "populate")
-        unit = _GIB if kind.endswith("1g") else _BLOCK if kind.endswith("2m") else PAGE_SIZE
-        if size <= 0 or size % unit:
-            raise SlotAlignmentError(f"size={size} of a {kind} backing is not a positive multiple of {unit}; round up")
         if align is not None and (align < PAGE_SIZE or align & (align - 1)):
             raise SlotAlignmentError(f"align={align} is not a power of two of at least {PAGE_SIZE}")
         offset = hva_offset if hva_offset is not None else align if align is not None and align < _BLOCK else 0

@@ -59,7 +59,7 @@ class Guest:
         self._plan, self._work = plan, work
         ring_bytes = plan.ring_bytes if plan.log == "ring" else 0
         self.vm = VM(plan.platform, parse(plan.policy), vcpus=work.vcpus, manual=plan.manual, ring_bytes=ring_bytes)
-        self.npages = work.npages + (_table_pages(work.npages) if plan.nested else 0)
+        self.npages = plan.npages
         self._backing = Backing(work.backing, self.npages * PAGE_SIZE)
         self.set_logging(0)
         writes = Writes(work)
@@ -202,13 +202,3 @@ class Guest:
 def changes(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
     """Return by how much each count grew."""
     return {name: value - before[name] for name, value in after.items()}
-
-
-def _table_pages(npages: int) -> int:
-    """Return the pages for tables that map `npages` by 2 MiB pages, four levels, as a multiple of 2 MiB."""
-    regions = -(-npages // PAGES_PER_2M)
-    tables, level = 0, regions
-    for _ in range(3):
-        level = -(-level // 512)
-        tables += level
-    return -(-tables // PAGES_PER_2M) * PAGES_PER_2M

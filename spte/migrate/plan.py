@@ -7,9 +7,14 @@ from typing import Any
 
 from spte._arguments import index, instance, integer
 from spte.cost import Costs
+from spte.errors import KvmError
+from spte.host.backing import checked_size
 from spte.platform import PAGE_SIZE
+from spte.policy import parse
 from spte.profile.columns import INITIALLY_SET, check_chunk
 from spte.profile.workload import TraceWorkload
+from spte.trace import PAGES_PER_2M
+from spte.vm.capabilities import RING_SIZE_BITS, arguments
 
 LOGS = ("bitmap", "manual", "initially-set", "ring")
 """How dirty pages are learned: GET alone, GET with CLEAR just before a page is sent, that with all pages dirty at first, dirty rings."""
@@ -77,7 +82,7 @@ class Plan:
     Raises
     ------
     MigrateError, WorkloadError
-        If a parameter is out of range.
+        If a parameter is out of range, or a VM or its memory refuses them together, as rings with a policy that has none.
     TypeError
         If one is of a wrong type.
     """
@@ -112,8 +117,8 @@ class Plan:
         if not 1 <= index(self.bandwidth, "bandwidth") <= MOST:
             raise MigrateError(f"bandwidth={self.bandwidth} bytes/s; take 1 to {MOST}, such as 1250000000 (10 Gbit/s)")
         check_chunk(index(self.chunk_pages, "chunk_pages"))
-        if index(self.vcpu_dirty_limit, "vcpu_dirty_limit") < PAGE_SIZE:
-            raise MigrateError(f"vcpu_dirty_limit={self.vcpu_dirty_limit} bytes/s; take a page a second, {PAGE_SIZE}, or more")
+        if not PAGE_SIZE <= index(self.vcpu_dirty_limit, "vcpu_dirty_limit") <= MOST:
+            raise MigrateError(f"vcpu_dirty_limit={self.vcpu_dirty_limit} bytes/s; take {PAGE_SIZE} (a page a second) to {MOST}")
         if self.throttle == "dirty-limit" and self.log != "ring":
             raise MigrateError(f"throttle='dirty-limit' with log={self.log!r}; it counts what each vCPU puts on its ring: take log='ring'")
         for name in ("downtime_ns", "fixed_ns", "max_ns", *(["stop_ns"] if self.stop_ns is not None else [])):
@@ -123,6 +128,25 @@ class Plan:
                 f"a downtime of {self.downtime_ns / 1e6:g} ms is not above its fixed part of {self.fixed_ns / 1e6:g} ms, which no page "
                 "takes; allow more, or lower the fixed part"
             )
+        self._check_guest()
+
+    def _check_guest(self) -> None:
+        """Refuse what the VM or its memory would refuse, by their own checks."""
+        ring = self.log == "ring"
+        ring_bytes = integer(self.ring_bytes, "ring_bytes", MigrateError, int(ring), 1 << RING_SIZE_BITS)
+        try:
+            arguments(
+                self.platform, parse(self.policy), vcpus=self.workload.vcpus, manual=self.manual, ring_bytes=ring_bytes if ring else 0
+            )
+            checked_size(self.workload.backing, self.npages * PAGE_SIZE)
+        except KvmError as error:
+            raise MigrateError(str(error.strerror)) from None
+
+    @property
+    def npages(self) -> int:
+        """Pages of the memslot: the workload's, and behind them L1's tables for L2 if the plan is nested."""
+        pages = self.workload.npages
+        return pages + (_table_pages(pages) if self.nested else 0)
 
     @property
     def manual(self) -> int:
@@ -137,3 +161,13 @@ class Plan:
         """Return the parameters by name, as JSON values; the workload as `TraceWorkload.describe` tells it."""
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in ("workload", "costs")}
         return {**own, "costs": None if self.costs is None else dataclasses.asdict(self.costs), "workload": self.workload.describe()}
+
+
+def _table_pages(npages: int) -> int:
+    """Return the pages for tables that map `npages` by 2 MiB pages, four levels, as a multiple of 2 MiB."""
+    regions = -(-npages // PAGES_PER_2M)
+    tables, level = 0, regions
+    for _ in range(3):
+        level = -(-level // 512)
+        tables += level
+    return -(-tables // PAGES_PER_2M) * PAGES_PER_2M

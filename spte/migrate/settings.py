@@ -7,13 +7,15 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+from spte._arguments import index
 from spte.cost import Costs
 from spte.cost import load as load_costs
 from spte.generate import PATTERNS, generate
-from spte.migrate.plan import MigrateError, Plan
+from spte.migrate.plan import MOST, MigrateError, Plan
 from spte.platform import PAGE_SIZE
 from spte.profile.workload import TraceWorkload
 from spte.trace import PAGES_PER_2M, Trace, named
+from spte.trace.collect import MAX_EPOCHS
 
 STRESS = "stress"
 """In place of a trace: writes to one page after the other, over all memory, again and again."""
@@ -52,6 +54,8 @@ def plan_of(settings: Mapping[str, Any], *, trace: Trace | None = None, costs: C
     chosen = {**DEFAULTS, **settings}
     cost, memory = chosen.pop("cost"), chosen.pop("memory")
     name, rate = chosen.pop("trace"), chosen.pop("rate")
+    if not 1 <= index(rate, "rate") <= MOST:
+        raise MigrateError(f"rate={rate} bytes/s; take 1 to {MOST}")
     if trace is None:
         trace = stress(rate, memory) if name == STRESS else load_trace(name)
     pages = None if memory is None else memory // PAGE_SIZE
@@ -71,7 +75,13 @@ def load_trace(name: str) -> Trace:
 
 @functools.lru_cache(maxsize=4)
 def stress(rate: int, memory: int | None) -> Trace:
-    """Return one lap of `STRESS` over `memory` bytes at `rate` bytes a second, in whole epochs; TraceError if they are out of range."""
+    """Return one lap of `STRESS` over `memory` bytes at `rate` bytes a second, in whole epochs; MigrateError or TraceError if not."""
     memory = STRESS_MEMORY if memory is None else memory
     epochs = max(1, -(-memory * 10**9 // (rate * _INTERVAL_NS)))
+    if epochs > MAX_EPOCHS:
+        least = -(-memory * 10**9 // (MAX_EPOCHS * _INTERVAL_NS))
+        raise MigrateError(
+            f"rate={rate} bytes/s takes {epochs * _INTERVAL_NS // 10**9} s to write memory={memory} bytes once; "
+            f"take a rate of {least} or more, or less memory"
+        )
     return generate(PATTERNS["sequential"](), memory=memory, rate=rate, duration_ns=epochs * _INTERVAL_NS, interval_ns=_INTERVAL_NS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from spte._arguments import spell
 from spte.platform import Platform, named
 from spte.policy import Policy
 from spte.profile.workload import MANUALS, WorkloadError, check_choice
@@ -104,5 +105,5 @@ def shared(columns: Sequence[Column]) -> dict[str, str]:
 
 def check_chunk(pages: int) -> None:
     """Raise WorkloadError if one CLEAR can not be of `pages` pages."""
-    if pages < 64 or pages % 64:
-        raise WorkloadError(f"clear_chunk={pages} is not a positive multiple of 64, as KVM_CLEAR_DIRTY_LOG takes it; take one")
+    if not 64 <= pages < 1 << 32 or pages % 64:
+        raise WorkloadError(f"clear_chunk={spell(pages)} is not a positive multiple of 64 below 2^32, as KVM_CLEAR_DIRTY_LOG takes it")

@@ -17,6 +17,7 @@ from spte.trace import Trace
 
 Settings = Mapping[str, Any]
 Figures = dict[str, Any]
+GO_ON = "run the same command again: with -o it goes on where it stopped"
 
 
 class SweepError(ValueError):
@@ -24,7 +25,7 @@ class SweepError(ValueError):
 
 
 class SchedulerError(SweepError):
-    """There is no Dask scheduler where one was named, or it lost its workers."""
+    """There is no Dask scheduler where one was named; it died; it has no worker, or lost those that did a point."""
 
 
 class WorkerError(SweepError):
@@ -51,6 +52,8 @@ class Sweep:
     ------
     SweepError
         If there is no point.
+    MigrateError, WorkloadError
+        If one can not be done: all are checked before the first is.
     TraceError, CostError
         If a trace or costs can not be read.
     """
@@ -62,10 +65,13 @@ class Sweep:
     def __post_init__(self) -> None:
         if not self.points:
             raise SweepError("a sweep of no point; name an option and its values")
-        traces = sorted({name_of_trace(point) for point in self.points} - {STRESS})
-        costs = sorted({str(point["cost"]) for point in self.points if point.get("cost") is not None})
-        object.__setattr__(self, "traces", {name: load_trace(name) for name in traces})
-        object.__setattr__(self, "costs", {name: load_costs(name).costs for name in costs})
+        named_traces = sorted({name_of_trace(point) for point in self.points} - {STRESS})
+        named_costs = sorted({str(point["cost"]) for point in self.points if point.get("cost") is not None})
+        object.__setattr__(self, "traces", {name: load_trace(name) for name in named_traces})
+        object.__setattr__(self, "costs", {name: load_costs(name).costs for name in named_costs})
+        for point in self.points:
+            trace, costs = self.inputs(point)
+            plan_of(point, trace=trace, costs=costs)
 
     def setting(self, index: int, name: str) -> object:
         """Return a setting of a point, else its default."""

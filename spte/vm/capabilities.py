@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection
 
-from spte._arguments import index, integer, spell
+from spte._arguments import index, instance, integer, spell
 from spte.errors import CapabilityError, RingTooLargeError, VcpuExistsError
-from spte.platform import PAGE_SIZE, SHADOW
+from spte.platform import PAGE_SIZE, SHADOW, Platform, named
 from spte.policy import Policy
 from spte.vm.kvm import Kvm
 from spte.vm.memslots import ADDRESS_SPACES
@@ -60,7 +60,7 @@ def manual_protect(arg0: int) -> int:
 def dirty_ring(arg0: int, cpu_dirty_log_size: int, policy: Policy) -> int:
     """Return the bytes of a ring as KVM takes them from a 64-bit argument; CapabilityError if it refuses them."""
     if not policy.dirty_ring:
-        raise CapabilityError(f"policy {policy.name} has no dirty rings; pass ring_bytes=0 and harvest by get_dirty_log()")
+        raise CapabilityError(f"policy {policy.name} has no dirty rings; log to bitmaps, or take a newer policy")
     size = arg0 & ((1 << RING_SIZE_BITS) - 1)
     given = f"ring of {arg0} bytes" + (f", of which {RING_SIZE_BITS} bits count, {size}," if size != arg0 else "")
     least = 1 << (max(RING_ENTRY_BYTES * (RING_RESERVED + cpu_dirty_log_size), PAGE_SIZE) - 1).bit_length()
@@ -72,6 +72,21 @@ def dirty_ring(arg0: int, cpu_dirty_log_size: int, policy: Policy) -> int:
     if size > RING_MAX_BYTES:
         raise RingTooLargeError(f"{given} is too large; take at most {RING_MAX_BYTES}")
     return size
+
+
+def arguments(
+    platform: str | Platform, policy: str | Policy, *, vcpus: int, manual: int, ring_bytes: int
+) -> tuple[Platform, Policy, int, int, int]:
+    """Return the arguments of a new VM, in this order, as KVM takes them: no names, and of a ring's size what counts.
+
+    TypeError or KvmError if it refuses one; see `VM`.
+    """
+    platform = named(platform) if isinstance(platform, str) else instance(platform, "platform", Platform, "a name or a Platform")
+    policy = Policy.named(policy) if isinstance(policy, str) else instance(policy, "policy", Policy, "a name or a Policy")
+    vcpus = integer(vcpus, "vcpus", CapabilityError, 0, policy.max_vcpus + 1)
+    manual = manual_protect(manual)
+    ring_bytes = integer(ring_bytes, "ring_bytes", CapabilityError)
+    return platform, policy, vcpus, manual, dirty_ring(ring_bytes, platform.cpu_dirty_log_size, policy) if ring_bytes else 0
 
 
 def enable_cap(kvm: Kvm, cap: int, arg0: int) -> None:

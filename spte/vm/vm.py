@@ -11,7 +11,7 @@ from spte.arrays.records import U64s
 from spte.errors import CapabilityError, ClearRangeError, DirtyLoggingLeak, MmuPagesError, SlotIdError, SlotRangeError
 from spte.host.backing import Backing
 from spte.host.lock import share
-from spte.platform import Platform, named
+from spte.platform import Platform
 from spte.policy import Policy
 from spte.vm import capabilities, dirty_log
 from spte.vm import set_memory_region as region
@@ -58,12 +58,9 @@ class VM(Observed):
     def __init__(
         self, platform: str | Platform = "ept-pml", policy: str | Policy = "6.12", *, vcpus: int = 1, manual: int = 0, ring_bytes: int = 0
     ) -> None:
-        platform = named(platform) if isinstance(platform, str) else instance(platform, "platform", Platform, "a name or a Platform")
-        policy = Policy.named(policy) if isinstance(policy, str) else instance(policy, "policy", Policy, "a name or a Policy")
-        vcpus = integer(vcpus, "vcpus", CapabilityError, 0, policy.max_vcpus + 1)
-        manual = capabilities.manual_protect(manual)
-        ring_bytes = integer(ring_bytes, "ring_bytes", CapabilityError)
-        ring_bytes = capabilities.dirty_ring(ring_bytes, platform.cpu_dirty_log_size, policy) if ring_bytes else 0
+        platform, policy, vcpus, manual, ring_bytes = capabilities.arguments(
+            platform, policy, vcpus=vcpus, manual=manual, ring_bytes=ring_bytes
+        )
         super().__init__(Kvm(platform, policy, manual, ring_bytes // capabilities.RING_ENTRY_BYTES))
         self.vcpus: tuple[VirtualCpu, ...] = ()
         for _ in range(vcpus):

@@ -129,14 +129,24 @@ def test_a_page_that_did_not_arrive_is_named_and_the_exit_code_is_1(capsys, toy,
         (["--rate", "1GB/s"], "--rate is for --workload stress"),
         (["--workload", "stress"], "with --workload stress: one of both"),
         (["--log", "ring", "--ring", "5000"], "ring of 5000 bytes"),
+        (["--grid", "log=bitmap,ring", "--ring", "1000"], "ring of 1000 bytes is not a power of two; take 16384"),
+        (["--grid", "log=bitmap,ring", "--policy", "5.10"], "policy 5.10 has no dirty rings; log to bitmaps, or take a newer policy"),
+        (["--policy", "5.10", "--grid", "vcpus=1,1000"], "vcpus=1000 is not in 0..288"),
+        (["--grid", "backing=thp,hugetlb1g"], "size=4194304 of a hugetlb1g backing"),
         (["--grid", "speed=1"], "take OPTION=VALUE,VALUE, OPTION one of bandwidth, downtime"),
         (["--grid", "downtime="], "take OPTION=VALUE,VALUE"),
         (["--grid", "downtime=1s", "--downtime", "2s"], "--downtime is given twice"),
         (["--grid", "vcpus=1,2", "--plot", "one.png"], "--plot draws one migration, or the map of two --grid; there are 1"),
     ],
 )
-def test_bad_input_is_one_line(capsys, toy, argv, said):
+def test_bad_input_is_one_line_before_anything_runs(capsys, toy, monkeypatch, argv, said):
+    monkeypatch.setattr("spte.cli.verbs.migrate.run_migrate", None)
     assert said in refused(capsys, "migrate", toy, *argv)
+
+
+def test_a_lap_of_stress_that_is_too_long_names_rate_and_memory(capsys):
+    err = refused(capsys, "migrate", "--workload", "stress", "--rate", "1KB/s")
+    assert "rate=1000 bytes/s takes 1073741 s to write memory=1073741824 bytes once; take a rate of 12800 or more, or less memory" in err
 
 
 def test_an_empty_trace_and_one_that_is_not_there_are_refused(capsys, tmp_path):
