@@ -8,3 +8,5 @@ EXIT_MISSING = 4
 """The host lacks a piece, such as an optional dependency."""
 EXIT_INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
+EXIT_TERMINATED = 143
+"""128 + SIGTERM, likewise."""

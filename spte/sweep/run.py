@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+import signal
+import threading
+from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from contextlib import closing
+from multiprocessing.connection import Connection
 
 from spte.policy import parse
 from spte.sweep.journal import Journal
-from spte.sweep.points import Figures, SchedulerError, Sweep, WorkerError, measure, name_of_trace
+from spte.sweep.points import GO_ON, Figures, Sweep, WorkerError, measure
 from spte.warm import steps_of, warmup
-
-CONNECT_S = 5
-GO_ON = "run the same command again: with -o it goes on where it stopped"
 
 Progress = Callable[[int, int, str], None]
 """Called as progress(done, total, what)."""
@@ -52,7 +52,7 @@ def sweep(
     Raises
     ------
     SchedulerError
-        There is no scheduler at that address, or it lost its workers.
+        There is no scheduler at that address; it died; it has no worker, or lost those that did a point.
     WorkerError
         A process on this host died.
     ModuleNotFoundError
@@ -61,17 +61,23 @@ def sweep(
     done = dict(journal.done) if journal is not None else {}
     left = [index for index in range(len(plan.points)) if index not in done]
     if left:
-        finished = _on_cluster(plan, left, scheduler) if scheduler is not None else _here(plan, left, workers)
-        for index, figures in finished:
-            done[index] = figures
-            if journal is not None:
-                journal.add(index, figures)
-            if progress is not None:
-                progress(len(done), len(plan.points), "sweep")
+        with closing(_here(plan, left, workers) if scheduler is None else _there(plan, left, scheduler)) as finished:
+            for index, figures in finished:
+                done[index] = figures
+                if journal is not None:
+                    journal.add(index, figures)
+                if progress is not None:
+                    progress(len(done), len(plan.points), "sweep")
     return [done[index] for index in range(len(plan.points))]
 
 
-def _here(plan: Sweep, left: list[int], workers: int | None) -> Iterator[tuple[int, Figures]]:
+def _there(plan: Sweep, left: list[int], scheduler: str) -> Generator[tuple[int, Figures], None, None]:
+    from spte.sweep.cluster import on_cluster
+
+    return on_cluster(plan, left, scheduler)
+
+
+def _here(plan: Sweep, left: list[int], workers: int | None) -> Generator[tuple[int, Figures], None, None]:
     if workers is None:
         workers = len(os.sched_getaffinity(0))
     workers = min(workers, len(left))
@@ -81,39 +87,27 @@ def _here(plan: Sweep, left: list[int], workers: int | None) -> Iterator[tuple[i
     policies = (parse(str(plan.setting(index, "policy"))) for index in left)
     rings = any(plan.setting(index, "log") == "ring" for index in left)
     warmup(steps=steps_of(policies, rings=rings))  # once, before all of them want it
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    watched, held = context.Pipe(duplex=False)
+    with watched, held, ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with, initargs=(watched,)) as pool:
         futures = {pool.submit(measure, plan.points[index], *plan.inputs(plan.points[index])): index for index in left}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BrokenProcessPool:
             raise WorkerError(f"a process of this sweep died, of too little memory or by a signal; {GO_ON}") from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        except BaseException:
+            held.close()  # what they still do, nobody wants
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
-def _on_cluster(plan: Sweep, left: list[int], address: str) -> Iterator[tuple[int, Figures]]:
-    import distributed
+def _end_with(watched: Connection) -> None:
+    """Let this process of the pool end when the other end of `watched` is closed: by the sweep, or with its process, however it died."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's goes to all of them; the sweep's process heeds it
+    threading.Thread(target=_wait_and_end, args=(watched,), daemon=True).start()
 
-    try:
-        # Before there is a client: one of an address that can not be right would wait, and complain, until it is collected.
-        distributed.comm.get_address_host_port(distributed.comm.normalize_address(address), strict=True)
-        client = distributed.Client(address, timeout=CONNECT_S, set_as_default=False)
-    except (OSError, ValueError, TimeoutError) as error:
-        why = " ".join(str(error).split())[:80]
-        raise SchedulerError(f"no Dask scheduler answers at {address!r} ({why}); start one: dask scheduler") from None
-    with client, client.as_current():
-        # Each trace travels once to each worker that needs it.
-        sent = {name: client.scatter(trace, direct=False) for name, trace in plan.traces.items()}
-        futures: dict[Any, int] = {}
-        for index in left:
-            point = plan.points[index]
-            trace, costs = plan.inputs(point)
-            given = sent[name_of_trace(point)] if trace is not None else None
-            futures[client.submit(measure, dict(point), given, costs, key=f"spte-{plan.digest}-{index}", retries=2)] = index
-        for future in distributed.as_completed(futures):
-            try:
-                yield futures[future], future.result()
-            except distributed.KilledWorker as error:
-                raise SchedulerError(f"the cluster lost the workers that did a point ({error.task}); {GO_ON}") from None
-            future.release()
+
+def _wait_and_end(watched: Connection) -> None:
+    watched.poll(None)
+    os._exit(1)

@@ -15,7 +15,7 @@ import pytest
 from commandline import refused, save_toy, spte
 
 from spte.cli.migration.options import combinations
-from spte.migrate import migrate
+from spte.migrate import MigrateError, migrate
 from spte.migrate.settings import DEFAULTS, plan_of
 from spte.sweep import Journal, Sweep, SweepError, recommend, sweep
 from spte.sweep.points import WorkerError, measure
@@ -40,6 +40,11 @@ def test_a_point_is_what_migrate_does(toy):
     plan = Sweep(points_of(toy))
     assert sweep(plan, workers=1) == [migrate(plan_of(point)).figures() for point in plan.points]
     assert not set(DEFAULTS) & set(measure(plan.points[0], *plan.inputs(plan.points[0])))
+
+
+def test_all_points_are_checked_before_the_first_is_done(toy):
+    with pytest.raises(MigrateError, match=r"5\.10 has no dirty rings"):
+        Sweep([{"trace": toy}, {"trace": toy, "policy": "5.10", "log": "ring"}])
 
 
 def test_the_digest_tells_sweeps_apart_and_sees_a_trace_that_changed(toy):
@@ -111,22 +116,29 @@ def test_a_process_that_dies_is_named_and_what_is_finished_is_kept(toy, tmp_path
         assert len(sweep(plan, workers=1, journal=journal)) == len(plan.points)
 
 
-def command(toy, result):
+COMMAND = [sys.executable, "-c", "import sys; from spte.cli.app import run; sys.exit(run(sys.argv[1:]))"]
+
+
+def wait_for_lines(journal, process):
+    deadline = time.monotonic() + 120
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 3:
+        assert process.poll() is None, "the sweep ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def command(toy, result, *more):
     axes = ["--vary", "bandwidth=1MB/s,2MB/s,3MB/s", "--vary", "log=bitmap,ring", "--vary", "seed=0,1"]
-    return ["sweep", toy, *axes, "--max-time", "10s", "--cost", "guess", "-o", str(result), "--workers", "2"]
+    return ["sweep", toy, *axes, "--max-time", "10s", "--cost", "guess", "-o", str(result), "--workers", "2", *more]
 
 
 @pytest.mark.long
 def test_a_sweep_that_was_killed_goes_on_where_it_stopped(capsys, toy, tmp_path):
     result = tmp_path / "result.parquet"
     journal = tmp_path / "result.parquet.journal"
-    argv = [sys.executable, "-c", "import sys; from spte.cli.app import run; sys.exit(run(sys.argv[1:]))", *command(toy, result)]
+    argv = [*COMMAND, *command(toy, result)]
     killed = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 3:
-        assert killed.poll() is None, "the sweep ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for_lines(journal, killed)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     kept = journal.read_bytes()
@@ -147,41 +159,22 @@ def test_a_sweep_that_was_killed_goes_on_where_it_stopped(capsys, toy, tmp_path)
     assert spte(capsys, *command(toy, result)) == (0, out, "")  # it is finished: nothing is done
 
 
-# -- a cluster
-
-
-@pytest.fixture
-def cluster(tmp_path):
-    distributed = pytest.importorskip("distributed", reason="needs distributed: pip install 'kvm-spte[cluster]'")
-    with distributed.LocalCluster(2, threads_per_worker=1, dashboard_address=None, local_directory=str(tmp_path / "dask")) as made:
-        yield made
-
-
 @pytest.mark.long
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # distributed's, of the worker that is killed
-def test_a_cluster_that_loses_a_worker_half_way_loses_nothing(toy, cluster, tmp_path):
-    plan = Sweep(points_of(toy, *range(10**6, 10**6 + 8)))
-    done = []
-
-    def half_way(finished, total, what):
-        done.append(finished)
-        if finished == total // 4:
-            os.kill(cluster.workers[0].process.pid, signal.SIGKILL)
-
-    with Journal(tmp_path / "journal", plan.digest) as journal:
-        figures = sweep(plan, scheduler=cluster.scheduler_address, journal=journal, progress=half_way)
-    assert done == list(range(1, len(plan.points) + 1))
-    told = [json.loads(line)["point"] for line in (tmp_path / "journal").read_text().splitlines()[1:]]
-    assert sorted(told) == list(range(len(plan.points)))
-    assert figures == [measure(point, *plan.inputs(point)) for point in plan.points]
-
-
-@pytest.mark.long  # the connection is tried for 5 s
-def test_a_scheduler_that_is_not_there_is_one_line(capsys, toy):
-    pytest.importorskip("distributed", reason="needs distributed: pip install 'kvm-spte[cluster]'")
-    err = refused(capsys, "sweep", toy, "--vary", "vcpus=1,2", "--scheduler", "tcp://127.0.0.1:9")
-    assert "no Dask scheduler answers at 'tcp://127.0.0.1:9'" in err
-    assert "no Dask scheduler answers at 'moon'" in refused(capsys, "sweep", toy, "--scheduler", "moon")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_sweep_that_is_ended_takes_its_processes_along(toy, tmp_path, number):
+    journal = tmp_path / "result.parquet.journal"
+    argv = [*COMMAND, *command(toy, tmp_path / "result.parquet", "--vary", f"vcpus={','.join(map(str, range(1, 100)))}")]
+    ended = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_lines(journal, ended)
+    os.kill(ended.pid, number)
+    out, _ = ended.communicate(timeout=20)  # until the last process that has the pipe is gone
+    if number == signal.SIGTERM:
+        assert (ended.returncode, out) == (143, "spte: terminated\n")
+    else:
+        assert ended.returncode == -signal.SIGKILL
+    kept = journal.read_bytes()
+    assert kept.endswith(b"\n")
+    assert len(kept.splitlines()) >= 3
 
 
 # -- the command
@@ -214,6 +207,18 @@ def test_bad_input_is_one_line(capsys, toy, tmp_path):
         capsys, "sweep", toy, *(w for option in ("seed", "vcpus") for w in ("--vary", f"{option}={','.join(map(str, range(1, 320)))}"))
     )
     assert "with --workload stress" in refused(capsys, "sweep", toy, "--workload", "stress")
+
+
+@pytest.mark.parametrize(("argv", "told"), [
+    (["--vary", "vcpu-dirty-limit=1MB/s,999999999999TB/s"], "vcpu_dirty_limit=999999999999000061149184 bytes/s; take 4096"),
+    (["--vary", "policy=5.10,6.12", "--vary", "log=bitmap,ring"], "policy 5.10 has no dirty rings; log to bitmaps, or take a newer policy"),
+    (["--log", "ring", "--vary", "ring=64K,1000"], "ring of 1000 bytes is not a power of two; take 16384"),
+    (["--rate", "999999999999TB/s"], "rate="), (["--ring", "9999999P"], "ring_bytes="),
+    (["--clear-chunk", f"64{'0' * 20}"], "clear_chunk="),
+])  # fmt: skip
+def test_a_point_that_can_not_be_done_is_refused_before_the_first_is(capsys, toy, tmp_path, argv, told):
+    assert told in refused(capsys, "sweep", toy, *argv, "-o", tmp_path / "result.parquet")
+    assert list(tmp_path.iterdir()) == [Path(toy)]
 
 
 @pytest.mark.parametrize(("module", "extra", "argv"), [

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
 from spte._version import __version__
-from spte.cli.exit_codes import EXIT_DIFFERENCE, EXIT_MISSING, EXIT_OK
+from spte.cli.exit_codes import EXIT_DIFFERENCE, EXIT_MISSING, EXIT_OK, EXIT_TERMINATED
 from spte.cli.migration.options import axis, combinations, spelled, with_settings
 from spte.cli.migration.text import Axis, listing, short
 from spte.cli.params import announce_compilation, target
@@ -76,7 +77,11 @@ def sweep(
         from spte.cli.html.page import write
     announce_compilation()
     try:
-        figures = _figures(plan, result, workers, scheduler)
+        with _heeding_sigterm():
+            figures = _figures(plan, result, workers, scheduler)
+    except _Terminated:
+        click.echo("spte: terminated", err=True)
+        return EXIT_TERMINATED
     except WorkerError as error:
         click.echo(f"spte sweep: {error}", err=True)
         return EXIT_MISSING
@@ -99,6 +104,29 @@ def sweep(
     for point in lost:
         click.echo(f"spte sweep: pages were lost with {point}; run `spte migrate` with these options", err=True)
     return EXIT_DIFFERENCE if lost else EXIT_OK
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+@contextmanager
+def _heeding_sigterm() -> Iterator[None]:
+    """Let SIGTERM end what is done here as SIGINT does: by an exception, so that no process of the sweep stays behind."""
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise _Terminated
+
+    before = signal.getsignal(signal.SIGTERM)
+    if before != signal.SIG_DFL:  # it is ignored, or the caller's business
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _figures(plan: Sweep, result: Path | None, workers: int | None, scheduler: str | None) -> list[Figures]:
