@@ -143,7 +143,7 @@ def test_the_comparison_sees_each_wrong_decision_of_a_version(decision, monkeypa
             run_seed(platform, policy, rings, seed, steps=25, names=MADE_OF.get(decision, ()))
 
 
-@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("eager", [pytest.param(True, marks=pytest.mark.long), False])
 @pytest.mark.parametrize(("platform", "policy"), [("ept-pml", "6.12"), ("npt", "6.12"), ("ept-noad", "6.1")])
 def test_a_gigabyte_leaf_splits_and_comes_back(platform, policy, eager):
     both = Both(platform, policy)

@@ -108,7 +108,7 @@ def test_a_run_that_lets_other_threads_in_is_one_run_if_none_comes(config, name,
 
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.tar.xz")), ids=lambda p: p.name)
 def test_a_recordings_kernel_finds_its_policy(path: Path) -> None:
-    header = next(iter(archive(path).values())).header
+    header = next(rec.read_all(path)).header
     version = running(header["kernel"])
     assert version is not None
     assert path.name.split("-")[0] == version == Policy.named(version).name

@@ -152,6 +152,7 @@ def test_the_table_of_threads_tells_marks_and_goes_into_a_page(tmp_path, monkeyp
     assert threads.MARK in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_what_two_threads_do_is_measured(monkeypatch):
     for name in ("ROUNDS", "MANY", "WRITES", "SHORT"):
         monkeypatch.setattr(threads, name, 1 if name in ("ROUNDS", "MANY") else 64)
