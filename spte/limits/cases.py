@@ -29,6 +29,7 @@ KVM_RECOVER_NS = 37_000.0  # per 2 MiB, commit message of 13e2e4f62a4b
 _PML_WHY = "two random lines a write, the SPTE and the word of the bitmap, are read and written back, where the limit has one"
 _DRAIN_WHY = "it also looks whether a page is in the slot and counts the bits that were clear"
 _RECOVER_WHY = "a leaf takes its bits from the first one of its table, which lies on a page of its own: the next row has that as its limit"
+_SPLIT_WHY = "the last table freed is the next one taken: tables are filled one by one and backwards, where the limit runs through memory"
 _HARVEST_WHY = "loop and kernel wait for the same lines of memory, five of a table: prefetched 8, 16 or 32 entries ahead, they take as long"
 IN_CACHE = (32 << 30) >> 12  # pages of a guest whose tables lie, at least in part, in the host's caches
 _HARVEST_IN_CACHE_WHY = "in a cache the loop's own speculation hides what prefetching hides in memory, and the list of pages is a pass more"
@@ -180,7 +181,8 @@ def split(guest: Guest) -> Case:
     fill = lambda: guest.flat.fill(1)  # noqa: E731
     limit_setup = guest.set_flat
     return Case(
-        "eager split, 2 MiB to 4 KiB", "SPTE", guest.pages, lambda: _split(guest), _FILL, fill, 1.5, lambda: _collapse(guest), limit_setup
+        "eager split, 2 MiB to 4 KiB", "SPTE", guest.pages, lambda: _split(guest), _FILL, fill, 1.5, lambda: _collapse(guest), limit_setup,
+        why=_SPLIT_WHY,
     )
 
 

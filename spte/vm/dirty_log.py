@@ -132,6 +132,14 @@ def _check_user_copy(data: npt.NDArray[np.uint8], words: int, name: str, *, writ
         raise BufferFaultError(f"{name} is {what}; pass {8 * words} {'writable ' if write else ''}bytes, uint64[{words}]")
 
 
+def _words_of(out: npt.NDArray[np.uint8] | None, count: int) -> U64s | None:
+    """Return the first `count` words of bytes that a harvest can write to itself; None: it is to be copied there, or refused."""
+    if out is None or len(out) < 8 * count or not out.flags.writeable:
+        return None
+    words = out[: 8 * count].view(np.uint64)
+    return words if words.flags.aligned else None
+
+
 def goes_beside(kvm: Kvm) -> bool:
     """Tell whether a harvest can go beside vCPUs that run on other threads."""
     return not (kvm.mmu.has_shadow_pages or kvm.mmu.log.on or kvm.vcpus_in_guest or kvm.mmu.mode[0].clear_arms_huge)
@@ -181,10 +189,15 @@ def get(kvm: Kvm, slot: int, out: npt.NDArray[np.uint8] | None, beside: bool) ->
     check_slot_number(slot, kvm.memslots.user_mem_slots)
     memslot = _logging_slot(kvm, slot)
     _sync(kvm, beside)
+    given = _words_of(out, memslot.words)
     if kvm.manual:
         snapshot = kvm.memslots.bitmap(memslot).copy()
     else:
-        snapshot = np.zeros(memslot.words, np.uint64)
+        if given is None:
+            snapshot = np.zeros(memslot.words, np.uint64)
+        else:
+            snapshot = given
+            snapshot.fill(0)
         s, k = kvm.memslots.row_of(memslot)
         args = s, kvm.mmu.mode, kvm.mmu.roots_of(memslot), k, snapshot
         with kvm.mmu.traced():
@@ -192,7 +205,7 @@ def get(kvm: Kvm, slot: int, out: npt.NDArray[np.uint8] | None, beside: bool) ->
         _count(kvm, "sptes_written", changed)
         if found:
             _flush(kvm, beside)
-    if out is not None:
+    if out is not None and snapshot is not given:
         _check_user_copy(out, memslot.words, "out", write=True)
         out[: 8 * memslot.words] = snapshot.view(np.uint8)
     return snapshot
