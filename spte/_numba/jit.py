@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 
 CONFIG: Any = numba.config
 PLAIN = bool(CONFIG.DISABLE_JIT)  # NUMBA_DISABLE_JIT=1: every kernel is its plain-Python twin
-PREFETCHES = 64 if get_host_cpu_name().startswith("znver") else 16  # lines that a core fetches at once: machine code is kept by CPU
+PREFETCHES = 64 if get_host_cpu_name().startswith("znver") else 16  # lines that a core fetches at once; machine code holds it
 HERE = Path(__file__).parent.parent
 WITHOUT_KERNELS = ("access.py", "bits.py", "_numba/", "arrays/")  # what kernels are made of beside the files with kernels
 
@@ -64,8 +64,8 @@ def _digest() -> str:
         name = path.relative_to(HERE).as_posix()
         if "spte._numba.jit import" in (text := path.read_text()) or name.startswith(WITHOUT_KERNELS):
             h.update(f"{name}\0{text}\0".encode())
-    for part in (numba.__version__, np.__version__, sys.version, str(bool(CONFIG.BOUNDSCHECK)), str(LINK is not None)):
-        h.update(part.encode())
+    for part in (numba.__version__, np.__version__, sys.version, bool(CONFIG.BOUNDSCHECK), LINK is not None, PREFETCHES):
+        h.update(str(part).encode())
     return h.hexdigest()[:20]
 
 

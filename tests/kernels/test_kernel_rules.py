@@ -280,6 +280,14 @@ def test_the_cache_key_covers_every_source_that_kernels_are_made_of(name, monkey
 
 
 @compiled
+def test_machine_code_for_blocks_of_another_size_lies_under_another_key(monkeypatch):
+    """Also where NUMBA_CPU_NAME makes machine code of one CPU for all: arrays have the size of the block."""
+    before = _jit._digest()
+    monkeypatch.setattr(_jit, "PREFETCHES", _jit.PREFETCHES // 2)
+    assert _jit._digest() != before
+
+
+@compiled
 def test_an_unwritable_cache_costs_one_warning(copy, tmp_path):
     blocked = tmp_path / "a_file"
     blocked.write_text("not a directory")

@@ -105,6 +105,7 @@ def test_a_value_between_two_equal_recordings_that_was_another_is_of_a_commit():
 def test_the_recorded_versions_are_those_of_the_recordings():
     kernels = {path.name.split("-")[0] for path in GOLDEN.glob("*.tar.xz")}
     assert kernels <= set(RECORDED)
+    assert policy.mainline("6.12.117") == "6.12"
 
 
 def test_a_running_kernel_finds_its_mainline_version():

@@ -337,7 +337,7 @@ def test_memslot_perf_test_move_active_area(guest_memory):
 
 def test_memslot_perf_test_map_and_unmap(guest_memory):
     """Many slots side by side in reverse host order; chunks of them are deleted and come back with their data."""
-    vm, count, pages = guest_memory.vm, small_in_plain_python(512, 64), 2
+    vm, count, pages = guest_memory.vm, small_in_plain_python(1024, 64), 2
     backing = spte.Backing("4k", count * pages * PAGE)
 
     def add(sid):
